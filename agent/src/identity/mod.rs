@@ -1,0 +1,64 @@
+//! Certificates: who issues them, when they are renewed, where they are found.
+//!
+//! Private keys live in memory and, for the embedded CA, under its `--ca-dir` (0600). They are never logged:
+//! no type here that holds one derives `Debug`.
+
+mod certificate;
+mod files;
+mod local;
+mod store;
+#[cfg(test)]
+mod tests;
+
+use futures_util::future::BoxFuture;
+
+use crate::mesh::SpiffeId;
+
+pub use certificate::Svid;
+pub use files::FilesIssuer;
+pub use local::LocalIssuer;
+pub use store::CertificateStore;
+
+/// Why an identity has no certificate (yet).
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum IssueError {
+    /// A file could not be read or written.
+    #[error("{action} {path}: {reason}")]
+    File {
+        /// What was tried, e.g. "reading certificate".
+        action: &'static str,
+        /// The file.
+        path: String,
+        /// What the system or parser said.
+        reason: String,
+    },
+    /// The material does not fit: wrong SAN, key of another certificate, expired, no roots.
+    #[error("certificate for {identity}: {reason}")]
+    Unusable {
+        /// For whom.
+        identity: SpiffeId,
+        /// What is wrong and what to do.
+        reason: String,
+    },
+    /// The crypto library refused.
+    #[error("signing for {identity}: {reason}")]
+    Signing {
+        /// For whom.
+        identity: SpiffeId,
+        /// What it said.
+        reason: String,
+    },
+}
+
+/// Source of certificates.
+pub trait Issuer: Send + Sync + 'static {
+    /// Name in logs and `status`: `local`, `files`.
+    fn name(&self) -> &'static str;
+
+    /// Issues (or reads) a certificate for `identity`. Bounded in time by the caller.
+    fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Svid, IssueError>>;
+
+    /// Resolves when material may have changed outside of the renewal schedule (a file was rewritten, the CA's
+    /// root was replaced); the store then issues everything again. Pending forever for issuers that never do.
+    fn changed(&self) -> BoxFuture<'_, ()>;
+}

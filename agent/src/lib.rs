@@ -1,0 +1,17 @@
+//! Underpass: a transparent mTLS dataplane.
+//!
+//! The modules read in the order a connection meets them: [`capture`] redirects it to the agent, [`proxy`]
+//! decides, [`tunnel`] authenticates, [`relay`] moves the bytes. [`mesh`], [`policy`] and [`identity`] are what
+//! those decisions are based on, [`sources`] fills them, [`cli`] and [`admin`] are what operators touch.
+
+pub mod admin;
+pub mod capture;
+pub mod cli;
+pub mod identity;
+pub mod mesh;
+pub mod proxy;
+pub mod relay;
+pub mod sources;
+pub mod sys;
+pub mod telemetry;
+pub mod tunnel;

@@ -1,0 +1,5 @@
+//! The `underpass` binary.
+
+fn main() -> std::process::ExitCode {
+    underpass::cli::main()
+}

@@ -1,0 +1,120 @@
+//! Puts a [`Snapshot`] together and refuses what does not fit together.
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use super::{MeshSettings, Service, Snapshot, TrustDomain, Workload, WorkloadKey};
+
+/// Why a set of workloads and services is not a mesh. Nothing of it is applied.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BuildError {
+    /// Two workloads with one key.
+    #[error("workload {0} is defined twice; give one of them another name or namespace")]
+    DuplicateWorkload(WorkloadKey),
+    /// Two claims on one address.
+    #[error("address {address} belongs to {first} and to {second}; an address identifies one workload or service")]
+    DuplicateAddress {
+        /// The address.
+        address: IpAddr,
+        /// Who has it.
+        first: String,
+        /// Who claims it too.
+        second: String,
+    },
+    /// An address no peer could dial.
+    #[error(
+        "address {address} of {owner} is loopback, unspecified, link-local or multicast; use an address that other nodes can reach"
+    )]
+    UnusableAddress {
+        /// The address.
+        address: IpAddr,
+        /// Whose.
+        owner: String,
+    },
+    /// A local workload without an address cannot be enrolled.
+    #[error("local workload {0} has no address; list at least one under `addresses`")]
+    NoAddress(WorkloadKey),
+}
+
+/// Collects workloads and services, then [`build`](Self::build)s.
+#[derive(Debug)]
+pub struct SnapshotBuilder {
+    snapshot: Snapshot,
+    owners: HashMap<IpAddr, String>,
+}
+
+impl SnapshotBuilder {
+    /// Starts a snapshot for this node.
+    pub fn new(node: &str, trust_domain: TrustDomain, settings: MeshSettings) -> Self {
+        let mut snapshot = Snapshot::empty(node, trust_domain);
+        snapshot.settings = settings;
+        Self { snapshot, owners: HashMap::new() }
+    }
+
+    /// Adds a workload and returns the shared copy that services refer to.
+    pub fn workload(&mut self, mut workload: Workload) -> Result<Arc<Workload>, BuildError> {
+        for a in &mut workload.addresses {
+            *a = a.to_canonical();
+        }
+        if workload.local.is_some() && workload.addresses.is_empty() {
+            return Err(BuildError::NoAddress(workload.key));
+        }
+        let owner = format!("workload {}", workload.key);
+        for &a in &workload.addresses {
+            self.claim(a, &owner)?;
+        }
+        let workload = Arc::new(workload);
+        match self.snapshot.workloads.entry(workload.key.clone()) {
+            Entry::Occupied(e) => return Err(BuildError::DuplicateWorkload(e.key().clone())),
+            Entry::Vacant(e) => e.insert(Arc::clone(&workload)),
+        };
+        for &a in &workload.addresses {
+            self.snapshot.by_address.insert(a, Arc::clone(&workload));
+        }
+        Ok(workload)
+    }
+
+    /// Adds a service.
+    pub fn service(&mut self, mut service: Service) -> Result<(), BuildError> {
+        let owner = format!("service {}/{}", service.namespace, service.name);
+        for a in &mut service.vips {
+            *a = a.to_canonical();
+        }
+        for &a in &service.vips {
+            self.claim(a, &owner)?;
+        }
+        let service = Arc::new(service);
+        for &a in &service.vips {
+            self.snapshot.by_vip.insert(a, Arc::clone(&service));
+        }
+        self.snapshot.services.push(service);
+        Ok(())
+    }
+
+    /// The finished snapshot, still without a generation.
+    pub fn build(self) -> Snapshot {
+        self.snapshot
+    }
+
+    fn claim(&mut self, address: IpAddr, owner: &str) -> Result<(), BuildError> {
+        let link_local = match address {
+            IpAddr::V4(a) => a.is_link_local() || a.is_broadcast(),
+            IpAddr::V6(a) => a.is_unicast_link_local(),
+        };
+        if address.is_loopback() || address.is_unspecified() || address.is_multicast() || link_local {
+            return Err(BuildError::UnusableAddress { address, owner: owner.to_owned() });
+        }
+        match self.owners.entry(address) {
+            Entry::Occupied(e) => {
+                Err(BuildError::DuplicateAddress { address, first: e.get().clone(), second: owner.to_owned() })
+            }
+            Entry::Vacant(e) => {
+                e.insert(owner.to_owned());
+                Ok(())
+            }
+        }
+    }
+}

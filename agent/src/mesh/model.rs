@@ -1,0 +1,178 @@
+//! What a snapshot is made of.
+
+use std::{fmt, net::IpAddr, path::PathBuf, sync::Arc};
+
+use ipnet::IpNet;
+use serde::Serialize;
+
+use super::SpiffeId;
+
+/// `namespace/name` of a workload: unique in a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WorkloadKey {
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Name of the pod or process group.
+    pub name: Arc<str>,
+}
+
+impl fmt::Display for WorkloadKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl Serialize for WorkloadKey {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+/// What to do with plaintext that arrives for a workload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InboundMode {
+    /// Plaintext and the tunnel are both accepted.
+    #[default]
+    Permissive,
+    /// Only the tunnel is accepted.
+    Strict,
+}
+
+/// How a workload is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// The native tunnel on port 15008: mutual TLS or nothing.
+    Underpass,
+    /// The workload is known but not in the mesh: plain TCP.
+    Plain,
+}
+
+/// Inbound mode of one port, overriding the workload's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct PortMode {
+    /// Port the application listens on.
+    pub port: u16,
+    /// Mode for that port.
+    pub mode: InboundMode,
+}
+
+/// What is left alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Exclusions {
+    /// Destination ports not captured.
+    pub outbound_ports: Vec<u16>,
+    /// Destination networks not captured.
+    pub outbound_cidrs: Vec<IpNet>,
+    /// Ports on which plaintext is always passed, STRICT or not.
+    pub inbound_ports: Vec<u16>,
+}
+
+/// PEM files of one workload's identity, for the `files` issuer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CertificateFiles {
+    /// Certificate chain, leaf first.
+    pub certificate: PathBuf,
+    /// Private key (PKCS#8, PKCS#1 or SEC1).
+    pub key: PathBuf,
+    /// Trust roots for peers.
+    pub roots: PathBuf,
+}
+
+/// What this node has to know to enrol one of its own workloads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LocalPod {
+    /// The pod's network namespace, e.g. `/run/netns/web` or `/proc/123/ns/net`.
+    pub netns: PathBuf,
+    /// The pod's cgroup v2 directory; must lie below the attach point.
+    pub cgroup: Option<PathBuf>,
+    /// The pod's own exclusions, in addition to the mesh-wide ones.
+    pub exclude: Exclusions,
+    /// Capture every TCP destination, not only mesh addresses.
+    pub capture_all: bool,
+    /// Where its certificate comes from, with the `files` issuer.
+    pub files: Option<CertificateFiles>,
+}
+
+/// A pod (or any group of processes with its own addresses).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Workload {
+    /// Its key.
+    pub key: WorkloadKey,
+    /// Who it is.
+    pub identity: SpiffeId,
+    /// Node it runs on.
+    pub node: Arc<str>,
+    /// Its addresses; never loopback, unspecified or multicast.
+    pub addresses: Vec<IpAddr>,
+    /// How to reach it.
+    pub protocol: Protocol,
+    /// What it does with plaintext.
+    pub mode: InboundMode,
+    /// Ports with another mode.
+    pub port_modes: Vec<PortMode>,
+    /// Present when the workload is on this node and to be enrolled.
+    pub local: Option<LocalPod>,
+}
+
+impl Workload {
+    /// The mode in force on `port`.
+    pub fn mode_of(&self, port: u16) -> InboundMode {
+        self.port_modes.iter().find(|m| m.port == port).map_or(self.mode, |m| m.mode)
+    }
+}
+
+/// One port of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct ServicePort {
+    /// Port on the VIP.
+    pub port: u16,
+    /// Port on the endpoints.
+    pub target_port: u16,
+}
+
+/// One workload behind a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Endpoint {
+    /// The workload.
+    pub workload: Arc<Workload>,
+    /// Overrides of the service's target ports, `(service port, target port)`.
+    pub ports: Vec<ServicePort>,
+}
+
+/// A name with virtual addresses and endpoints.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Service {
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Name.
+    pub name: Arc<str>,
+    /// Host name, e.g. `web.default.svc.cluster.local`.
+    pub hostname: Arc<str>,
+    /// Virtual addresses.
+    pub vips: Vec<IpAddr>,
+    /// Ports.
+    pub ports: Vec<ServicePort>,
+    /// Endpoints; may be empty.
+    pub endpoints: Vec<Endpoint>,
+}
+
+impl Service {
+    /// The endpoint's port behind `port`, or `None` when the service does not have that port.
+    pub fn target_port(&self, endpoint: &Endpoint, port: u16) -> Option<u16> {
+        let in_list = |list: &[ServicePort]| list.iter().find(|p| p.port == port).map(|p| p.target_port);
+        in_list(&endpoint.ports).or_else(|| in_list(&self.ports))
+    }
+}
+
+/// Settings that hold for every workload.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct MeshSettings {
+    /// Networks captured beside the known workload addresses and VIPs.
+    pub cidrs: Vec<IpNet>,
+    /// Capture every TCP destination of every enrolled pod.
+    pub capture_all: bool,
+    /// What no pod has captured.
+    pub exclude: Exclusions,
+}

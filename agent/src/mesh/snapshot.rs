@@ -1,0 +1,112 @@
+//! The immutable index over workloads and services.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use super::{MeshSettings, Service, SpiffeId, TrustDomain, Workload, WorkloadKey};
+
+/// Everything known about the mesh at one moment.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Counts up with each accepted configuration, from 1; 0 is the empty start.
+    pub generation: u64,
+    /// This node's name.
+    pub node: Arc<str>,
+    /// The node's own trust domain.
+    pub trust_domain: TrustDomain,
+    /// Mesh-wide settings.
+    pub settings: MeshSettings,
+    pub(super) workloads: HashMap<WorkloadKey, Arc<Workload>>,
+    pub(super) by_address: HashMap<IpAddr, Arc<Workload>>,
+    pub(super) services: Vec<Arc<Service>>,
+    pub(super) by_vip: HashMap<IpAddr, Arc<Service>>,
+}
+
+/// What a destination address means.
+#[derive(Debug, Clone)]
+pub enum Resolution {
+    /// A workload's own address.
+    Workload(Arc<Workload>),
+    /// A service's VIP.
+    Service(Arc<Service>),
+    /// Not an address of the mesh.
+    Unknown,
+}
+
+impl Snapshot {
+    /// A mesh nobody is in; what an agent starts from.
+    pub fn empty(node: &str, trust_domain: TrustDomain) -> Self {
+        Self {
+            generation: 0,
+            node: node.into(),
+            trust_domain,
+            settings: MeshSettings::default(),
+            workloads: HashMap::new(),
+            by_address: HashMap::new(),
+            services: Vec::new(),
+            by_vip: HashMap::new(),
+        }
+    }
+
+    /// What `address` is. IPv4-mapped IPv6 addresses are looked up as IPv4.
+    pub fn resolve(&self, address: IpAddr) -> Resolution {
+        let address = address.to_canonical();
+        if let Some(s) = self.by_vip.get(&address) {
+            Resolution::Service(Arc::clone(s))
+        } else if let Some(w) = self.by_address.get(&address) {
+            Resolution::Workload(Arc::clone(w))
+        } else {
+            Resolution::Unknown
+        }
+    }
+
+    /// The workload with this key.
+    pub fn workload(&self, key: &WorkloadKey) -> Option<&Arc<Workload>> {
+        self.workloads.get(key)
+    }
+
+    /// The workload that has this address.
+    pub fn workload_at(&self, address: IpAddr) -> Option<&Arc<Workload>> {
+        self.by_address.get(&address.to_canonical())
+    }
+
+    /// All workloads, in no particular order.
+    pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.values()
+    }
+
+    /// The workloads this node has to enrol.
+    pub fn local_workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.values().filter(|w| w.local.is_some())
+    }
+
+    /// All services.
+    pub fn services(&self) -> &[Arc<Service>] {
+        &self.services
+    }
+
+    /// Identities this node must hold certificates for.
+    pub fn local_identities(&self) -> BTreeSet<SpiffeId> {
+        self.local_workloads().map(|w| w.identity.clone()).collect()
+    }
+
+    /// Does `destination` reach this workload: one of its own addresses, or a service that selects it?
+    /// Answers with the port the application listens on.
+    pub fn accepts(&self, workload: &Workload, destination: SocketAddr) -> Option<u16> {
+        let ip = destination.ip().to_canonical();
+        if workload.addresses.contains(&ip) {
+            return Some(destination.port());
+        }
+        let service = self.by_vip.get(&ip)?;
+        let endpoint = service.endpoints.iter().find(|e| e.workload.key == workload.key)?;
+        service.target_port(endpoint, destination.port())
+    }
+
+    /// Every address that must be captured: workloads in the mesh or not, and VIPs.
+    pub fn captured_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.by_address.keys().chain(self.by_vip.keys()).copied()
+    }
+}

@@ -1,0 +1,1 @@
+//! Ties capture, tunnel and relay together: one accept loop per listener of an enrolled pod.

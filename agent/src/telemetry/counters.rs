@@ -1,0 +1,202 @@
+//! What the agent counts. Plain atomics: incremented on the data path, read by the admin socket.
+
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
+
+use serde::{Deserialize, Serialize};
+
+/// Why a connection was refused or cut. The name (`kebab-case`) is what logs, counters and the CLI show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[repr(usize)]
+pub enum RefusalReason {
+    /// Somebody dialled the outbound listener directly, or the flow entry was lost.
+    NoOriginalDestination,
+    /// The pod has no valid certificate of its own (not issued yet, or expired).
+    NoCertificate,
+    /// The service has no endpoint that can be used.
+    NoEndpoint,
+    /// TCP connect to the peer or the application failed.
+    UpstreamUnreachable,
+    /// The TLS handshake failed for another reason than the ones below.
+    TlsHandshake,
+    /// Certificate signed by no trusted root, or self-signed.
+    UntrustedIssuer,
+    /// Certificate expired or not yet valid.
+    CertificateExpired,
+    /// The certificate's trust domain is not accepted here.
+    WrongTrustDomain,
+    /// The peer proved another identity than the one the destination has.
+    WrongIdentity,
+    /// No certificate, or one without exactly one SPIFFE identity of the accepted form.
+    InvalidCertificate,
+    /// The peer does not speak `underpass/1`.
+    NoAlpn,
+    /// Bytes that are not TLS, plaintext included.
+    NotTls,
+    /// The PROXY header was missing, malformed, too long or late.
+    ProxyHeader,
+    /// The PROXY header's destination is not this pod, or one of the agent's ports.
+    ProxyDestination,
+    /// The PROXY header's source is not the tunnel's peer.
+    ProxySource,
+    /// A handshake or header took longer than its deadline.
+    Deadline,
+    /// The pod's cap on pending handshakes or connections was reached.
+    PodLimit,
+    /// The peer refused after our handshake: a late fatal alert.
+    DeniedByPeer,
+    /// The peer could not reach its application: alert `internal_error`.
+    PeerUpstreamUnreachable,
+    /// FIN without `close_notify`.
+    Truncated,
+    /// A record that could not be decrypted or parsed.
+    BadRecord,
+    /// A destination that is an agent port of a mesh workload.
+    AgentPort,
+    /// The agent ran out of a resource (descriptors, memory).
+    Resources,
+}
+
+/// Number of reasons.
+const REASONS: usize = RefusalReason::Resources as usize + 1;
+
+impl RefusalReason {
+    /// Every reason, in order.
+    pub const ALL: [RefusalReason; REASONS] = {
+        use RefusalReason::*;
+        [
+            NoOriginalDestination,
+            NoCertificate,
+            NoEndpoint,
+            UpstreamUnreachable,
+            TlsHandshake,
+            UntrustedIssuer,
+            CertificateExpired,
+            WrongTrustDomain,
+            WrongIdentity,
+            InvalidCertificate,
+            NoAlpn,
+            NotTls,
+            ProxyHeader,
+            ProxyDestination,
+            ProxySource,
+            Deadline,
+            PodLimit,
+            DeniedByPeer,
+            PeerUpstreamUnreachable,
+            Truncated,
+            BadRecord,
+            AgentPort,
+            Resources,
+        ]
+    };
+
+    /// The name in logs and counters.
+    pub const fn as_str(self) -> &'static str {
+        use RefusalReason::*;
+        match self {
+            NoOriginalDestination => "no-original-destination",
+            NoCertificate => "no-certificate",
+            NoEndpoint => "no-endpoint",
+            UpstreamUnreachable => "upstream-unreachable",
+            TlsHandshake => "tls-handshake",
+            UntrustedIssuer => "untrusted-issuer",
+            CertificateExpired => "certificate-expired",
+            WrongTrustDomain => "wrong-trust-domain",
+            WrongIdentity => "wrong-identity",
+            InvalidCertificate => "invalid-certificate",
+            NoAlpn => "no-alpn",
+            NotTls => "not-tls",
+            ProxyHeader => "proxy-header",
+            ProxyDestination => "proxy-destination",
+            ProxySource => "proxy-source",
+            Deadline => "deadline",
+            PodLimit => "pod-limit",
+            DeniedByPeer => "denied-by-peer",
+            PeerUpstreamUnreachable => "peer-upstream-unreachable",
+            Truncated => "truncated",
+            BadRecord => "bad-record",
+            AgentPort => "agent-port",
+            Resources => "resources",
+        }
+    }
+}
+
+impl std::fmt::Display for RefusalReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The agent's counters.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Tunnels whose handshake succeeded, as client.
+    pub tunnels_out: AtomicU64,
+    /// Tunnels whose handshake succeeded, as server.
+    pub tunnels_in: AtomicU64,
+    /// Handshakes that resumed a session, either side.
+    pub resumed: AtomicU64,
+    /// Connections passed through in plaintext because the destination is not in the mesh.
+    pub passthrough: AtomicU64,
+    /// Connections that ended with `close_notify` both ways, or FIN both ways for pass-through.
+    pub closed_clean: AtomicU64,
+    /// Connections that ended with a reset.
+    pub closed_reset: AtomicU64,
+    /// Second endpoints tried.
+    pub retries: AtomicU64,
+    refused: [AtomicU64; REASONS],
+}
+
+/// The counters at one moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CountersSnapshot {
+    /// See [`Counters::tunnels_out`].
+    pub tunnels_out: u64,
+    /// See [`Counters::tunnels_in`].
+    pub tunnels_in: u64,
+    /// See [`Counters::resumed`].
+    pub resumed: u64,
+    /// See [`Counters::passthrough`].
+    pub passthrough: u64,
+    /// See [`Counters::closed_clean`].
+    pub closed_clean: u64,
+    /// See [`Counters::closed_reset`].
+    pub closed_reset: u64,
+    /// See [`Counters::retries`].
+    pub retries: u64,
+    /// By reason; reasons never seen are left out.
+    pub refused: BTreeMap<String, u64>,
+}
+
+impl Counters {
+    /// Counts a refusal.
+    pub fn refuse(&self, reason: RefusalReason) {
+        self.refused[reason as usize].fetch_add(1, Relaxed);
+    }
+
+    /// How often `reason` happened.
+    pub fn refused(&self, reason: RefusalReason) -> u64 {
+        self.refused[reason as usize].load(Relaxed)
+    }
+
+    /// All values now.
+    pub fn snapshot(&self) -> CountersSnapshot {
+        CountersSnapshot {
+            tunnels_out: self.tunnels_out.load(Relaxed),
+            tunnels_in: self.tunnels_in.load(Relaxed),
+            resumed: self.resumed.load(Relaxed),
+            passthrough: self.passthrough.load(Relaxed),
+            closed_clean: self.closed_clean.load(Relaxed),
+            closed_reset: self.closed_reset.load(Relaxed),
+            retries: self.retries.load(Relaxed),
+            refused: RefusalReason::ALL
+                .into_iter()
+                .filter_map(|r| Some((r.to_string(), self.refused(r))).filter(|(_, n)| *n > 0))
+                .collect(),
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! Counters and logs.
+
+mod counters;
+pub mod logging;
+
+pub use counters::{Counters, CountersSnapshot, RefusalReason};

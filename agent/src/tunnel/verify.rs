@@ -1,0 +1,1 @@
+//! SPIFFE verification of both sides.

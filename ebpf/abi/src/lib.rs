@@ -1,0 +1,285 @@
+//! Plain data shared by the BPF programs and the agent.
+//!
+//! Every type here is `repr(C)`, has no implicit padding (the verifier and map lookups compare whole
+//! keys, so stray bytes would matter) and is the same on both sides of the system call. A change to this
+//! file or to the map definitions changes the ABI hash, and with it the directory the agent pins under.
+#![no_std]
+
+/// Port of the agent's outbound listener inside a pod's namespace; the same number as Istio's.
+pub const OUTBOUND_PORT: u16 = 15001;
+/// Port of the agent's plaintext inbound listener, used when an L4 policy has to see the connection.
+pub const PLAINTEXT_PORT: u16 = 15006;
+/// Port of the agent's tunnel listener inside a pod's namespace; the same number as Istio's HBONE.
+pub const TUNNEL_PORT: u16 = 15008;
+/// Port kept for the agent's DNS listener; never reachable from outside a pod.
+pub const DNS_PORT: u16 = 15053;
+/// Further IPv6 outbound listeners: IPv6 has one loopback address, so ports are spread instead of addresses.
+/// With [`OUTBOUND_PORT`] they allow 8 times the ephemeral port range of connections at once.
+pub const OUTBOUND_PORTS_V6: [u16; 8] = [OUTBOUND_PORT, 15101, 15102, 15103, 15104, 15105, 15106, 15107];
+/// First and last of the extra IPv6 outbound ports, for range checks in BPF.
+pub const OUTBOUND_V6_EXTRA: (u16, u16) = (15101, 15107);
+/// Socket mark of connections the agent makes to applications; it selects the reply route, nothing more.
+pub const AGENT_MARK: u32 = 0x539;
+
+/// Is `port` one the agent owns inside an enrolled pod?
+#[must_use]
+pub const fn is_agent_port(port: u16) -> bool {
+    matches!(port, OUTBOUND_PORT | PLAINTEXT_PORT | TUNNEL_PORT | DNS_PORT)
+        || (port >= OUTBOUND_V6_EXTRA.0 && port <= OUTBOUND_V6_EXTRA.1)
+}
+
+/// An IPv6 address, or an IPv4 address as `::ffff:a.b.c.d`, in network byte order.
+pub type Address = [u8; 16];
+
+/// First 12 bytes of an IPv4 address written as [`Address`].
+pub const V4_MAPPED_PREFIX: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff];
+
+/// What the programs need to know of one enrolled pod. Value of `PODS` (by namespace cookie, for cgroup hooks)
+/// and of `PODS_BY_ID` (for tc programs, which cannot read the cookie on every supported kernel).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PodConfig {
+    /// The agent's number for the pod; stable while the pod is enrolled, also across agent restarts. Never 0.
+    pub pod_id: u32,
+    /// `POD_*` flags.
+    pub flags: u32,
+    /// What `getsockname` answers on captured IPv4 sockets bound to loopback; all zero when the pod has none.
+    pub addr4: Address,
+    /// The same for IPv6.
+    pub addr6: Address,
+}
+
+/// Inbound plaintext is refused unless a port rule says otherwise.
+pub const POD_STRICT: u32 = 1 << 0;
+/// Every TCP destination is captured, not only mesh addresses.
+pub const POD_CAPTURE_ALL: u32 = 1 << 1;
+
+/// Value of the `MESH` trie (key: an [`Address`]; 96 is added to IPv4 prefix lengths).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MeshEntry {
+    /// `MESH_*` flags; 0 makes a hole in a shorter prefix.
+    pub flags: u32,
+}
+
+/// Connections to addresses under this prefix are captured and guarded.
+pub const MESH_CAPTURE: u32 = 1 << 0;
+
+/// Key of the `EXCLUDED_CIDRS` trie: pod id in network byte order, then the address.
+/// A pod's own entries have prefix length 32 + n (IPv4: 32 + 96 + n).
+pub type ExcludeKey = [u8; 20];
+
+/// Key of `PORT_RULES`. Pod id 0 holds rules for every pod; a pod's own rule wins.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PortKey {
+    /// [`PodConfig::pod_id`], or 0 for all pods.
+    pub pod_id: u32,
+    /// Destination port, host byte order.
+    pub port: u16,
+    /// [`DIRECTION_OUTBOUND`] or [`DIRECTION_INBOUND`].
+    pub direction: u16,
+}
+
+/// A connection the pod makes.
+pub const DIRECTION_OUTBOUND: u16 = 0;
+/// A connection made to the pod.
+pub const DIRECTION_INBOUND: u16 = 1;
+
+/// Value of `PORT_RULES`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PortRule {
+    /// `PORT_*`.
+    pub action: u32,
+}
+
+/// The port is none of ours: outbound not captured nor guarded, inbound plaintext passed.
+pub const PORT_EXCLUDED: u32 = 1;
+/// Inbound plaintext passes.
+pub const PORT_PERMISSIVE: u32 = 2;
+/// Inbound plaintext is dropped.
+pub const PORT_STRICT: u32 = 3;
+/// Inbound plaintext is handed to the agent's listener on [`PLAINTEXT_PORT`].
+pub const PORT_ASSIGN: u32 = 4;
+
+/// Per-socket state in `SOCKETS` (socket storage): it lives and dies with the socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketState {
+    /// `SOCKET_*` flags.
+    pub flags: u32,
+    /// Original destination port, host byte order.
+    pub port: u16,
+    /// Zero.
+    pub _pad: u16,
+    /// Original destination address.
+    pub addr: Address,
+}
+
+/// The socket is the agent's own. Set only through the descriptor, so no pod can claim it.
+pub const SOCKET_AGENT: u32 = 1 << 0;
+/// The socket's destination was rewritten; `addr` and `port` hold the original.
+pub const SOCKET_CAPTURED: u32 = 1 << 1;
+
+/// Key of `FLOWS`: a captured connection as the agent's `accept` sees it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    /// Cookie of the pod's network namespace.
+    pub netns: u64,
+    /// The application's end.
+    pub client: Address,
+    /// The rewritten destination: the agent's listener.
+    pub listener: Address,
+    /// The application's port, host byte order.
+    pub client_port: u16,
+    /// The listener's port, host byte order.
+    pub listener_port: u16,
+    /// Zero.
+    pub _pad: u32,
+}
+
+/// Value of `FLOWS`: where the application wanted to go.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OriginalDestination {
+    /// Cookie of the application's socket.
+    pub cookie: u64,
+    /// Destination as dialled.
+    pub addr: Address,
+    /// Destination port, host byte order.
+    pub port: u16,
+    /// Zero.
+    pub _pad: [u16; 3],
+}
+
+/// Something a program refused or could not do, sent through the `EVENTS` ring buffer. The ring may drop
+/// events under load; `COUNTERS` never do.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Event {
+    /// One of the [`Counter`] numbers: what happened.
+    pub kind: u32,
+    /// The pod concerned, 0 when unknown.
+    pub pod_id: u32,
+    /// Source address.
+    pub src: Address,
+    /// Destination address.
+    pub dst: Address,
+    /// Source port, host byte order.
+    pub src_port: u16,
+    /// Destination port, host byte order.
+    pub dst_port: u16,
+    /// Zero.
+    pub _pad: u32,
+}
+
+/// Indices of `COUNTERS`, a per-CPU array of `u64`.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counter {
+    /// `connect()` rewritten to the agent.
+    Captured = 0,
+    /// `connect()` refused because per-socket state could not be stored.
+    RefusedNoStorage = 1,
+    /// A captured flow could not be recorded (`FLOWS` full); the agent resets it.
+    RefusedFlowsFull = 2,
+    /// Egress guard: SYN to a mesh address from a socket that is not the agent's.
+    GuardDropped = 3,
+    /// Egress guard: packet to a mesh address that could not be parsed far enough to be judged.
+    GuardUnparsable = 4,
+    /// Inbound: plaintext SYN dropped under STRICT.
+    InboundStrictDropped = 5,
+    /// Inbound: packet for one of the agent's private ports from outside.
+    InboundAgentPort = 6,
+    /// Inbound: non-SYN without a connected socket, under STRICT.
+    InboundNoSocket = 7,
+    /// Later fragment of a TCP packet, or a first one without a whole TCP header.
+    FragmentDropped = 8,
+    /// Inbound: SYN handed to the plaintext listener.
+    InboundAssigned = 9,
+    /// Inbound: SYN should have been handed over but no listener was there; dropped.
+    InboundAssignFailed = 10,
+    /// Abandoned flows removed before the agent accepted them.
+    FlowsAbandoned = 11,
+}
+
+/// Number of [`Counter`]s.
+pub const COUNTERS: u32 = 12;
+
+impl Counter {
+    /// All counters with their metric names, in index order.
+    pub const ALL: [(Counter, &'static str); COUNTERS as usize] = [
+        (Counter::Captured, "captured"),
+        (Counter::RefusedNoStorage, "refused_no_storage"),
+        (Counter::RefusedFlowsFull, "refused_flows_full"),
+        (Counter::GuardDropped, "guard_dropped"),
+        (Counter::GuardUnparsable, "guard_unparsable"),
+        (Counter::InboundStrictDropped, "inbound_strict_dropped"),
+        (Counter::InboundAgentPort, "inbound_agent_port"),
+        (Counter::InboundNoSocket, "inbound_no_socket"),
+        (Counter::FragmentDropped, "fragment_dropped"),
+        (Counter::InboundAssigned, "inbound_assigned"),
+        (Counter::InboundAssignFailed, "inbound_assign_failed"),
+        (Counter::FlowsAbandoned, "flows_abandoned"),
+    ];
+}
+
+/// Sizes of the maps, in entries unless said otherwise. Hash maps are not preallocated.
+pub mod capacity {
+    /// `PODS`, `PODS_BY_ID`: enrolled pods on a node.
+    pub const PODS: usize = 4096;
+    /// `MESH`: mesh addresses, VIPs and captured CIDRs.
+    pub const MESH: usize = 262_144;
+    /// `EXCLUDED_CIDRS`.
+    pub const EXCLUDED_CIDRS: usize = 65_536;
+    /// `PORT_RULES`.
+    pub const PORT_RULES: usize = 65_536;
+    /// `FLOWS`: connections between `connect` and the agent's `accept`.
+    pub const FLOWS: usize = 262_144;
+    /// `EVENTS`, in bytes; a power of two and a multiple of the page size.
+    pub const EVENTS_BYTES: usize = 256 * 1024;
+}
+
+/// Names of the programs in the object, as user space finds them.
+pub mod programs {
+    /// Outbound capture, IPv4 sockets.
+    pub const CONNECT4: &str = "up_connect4";
+    /// Outbound capture, IPv6 sockets, v4-mapped destinations included.
+    pub const CONNECT6: &str = "up_connect6";
+    /// Original destination for `getpeername`, IPv4.
+    pub const GETPEERNAME4: &str = "up_peername4";
+    /// Original destination for `getpeername`, IPv6.
+    pub const GETPEERNAME6: &str = "up_peername6";
+    /// Pod address for `getsockname`, IPv4.
+    pub const GETSOCKNAME4: &str = "up_sockname4";
+    /// Pod address for `getsockname`, IPv6.
+    pub const GETSOCKNAME6: &str = "up_sockname6";
+    /// Re-keys captured connections by 4-tuple.
+    pub const SOCKOPS: &str = "up_sockops";
+    /// tc egress guard for Ethernet interfaces.
+    pub const GUARD: &str = "up_guard";
+    /// tc egress guard for interfaces without a link-layer header.
+    pub const GUARD_L3: &str = "up_guard_l3";
+    /// tc ingress program for Ethernet interfaces.
+    pub const INBOUND: &str = "up_inbound";
+    /// tc ingress program for interfaces without a link-layer header.
+    pub const INBOUND_L3: &str = "up_inbound_l3";
+}
+
+/// Name of the read-only global that tells a tc program whose pod it guards; the loader sets it per pod.
+pub const POD_ID_GLOBAL: &str = "POD_ID";
+
+#[cfg(feature = "user")]
+mod pod {
+    //! Invariant of every impl below: `repr(C)`, no padding, valid for any bit pattern.
+    #![allow(clippy::undocumented_unsafe_blocks)] // stated once above for all of them
+    unsafe impl aya::Pod for super::PodConfig {}
+    unsafe impl aya::Pod for super::MeshEntry {}
+    unsafe impl aya::Pod for super::PortKey {}
+    unsafe impl aya::Pod for super::PortRule {}
+    unsafe impl aya::Pod for super::SocketState {}
+    unsafe impl aya::Pod for super::FlowKey {}
+    unsafe impl aya::Pod for super::OriginalDestination {}
+}
