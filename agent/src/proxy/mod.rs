@@ -1,1 +1,99 @@
-//! Ties capture, tunnel and relay together: one accept loop per listener of an enrolled pod.
+//! Ties capture, tunnel and relay together: accept loops per enrolled pod, and the decision what a connection becomes.
+//!
+//! [`reconcile`] turns mesh snapshots into enrolled pods, [`outbound`] and [`inbound`] carry one connection each from
+//! `accept` to the relay, [`route`] is the pure decision between them.
+
+mod accept;
+mod dial;
+mod inbound;
+mod outbound;
+mod reconcile;
+mod route;
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+pub use reconcile::{PodState, PodStatus, Reconciler};
+
+use crate::{
+    capture::{Capture, Pod},
+    identity::CertificateStore,
+    mesh::MeshStore,
+    relay::{ConnectionTable, Relay},
+    telemetry::Counters,
+    tunnel::TlsConfigs,
+};
+
+/// Bounds that keep one pod from starving another.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Longest TLS handshake, and longest wait for the PROXY header.
+    pub handshake: Duration,
+    /// Longest TCP connect to a peer or application.
+    pub connect: Duration,
+    /// Connections of one pod between `accept` and the relay, per direction.
+    pub pending_per_pod: usize,
+    /// Connections of one pod in all, both directions together.
+    pub connections_per_pod: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            handshake: Duration::from_secs(10),
+            connect: Duration::from_secs(10),
+            pending_per_pod: 1024,
+            connections_per_pod: 65_536,
+        }
+    }
+}
+
+/// What every connection needs; shared by all pods.
+pub struct Proxy {
+    /// Owner of the BPF maps.
+    pub capture: Arc<Capture>,
+    /// The mesh as it is now.
+    pub mesh: Arc<MeshStore>,
+    /// Certificates of local identities.
+    pub certificates: Arc<CertificateStore>,
+    /// TLS configurations made of them.
+    pub tls: Arc<TlsConfigs>,
+    /// Where established connections go.
+    pub relay: Arc<Relay>,
+    /// All live connections.
+    pub table: Arc<ConnectionTable>,
+    /// What happened.
+    pub counters: Arc<Counters>,
+    /// Bounds.
+    pub limits: Limits,
+}
+
+/// A pod with its share of the limits.
+struct PodContext {
+    proxy: Arc<Proxy>,
+    pod: Arc<Pod>,
+    connections: Arc<Semaphore>,
+}
+
+/// What a connection holds on to until it ends.
+struct Held {
+    _pod: Arc<Pod>,
+    _slot: OwnedSemaphorePermit,
+}
+
+impl Proxy {
+    /// Starts the accept loops of a newly enrolled pod. They end when the pod is un-enrolled; its live connections do not.
+    pub fn attach(self: &Arc<Self>, pod: &Arc<Pod>) {
+        let Some(listeners) = pod.take_listeners() else { return };
+        let context = Arc::new(PodContext {
+            proxy: Arc::clone(self),
+            pod: Arc::clone(pod),
+            connections: Arc::new(Semaphore::new(self.limits.connections_per_pod)),
+        });
+        accept::run(&context, listeners.outbound, accept::Kind::Outbound);
+        accept::run(&context, listeners.tunnel, accept::Kind::Tunnel);
+        // Nothing is handed to the plaintext listener until a policy needs it; holding it open reserves the port.
+        accept::run(&context, listeners.plaintext, accept::Kind::Plaintext);
+    }
+}

@@ -1,0 +1,104 @@
+//! Accept loops with the per-pod bounds.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
+use tracing::{debug, warn};
+
+use super::{PodContext, inbound, outbound};
+use crate::telemetry::RefusalReason;
+
+/// How long a listener rests when the process is out of descriptors or memory: nothing signals their return.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
+
+/// What arrives on a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Captured connections of the pod's own programs.
+    Outbound,
+    /// Tunnels from peers.
+    Tunnel,
+    /// Plaintext handed over by the tc program.
+    Plaintext,
+}
+
+/// One loop per listener. All loops of a kind share the pod's bound on pending connections, so the kernel's backlog is
+/// where a flood waits, not the agent's memory.
+pub(super) fn run(context: &Arc<PodContext>, listeners: Vec<TcpListener>, kind: Kind) {
+    let pending = Arc::new(Semaphore::new(context.proxy.limits.pending_per_pod));
+    for listener in listeners {
+        tokio::spawn(accept_loop(Arc::clone(context), listener, kind, Arc::clone(&pending)));
+    }
+}
+
+async fn accept_loop(context: Arc<PodContext>, listener: TcpListener, kind: Kind, pending: Arc<Semaphore>) {
+    let unenrolled = context.pod.unenrolled();
+    tokio::pin!(unenrolled);
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = &mut unenrolled => return,
+            accepted = next(&listener, &pending) => accepted,
+        };
+        match accepted {
+            Ok((stream, peer, permit)) => admit(&context, kind, stream, peer, permit),
+            Err(e) if is_exhaustion(&e) => {
+                warn!(pod = %context.pod.key, error = %e, "cannot accept; raise the descriptor limit (LimitNOFILE)");
+                context.proxy.counters.refuse(RefusalReason::Resources);
+                tokio::time::sleep(EXHAUSTED_PAUSE).await;
+            }
+            // The peer gave up between SYN and accept; everything else here is per-connection too (accept(2)).
+            Err(e) => debug!(pod = %context.pod.key, error = %e, "accept"),
+        }
+    }
+}
+
+async fn next(
+    listener: &TcpListener,
+    pending: &Arc<Semaphore>,
+) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+    let permit = Arc::clone(pending).acquire_owned().await.expect("the semaphore is never closed");
+    let (stream, peer) = listener.accept().await?;
+    Ok((stream, peer, permit))
+}
+
+/// Starts the connection's task, or resets it when the pod has all the connections it may have.
+fn admit(context: &Arc<PodContext>, kind: Kind, stream: TcpStream, peer: SocketAddr, pending: OwnedSemaphorePermit) {
+    let Ok(slot) = Arc::clone(&context.connections).try_acquire_owned() else {
+        context.proxy.counters.refuse(RefusalReason::PodLimit);
+        debug!(pod = %context.pod.key, %peer, "refused: the pod has its maximum of connections");
+        reset(stream);
+        return;
+    };
+    let context = Arc::clone(context);
+    match kind {
+        Kind::Outbound => drop(tokio::spawn(async move {
+            outbound::serve(&context, stream, peer, slot).await;
+            drop(pending);
+        })),
+        Kind::Tunnel => drop(tokio::spawn(async move {
+            inbound::serve(&context, stream, peer, slot).await;
+            drop(pending);
+        })),
+        Kind::Plaintext => {
+            context.proxy.counters.refuse(RefusalReason::NoOriginalDestination);
+            debug!(pod = %context.pod.key, %peer, "refused: no policy sends plaintext to this listener");
+            reset(stream);
+        }
+    }
+}
+
+/// Closes with a reset, never with a clean end.
+pub(super) fn reset(stream: TcpStream) {
+    if let Err(e) = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)) {
+        debug!(error = %e, "setting SO_LINGER");
+    }
+    drop(stream);
+}
+
+fn is_exhaustion(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
+}

@@ -1,0 +1,151 @@
+//! A tunnel from a peer: handshake, PROXY header, checks, then the application.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::atomic::Ordering::Relaxed,
+};
+
+use rustls::AlertDescription;
+use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, time::timeout};
+use tracing::{debug, info};
+
+use super::{Held, PodContext, dial};
+use crate::{
+    relay::{DataPath, Direction, Job, NewConnection, Upstream},
+    telemetry::RefusalReason,
+    tunnel::{
+        Session, handshake,
+        native::{self, MAX_HEADER, Preamble},
+    },
+};
+
+/// Carries one tunnel connection from accept to the relay.
+pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketAddr, slot: OwnedSemaphorePermit) {
+    let proxy = &context.proxy;
+    let pod = &context.pod;
+    let refused = |reason: RefusalReason, detail: &dyn std::fmt::Display, identity: Option<&dyn std::fmt::Display>| {
+        proxy.counters.refuse(reason);
+        info!(
+            pod = %pod.key, %peer, %reason, %detail,
+            identity = identity.map(tracing::field::display),
+            "inbound connection refused"
+        );
+    };
+    let _ = proxy.certificates.wait_for(&pod.identity, proxy.limits.handshake).await;
+    let mut session = match timeout(proxy.limits.handshake, handshake::accept(stream, &proxy.tls, &pod.identity)).await {
+        Ok(Ok(session)) => session,
+        Ok(Err(e)) => return refused(e.reason(), &e, None),
+        Err(_) => return refused(RefusalReason::Deadline, &"TLS handshake", None),
+    };
+    let identity = session.info.peer.clone();
+    let preamble = match timeout(proxy.limits.handshake, read_preamble(&mut session)).await {
+        Ok(Ok(preamble)) => preamble,
+        Ok(Err((reason, detail))) => {
+            refused(reason, &detail, Some(&identity));
+            return session.refuse(AlertDescription::AccessDenied).await;
+        }
+        Err(_) => {
+            refused(RefusalReason::Deadline, &"PROXY header", Some(&identity));
+            return session.refuse(AlertDescription::AccessDenied).await;
+        }
+    };
+    let mesh = proxy.mesh.load();
+    let checked = match mesh.workload(&pod.key) {
+        Some(me) => native::check(&preamble, peer.ip(), me, &mesh).map(|port| (own_address(&preamble, &me.addresses), port)),
+        None => Err(RefusalReason::ProxyDestination),
+    };
+    let to = match checked {
+        Ok((Some(ip), port)) => SocketAddr::new(ip, port),
+        Ok((None, _)) => {
+            refused(RefusalReason::ProxyDestination, &"no address of that family", Some(&identity));
+            return session.refuse(AlertDescription::AccessDenied).await;
+        }
+        Err(reason) => {
+            let detail = format!("header says {} to {}", preamble.source, preamble.destination);
+            refused(reason, &detail, Some(&identity));
+            return session.refuse(AlertDescription::AccessDenied).await;
+        }
+    };
+    let application = match dial::application(pod, preamble.source.ip().to_canonical(), to, proxy.limits.connect).await {
+        Ok(stream) => stream,
+        Err(e) => {
+            refused(RefusalReason::UpstreamUnreachable, &format!("application at {to}: {e}"), Some(&identity));
+            return session.refuse(AlertDescription::InternalError).await;
+        }
+    };
+    hand_over(context, session, application, &preamble, to, slot);
+}
+
+/// Reads the header and leaves what follows it in `session.plaintext`.
+async fn read_preamble(session: &mut Session) -> Result<Preamble, (RefusalReason, String)> {
+    loop {
+        match native::decode(&session.plaintext) {
+            Ok(Some((preamble, length))) => {
+                session.plaintext.drain(..length);
+                return Ok(preamble);
+            }
+            Ok(None) => {}
+            Err(detail) => return Err((RefusalReason::ProxyHeader, detail)),
+        }
+        // A record may bring application bytes behind the header, so the limit is one record beyond the longest header.
+        match session.receive(MAX_HEADER + crate::tunnel::records::MAX_PLAINTEXT).await {
+            Ok(0) => return Err((RefusalReason::ProxyHeader, "the peer ended before its PROXY header was complete".into())),
+            Ok(_) => {}
+            Err(e) => return Err((e.reason(), e.to_string())),
+        }
+    }
+}
+
+/// Where the application is reached: the address dialled, or, behind a VIP, the pod's own one of the source's family (so that
+/// the transparent source fits).
+fn own_address(preamble: &Preamble, addresses: &[IpAddr]) -> Option<IpAddr> {
+    let dialled = preamble.destination.ip().to_canonical();
+    let v4 = preamble.source.ip().to_canonical().is_ipv4();
+    if addresses.contains(&dialled) && dialled.is_ipv4() == v4 {
+        return Some(dialled);
+    }
+    addresses.iter().find(|a| a.is_ipv4() == v4).copied()
+}
+
+fn hand_over(
+    context: &PodContext,
+    session: Session,
+    application: TcpStream,
+    preamble: &Preamble,
+    to: SocketAddr,
+    slot: OwnedSemaphorePermit,
+) {
+    let counters = &context.proxy.counters;
+    let application = match application.into_std() {
+        Ok(s) => s,
+        Err(e) => {
+            counters.refuse(RefusalReason::Resources);
+            debug!(pod = %context.pod.key, error = %e, "leaving the reactor");
+            return;
+        }
+    };
+    counters.tunnels_in.fetch_add(1, Relaxed);
+    if session.info.resumed {
+        counters.resumed.fetch_add(1, Relaxed);
+    }
+    let connection = context.proxy.table.add(NewConnection {
+        workload: context.pod.key.clone(),
+        pod_id: context.pod.id,
+        direction: Direction::Inbound,
+        source_identity: Some(session.info.peer.clone()),
+        destination_identity: Some(context.pod.identity.clone()),
+        source: preamble.source,
+        original_destination: preamble.destination,
+        upstream: to,
+        service: preamble.authority.as_deref().map(Into::into),
+        data_path: DataPath::User,
+        cipher: Some(session.info.cipher),
+        resumed: session.info.resumed,
+    });
+    context.proxy.relay.submit(Job {
+        application: application.into(),
+        upstream: Upstream::Tunnel(Box::new(session)),
+        connection,
+        guard: Box::new(Held { _pod: context.pod.clone(), _slot: slot }),
+    });
+}

@@ -1,0 +1,209 @@
+//! A connection an enrolled pod makes: from the captured socket to the relay.
+
+use std::{net::{IpAddr, SocketAddr}, sync::atomic::Ordering::Relaxed};
+
+use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, time::timeout};
+use tracing::{debug, info};
+
+use super::{
+    Held, PodContext, accept::reset,
+    dial,
+    route::{self, Plan, Target},
+};
+use crate::{
+    relay::{DataPath, Direction, Job, NewConnection, Upstream},
+    telemetry::RefusalReason,
+    tunnel::{Session, TunnelError, handshake, native},
+};
+
+/// Why a connection went nowhere.
+struct Refusal {
+    reason: RefusalReason,
+    detail: String,
+}
+
+impl Refusal {
+    fn new(reason: RefusalReason, detail: impl Into<String>) -> Self {
+        Self { reason, detail: detail.into() }
+    }
+}
+
+impl From<TunnelError> for Refusal {
+    fn from(e: TunnelError) -> Self {
+        Self::new(e.reason(), e.to_string())
+    }
+}
+
+/// Carries one captured connection; a refusal is a reset at the application.
+pub(super) async fn serve(context: &PodContext, app: TcpStream, client: SocketAddr, slot: OwnedSemaphorePermit) {
+    let counters = &context.proxy.counters;
+    let Some(destination) = original_destination(context, &app, client) else {
+        counters.refuse(RefusalReason::NoOriginalDestination);
+        debug!(pod = %context.pod.key, %client, "reset: nobody's connect() was captured for this connection");
+        return reset(app);
+    };
+    let result = match route::plan(&context.proxy.mesh.load(), destination) {
+        Ok(plan) => connect_first(context, &plan, client, destination).await.map(|(up, target)| (up, target, plan)),
+        Err(reason) => Err(Refusal::new(reason, "no route")),
+    };
+    match result {
+        Ok((upstream, target, plan)) => hand_over(context, app, client, destination, upstream, &target, plan, slot),
+        Err(Refusal { reason, detail }) => {
+            counters.refuse(reason);
+            info!(
+                pod = %context.pod.key, identity = %context.pod.identity, %destination, %reason, %detail,
+                "outbound connection refused"
+            );
+            reset(app);
+        }
+    }
+}
+
+fn original_destination(context: &PodContext, app: &TcpStream, client: SocketAddr) -> Option<SocketAddr> {
+    let listener = app.local_addr().ok()?;
+    // The wildcard listener also sees what was not sent over loopback; only the hooks' rewritten addresses count.
+    if !listener.ip().to_canonical().is_loopback() {
+        return None;
+    }
+    context.proxy.capture.take_original_destination(&context.pod, client, listener)
+}
+
+/// Tries the plan's targets in order. Nothing of the application's has been read yet, so a second try is safe.
+async fn connect_first(
+    context: &PodContext,
+    plan: &Plan,
+    client: SocketAddr,
+    original: SocketAddr,
+) -> Result<(Upstream, Target), Refusal> {
+    let mut last = Refusal::new(RefusalReason::NoEndpoint, "no endpoint");
+    for (i, target) in plan.targets.iter().enumerate() {
+        if i > 0 {
+            context.proxy.counters.retries.fetch_add(1, Relaxed);
+        }
+        match connect(context, plan, target, client, original).await {
+            Ok(upstream) => return Ok((upstream, target.clone())),
+            Err(e) => {
+                debug!(pod = %context.pod.key, ?target, reason = %e.reason, detail = %e.detail, "target failed");
+                last = e;
+            }
+        }
+    }
+    Err(last)
+}
+
+async fn connect(
+    context: &PodContext,
+    plan: &Plan,
+    target: &Target,
+    client: SocketAddr,
+    original: SocketAddr,
+) -> Result<Upstream, Refusal> {
+    let limits = &context.proxy.limits;
+    let pod = &context.pod;
+    let unreachable = |to: SocketAddr| {
+        move |e: std::io::Error| Refusal::new(RefusalReason::UpstreamUnreachable, format!("connecting to {to}: {e}"))
+    };
+    match target {
+        Target::Plain(to) => {
+            let stream =
+                dial::upstream(pod, bound_source(client, *to), *to, limits.connect).await.map_err(unreachable(*to))?;
+            let io = |e: std::io::Error| Refusal::new(RefusalReason::Resources, format!("leaving the reactor: {e}"));
+            Ok(Upstream::Plain(stream.into_std().map_err(io)?.into()))
+        }
+        Target::Tunnel { identity, destination } => {
+            if context.proxy.certificates.wait_for(&pod.identity, limits.handshake).await.is_none() {
+                return Err(Refusal::new(RefusalReason::NoCertificate, format!("{} has no valid certificate", pod.identity)));
+            }
+            let to = SocketAddr::new(destination.ip(), underpass_abi::TUNNEL_PORT);
+            let from = bound_source(client, to);
+            let stream = dial::upstream(pod, from, to, limits.connect).await.map_err(unreachable(to))?;
+            let source_ip = stream.local_addr().map_err(unreachable(to))?.ip();
+            let preamble = native::Preamble {
+                source: SocketAddr::new(source_ip, client.port()),
+                destination: *destination,
+                authority: plan.service.as_deref().map(ToOwned::to_owned),
+                unique_id: Some(rand::random::<[u8; 16]>().to_vec()),
+            };
+            let _ = original;
+            let establish = async {
+                let mut session = handshake::connect(stream, &context.proxy.tls, &pod.identity, identity).await?;
+                session.send(&native::encode(&preamble)).await?;
+                Ok::<Session, TunnelError>(session)
+            };
+            match timeout(limits.handshake, establish).await {
+                Ok(session) => Ok(Upstream::Tunnel(Box::new(session?))),
+                Err(_) => Err(Refusal::new(
+                    RefusalReason::Deadline,
+                    format!("no handshake with {to} within {:?}", limits.handshake),
+                )),
+            }
+        }
+    }
+}
+
+/// The address the application bound before it connected, if it did: a captured connection otherwise comes from loopback.
+fn bound_source(client: SocketAddr, to: SocketAddr) -> Option<IpAddr> {
+    let ip = client.ip().to_canonical();
+    (!ip.is_loopback() && ip.is_ipv4() == to.is_ipv4()).then_some(ip)
+}
+
+#[expect(clippy::too_many_arguments, reason = "the one place where everything known about a connection comes together")]
+fn hand_over(
+    context: &PodContext,
+    app: TcpStream,
+    client: SocketAddr,
+    destination: SocketAddr,
+    upstream: Upstream,
+    target: &Target,
+    plan: Plan,
+    slot: OwnedSemaphorePermit,
+) {
+    let counters = &context.proxy.counters;
+    let (peer, to, data_path) = match target {
+        Target::Tunnel { identity, destination } => (
+            Some(identity.clone()),
+            SocketAddr::new(destination.ip(), underpass_abi::TUNNEL_PORT),
+            DataPath::User,
+        ),
+        Target::Plain(to) => (None, *to, DataPath::Plain),
+    };
+    let (cipher, resumed) = match &upstream {
+        Upstream::Tunnel(s) => (Some(s.info.cipher), s.info.resumed),
+        Upstream::Plain(_) => (None, false),
+    };
+    let application = match app.into_std() {
+        Ok(s) => s,
+        Err(e) => {
+            counters.refuse(RefusalReason::Resources);
+            debug!(pod = %context.pod.key, error = %e, "leaving the reactor");
+            return;
+        }
+    };
+    match data_path {
+        DataPath::Plain => counters.passthrough.fetch_add(1, Relaxed),
+        _ => counters.tunnels_out.fetch_add(1, Relaxed),
+    };
+    if resumed {
+        counters.resumed.fetch_add(1, Relaxed);
+    }
+    let connection = context.proxy.table.add(NewConnection {
+        workload: context.pod.key.clone(),
+        pod_id: context.pod.id,
+        direction: Direction::Outbound,
+        source_identity: Some(context.pod.identity.clone()),
+        destination_identity: peer,
+        source: client,
+        original_destination: destination,
+        upstream: to,
+        service: plan.service,
+        data_path,
+        cipher,
+        resumed,
+    });
+    context.proxy.relay.submit(Job {
+        application: application.into(),
+        upstream,
+        connection,
+        guard: Box::new(Held { _pod: context.pod.clone(), _slot: slot }),
+    });
+}

@@ -1,0 +1,150 @@
+//! Keeps the enrolled pods equal to what the mesh says about this node.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures_util::{StreamExt as _, stream};
+use serde::Serialize;
+use tracing::{error, info, warn};
+
+use super::Proxy;
+use crate::mesh::{Snapshot, SpiffeId, Workload, WorkloadKey};
+
+/// A pod can be refused for reasons that no event announces (a process in the wrong cgroup, a port in use), so it
+/// is tried again this often.
+const RETRY_REFUSED: Duration = Duration::from_secs(5);
+/// Pods enrolled side by side; the work is system calls in namespaces, so a few are enough.
+const ENROL_PARALLEL: usize = 4;
+
+/// How a pod of this node stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+pub enum PodState {
+    /// Captured and listening.
+    Enrolled {
+        /// Its number in the BPF maps.
+        pod_id: u32,
+    },
+    /// Not in the mesh, and why.
+    Refused {
+        /// For people.
+        reason: String,
+    },
+}
+
+/// A pod of this node, for `status`.
+#[derive(Debug, Clone)]
+pub struct PodStatus {
+    /// Which workload.
+    pub key: WorkloadKey,
+    /// Its identity.
+    pub identity: SpiffeId,
+    /// Its namespace.
+    pub netns: PathBuf,
+    /// How it stands.
+    pub state: PodState,
+}
+
+/// Enrols and un-enrols pods as snapshots come.
+pub struct Reconciler {
+    proxy: Arc<Proxy>,
+    prepare: Box<dyn Fn(&Snapshot) + Send + Sync>,
+    states: Mutex<BTreeMap<WorkloadKey, PodStatus>>,
+}
+
+impl Reconciler {
+    /// `prepare` sees every snapshot before its pods are enrolled: issuers that are configured per workload hook in there.
+    pub fn new(proxy: Arc<Proxy>, prepare: Box<dyn Fn(&Snapshot) + Send + Sync>) -> Arc<Self> {
+        Arc::new(Self { proxy, prepare, states: Mutex::default() })
+    }
+
+    /// How every pod of this node stands.
+    pub fn pods(&self) -> Vec<PodStatus> {
+        self.states().values().cloned().collect()
+    }
+
+    /// Follows the mesh until dropped. [`Self::reconcile`] has been called once before.
+    pub async fn run(self: Arc<Self>) {
+        let mut generations = self.proxy.mesh.subscribe();
+        loop {
+            let refused = self.states().values().any(|p| matches!(p.state, PodState::Refused { .. }));
+            tokio::select! {
+                changed = generations.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(RETRY_REFUSED), if refused => {}
+            }
+            self.reconcile().await;
+        }
+    }
+
+    /// Makes the node what the current snapshot says. A pod that cannot be enrolled does not keep others from it.
+    pub async fn reconcile(&self) {
+        let snapshot = self.proxy.mesh.load();
+        (self.prepare)(&snapshot);
+        self.proxy.certificates.want(snapshot.local_identities());
+        // Addresses before pods: a pod must not be enrolled with its peers' addresses still uncaptured.
+        if let Err(e) = self.proxy.capture.apply(&snapshot) {
+            error!(error = %e, "the configuration cannot be put into the BPF maps; the previous one stays in force");
+            return;
+        }
+        self.remove_stale(&snapshot).await;
+        let workloads: Vec<Arc<Workload>> = snapshot.local_workloads().cloned().collect();
+        stream::iter(workloads).for_each_concurrent(ENROL_PARALLEL, |workload| async move { self.enrol(&workload).await }).await;
+    }
+
+    /// Gives every pod plain traffic back.
+    pub async fn unenrol_all(&self) {
+        for pod in self.proxy.capture.pods() {
+            self.proxy.capture.unenroll(&pod.key).await;
+        }
+        self.states().clear();
+    }
+
+    async fn remove_stale(&self, snapshot: &Snapshot) {
+        for pod in self.proxy.capture.pods() {
+            let kept = snapshot.workload(&pod.key).is_some_and(|w| {
+                w.identity == pod.identity && w.local.as_ref().is_some_and(|l| l.netns == pod.netns)
+            });
+            if !kept {
+                info!(pod = %pod.key, "un-enrolling");
+                self.proxy.capture.unenroll(&pod.key).await;
+            }
+        }
+        let local: BTreeSet<_> = snapshot.local_workloads().map(|w| w.key.clone()).collect();
+        self.states().retain(|key, _| local.contains(key));
+    }
+
+    async fn enrol(&self, workload: &Workload) {
+        let Some(local) = &workload.local else { return };
+        let state = match self.proxy.capture.enroll(workload).await {
+            Ok(pod) => {
+                self.proxy.attach(&pod);
+                PodState::Enrolled { pod_id: pod.id }
+            }
+            Err(e) => PodState::Refused { reason: e.to_string() },
+        };
+        let status = PodStatus {
+            key: workload.key.clone(),
+            identity: workload.identity.clone(),
+            netns: local.netns.clone(),
+            state: state.clone(),
+        };
+        let before = self.states().insert(workload.key.clone(), status);
+        // Said once per change, not once per retry.
+        if before.is_none_or(|b| b.state != state) {
+            match &state {
+                PodState::Enrolled { pod_id } => {
+                    info!(pod = %workload.key, identity = %workload.identity, pod_id, "enrolled");
+                }
+                PodState::Refused { reason } => warn!(pod = %workload.key, %reason, "not enrolled; will be tried again"),
+            }
+        }
+    }
+
+    fn states(&self) -> std::sync::MutexGuard<'_, BTreeMap<WorkloadKey, PodStatus>> {
+        self.states.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
