@@ -1,0 +1,171 @@
+//! Attempts to get plaintext out of an enrolled pod, or in under STRICT. The sniffer's control is `http_with_keep_alive…` and the
+//! control capture at the start of each test here.
+
+use std::{path::Path, time::Duration};
+
+use anyhow::{Result, ensure};
+use testbed::{Mode, Pod, Process, app_path};
+
+use crate::world::{MARKER, Stage, World, app, app_error, assert_plaintext_seen, at, counter, eventually, serve, sniff, wait_counter};
+
+/// How long a client waits whose SYN is dropped.
+const DROPPED: &str = "3";
+
+/// Runs `testbed-app request` in the pod's network namespace but outside of its cgroup.
+fn from_outside_the_cgroup(pod: &Pod, arguments: &[&str]) -> Result<testbed::Output> {
+    Process::spawn(pod.command_outside_cgroup(app_path()?).args(arguments))?.output(Duration::from_secs(60))
+}
+
+#[test]
+fn mptcp_nested_namespaces_foreign_cgroups_marks_and_second_interfaces_do_not_leak() -> Result<()> {
+    let stage = Stage::new("bypass")?;
+    let nested = stage.client.nested("inner")?;
+    let _echo = serve(&stage.server, 8080, &[])?;
+    let to = at(stage.server.ipv4(), 8080);
+    let to6 = at(stage.server.ipv6(), 8080);
+    // Controls: every one of these ways works, in plaintext, before the pods are enrolled.
+    let sniffer = sniff(&stage.bed)?;
+    app(&stage.client, &["request", &to, "--mptcp", "--line", MARKER])?;
+    app(&nested, &["request", &to, "--line", MARKER])?;
+    app(&nested, &["request", &to6, "--line", MARKER])?;
+    from_outside_the_cgroup(&stage.client, &["request", &to, "--line", MARKER])?.success()?;
+    assert_plaintext_seen(&sniffer.stop()?)?;
+
+    // A process outside of the cgroup at enrolment would be refused, so it comes later.
+    let world = stage.start()?;
+    // An interface added after enrolment, straight into the server's network.
+    let (second, _) = world.client.add_interface("eth1", world.bed.node("b"))?;
+    let dropped = counter(&world.a, "bpf.guard_dropped")?;
+    let sniffer = world.sniff()?;
+    let bridge = testbed::Sniffer::start(world.bed.node("b").namespace(), &testbed::SnifferOptions::markers([MARKER]))?;
+    let attempt = ["--timeout", DROPPED, "--line", MARKER];
+    let line = |first: &[&'static str], to: &str| -> Vec<String> {
+        ["request", to].iter().chain(first).chain(&attempt).map(|s| (*s).to_owned()).collect()
+    };
+    let refs = |v: &'_ [String]| v.iter().map(String::as_str).map(ToOwned::to_owned).collect::<Vec<_>>();
+    let _ = refs;
+    // Captured or dropped, never plaintext: whether MPTCP reaches the connect hook depends on the kernel.
+    let mptcp = line(&["--mptcp"], &to);
+    let _ = world.client.app(&mptcp.iter().map(String::as_str).collect::<Vec<_>>())?.output(Duration::from_secs(60))?;
+    for to in [&to, &to6] {
+        let arguments = line(&[], to);
+        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+        app_error(&nested, &arguments)?;
+        let output = from_outside_the_cgroup(&world.client, &arguments)?;
+        ensure!(!output.status.success(), "a process outside of the cgroup got through");
+    }
+    // The agent's mark is no passport.
+    let marked = line(&["--mark", "0x539"], &to);
+    let marked: Vec<_> = marked.iter().map(String::as_str).collect();
+    ensure!(!from_outside_the_cgroup(&world.client, &marked)?.status.success(), "the mark let plaintext out");
+    // Over the second interface.
+    let source = second.to_string();
+    let bound = ["request", &to, "--bind", &source, "--timeout", DROPPED, "--line", MARKER];
+    ensure!(!from_outside_the_cgroup(&world.client, &bound)?.status.success(), "the second interface is not guarded");
+    for capture in [sniffer.stop()?, bridge.stop()?] {
+        ensure!(capture.marker_hits == 0, "plaintext: {capture:?}");
+    }
+    wait_counter(&world.a, "bpf.guard_dropped", dropped + 6)?;
+    // The pod's own programs work over the second interface too.
+    app(&world.client, &["request", &to, "--line", MARKER])?;
+    Ok(())
+}
+
+#[test]
+fn strict_drops_plaintext_and_serves_the_mesh() -> Result<()> {
+    let mut stage = Stage::new("strict")?;
+    let outsider = stage.bed.node("a").pod("outsider")?;
+    stage.mesh.workload("server").mode = Some(Mode::Strict);
+    stage.mesh.workload("server").ports = vec![testbed::PortMode { port: 8081, mode: Mode::Permissive }];
+    let world = stage.start()?;
+    let _strict = world.serve(&world.server, 8080, &[])?;
+    let _open = world.serve(&world.server, 8081, &[])?;
+    for ip in [world.server.ipv4().to_string(), format!("[{}]", world.server.ipv6())] {
+        let to = format!("{ip}:8080");
+        ensure!(app_error(&outsider, &["request", &to, "--timeout", DROPPED])? == "timeout", "plaintext under STRICT");
+        app(&outsider, &["request", &format!("{ip}:8081")])?;
+        app(&world.client, &["request", &to])?;
+        // The agent's private ports are not reachable from outside.
+        for port in [15001, 15006, 15053] {
+            let error = app_error(&outsider, &["request", &format!("{ip}:{port}"), "--timeout", DROPPED])?;
+            ensure!(error == "timeout", "{port}: {error}");
+        }
+    }
+    ensure!(counter(&world.b, "bpf.inbound_strict_dropped")? >= 2, "{}", world.b.counters()?);
+    // The STRICT pod's own connections out of the mesh still get their answers.
+    let _outside = serve(&outsider, 9090, &[])?;
+    app(&world.server, &["request", &at(outsider.ipv4(), 9090)])?;
+    Ok(())
+}
+
+#[test]
+fn switching_to_strict_destroys_admitted_plaintext_and_nothing_else() -> Result<()> {
+    let mut stage = Stage::new("switch")?;
+    let outsider = stage.bed.node("a").pod("outsider")?;
+    stage.mesh.workload("server").mode = Some(Mode::Permissive);
+    let mut world = stage.start()?;
+    let _echo = world.serve(&world.server, 8080, &[])?;
+    let to = at(world.server.ipv4(), 8080);
+    let plaintext = outsider.app(&["expect-reset", &to])?;
+    plaintext.wait_json("established", Duration::from_secs(10))?;
+    let tunnelled = world.client.app(&["hold", &to, "--count", "5", "--exchange"])?;
+    let held = tunnelled.wait_json("held", Duration::from_secs(20))?;
+    ensure!(held["held"] == 5, "{held}");
+    world.mesh.workload("server").mode = Some(Mode::Strict);
+    world.reload()?;
+    let output = plaintext.output(Duration::from_secs(10))?;
+    ensure!(output.status.success(), "the plaintext connection was not reset: {}", output.stdout);
+    let alive = tunnelled.output(Duration::from_secs(20))?.last_json()?;
+    ensure!(alive["alive"] == 5, "tunnelled connections died too: {alive}");
+    Ok(())
+}
+
+#[test]
+fn a_pod_that_holds_the_agents_ports_is_refused_clearly() -> Result<()> {
+    let stage = Stage::new("taken")?;
+    let _holder = serve(&stage.client, 15001, &[])?;
+    let _other = serve(&stage.server, 15008, &[])?;
+    let (mesh, bed) = (stage.mesh, stage.bed);
+    for (node, pod, port) in [("a", "client", "15001"), ("b", "server", "15008")] {
+        let options = testbed::AgentOptions { ready_within: None, ..Default::default() };
+        let agent = testbed::Agent::start(bed.node(node), &testbed::underpass_path()?, &mesh.document(bed.node(node)), options)?;
+        eventually(Duration::from_secs(20), || {
+            let status = agent.status()?;
+            let text = status["pods"].to_string();
+            ensure!(text.contains("refused") && text.contains(port) && text.contains(pod), "{status}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_pod_outside_of_the_attach_point_is_refused_clearly() -> Result<()> {
+    let stage = Stage::new("cgroup")?;
+    let listen = at(stage.client.ipv4(), 7000);
+    let outside = Process::spawn(stage.client.command_outside_cgroup(app_path()?).args(["serve", &listen]))?;
+    outside.wait_json("listening", Duration::from_secs(10))?;
+    let options = testbed::AgentOptions { ready_within: None, ..Default::default() };
+    let node = stage.bed.node("a");
+    let agent = testbed::Agent::start(node, &testbed::underpass_path()?, &stage.mesh.document(node), options)?;
+    eventually(Duration::from_secs(20), || {
+        let text = agent.status()?["pods"].to_string();
+        ensure!(text.contains("refused") && text.contains("cgroup") && text.contains(&outside.pid().to_string()), "{text}");
+        Ok(())
+    })?;
+    // And it is taken in as soon as the reason is gone.
+    outside.kill()?;
+    agent.wait_ready(Duration::from_secs(20))
+}
+
+#[test]
+fn dialling_the_outbound_listener_directly_is_a_reset() -> Result<()> {
+    let world = World::new("direct")?;
+    for to in ["127.0.0.1:15001", "[::1]:15001", "[::1]:15103"] {
+        let error = app_error(&world.client, &["request", to])?;
+        ensure!(error == "ECONNRESET", "{to}: {error}");
+    }
+    wait_counter(&world.a, "refused.no-original-destination", 3)?;
+    ensure!(Path::new(&world.a.pin_root()).exists());
+    Ok(())
+}

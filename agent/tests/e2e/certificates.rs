@@ -1,0 +1,157 @@
+//! Certificates good and bad, and openssl as a peer that is not Underpass.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+};
+use testbed::{Pod, Process, Testbed};
+use time::OffsetDateTime;
+
+use crate::world::{Stage, app, app_error, at, wait_counter};
+
+/// Signs certificates with the testbed's CA, or with one that nobody trusts.
+pub struct Forge {
+    dir: PathBuf,
+    certificate: String,
+    key: String,
+}
+
+/// What a leaf says.
+pub struct Leaf {
+    pub sans: Vec<SanType>,
+    pub usages: Vec<ExtendedKeyUsagePurpose>,
+    pub valid: (i64, i64),
+}
+
+/// PEM files.
+pub struct Files {
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+    pub roots: PathBuf,
+}
+
+impl Leaf {
+    /// What the agents' own CA would sign for service account `account`.
+    pub fn good(account: &str) -> Self {
+        Self::uri(&format!("spiffe://cluster.local/ns/default/sa/{account}"))
+    }
+
+    pub fn uri(uri: &str) -> Self {
+        Self {
+            sans: vec![SanType::URI(uri.try_into().expect("ASCII"))],
+            usages: vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth],
+            valid: (-60, 3600),
+        }
+    }
+}
+
+impl Forge {
+    /// With the CA that the agents of this testbed share; an agent has to have run.
+    pub fn of(bed: &Testbed) -> Result<Self> {
+        let dir = bed.dir().join("ca");
+        let read = |name: &str| fs::read_to_string(dir.join(name)).with_context(|| format!("reading {name} of the CA"));
+        Ok(Self { certificate: read("ca.crt")?, key: read("ca.key")?, dir: bed.dir().to_path_buf() })
+    }
+
+    /// With a CA of its own.
+    pub fn foreign(dir: &Path) -> Result<Self> {
+        let key = KeyPair::generate()?;
+        let mut ca = CertificateParams::default();
+        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        ca.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        ca.distinguished_name.push(DnType::CommonName, "another CA");
+        Ok(Self { certificate: ca.self_signed(&key)?.pem(), key: key.serialize_pem(), dir: dir.to_path_buf() })
+    }
+
+    pub fn leaf(&self, leaf: &Leaf) -> Result<Files> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let issuer = Issuer::from_ca_cert_pem(&self.certificate, KeyPair::from_pem(&self.key)?)?;
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params.subject_alt_names.clone_from(&leaf.sans);
+        params.extended_key_usages.clone_from(&leaf.usages);
+        let now = OffsetDateTime::now_utc();
+        params.not_before = now + time::Duration::seconds(leaf.valid.0);
+        params.not_after = now + time::Duration::seconds(leaf.valid.1);
+        let certificate = params.signed_by(&key, &issuer)?.pem();
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let write = |name: &str, text: &str| -> Result<PathBuf> {
+            let path = self.dir.join(format!("forged-{number}.{name}"));
+            fs::write(&path, text)?;
+            Ok(path)
+        };
+        Ok(Files { certificate: write("crt", &certificate)?, key: write("key", &key.serialize_pem())?, roots: write("roots", &self.certificate)? })
+    }
+}
+
+/// openssl as a client of `server`'s tunnel port.
+pub fn s_client(from: &Pod, server: &Pod, files: &Files, arguments: &[&str]) -> Result<Process> {
+    let to = at(server.ipv4(), 15008);
+    let (certificate, key) = (files.certificate.display().to_string(), files.key.display().to_string());
+    let mut command = vec!["openssl", "s_client", "-connect", &to, "-tls1_3", "-quiet", "-cert", &certificate, "-key", &key];
+    command.extend(arguments);
+    from.spawn(&command)
+}
+
+#[test]
+fn files_issuer_serves_and_an_expired_certificate_fails_closed() -> Result<()> {
+    let mut stage = Stage::new("files")?;
+    let _echo = crate::world::serve(&stage.server, 8080, &[])?;
+    let to = at(stage.server.ipv4(), 8080);
+    let forge = Forge::foreign(stage.bed.dir())?;
+    stage.mesh.ca_dir = None;
+    for name in ["client", "server"] {
+        let mut leaf = Leaf::good(name);
+        if name == "client" {
+            // Short: it expires while the agents run.
+            leaf.valid = (-60, 12);
+        }
+        let files = forge.leaf(&leaf)?;
+        let enroll = stage.mesh.workload(name).enroll.as_mut().context("enrolled")?;
+        enroll.certificate = Some(testbed::Certificate { certificate: files.certificate, key: files.key, roots: files.roots });
+    }
+    let world = stage.start()?;
+    app(&world.client, &["request", &to])?;
+    let path = world.mesh.workloads[0].enroll.as_ref().and_then(|e| e.certificate.as_ref()).context("certificate")?;
+    let (certificate, key) = (path.certificate.clone(), path.key.clone());
+    crate::world::eventually(Duration::from_secs(20), || {
+        let error = app_error(&world.client, &["request", &to, "--timeout", "15"])?;
+        ensure!(error == "ECONNRESET", "{error}");
+        Ok(())
+    })?;
+    wait_counter(&world.a, "refused.no-certificate", 1)?;
+    // New files heal it without a restart.
+    let fresh = forge.leaf(&Leaf::good("client"))?;
+    fs::rename(&fresh.key, &key)?;
+    fs::rename(&fresh.certificate, &certificate)?;
+    crate::world::eventually(Duration::from_secs(20), || app(&world.client, &["request", &to]).map(drop))
+}
+
+#[test]
+fn rotation_in_seconds_breaks_no_connection() -> Result<()> {
+    let mut stage = Stage::new("rotate")?;
+    stage.mesh.lifetime = "6s".into();
+    let world = stage.start()?;
+    let _echo = world.serve(&world.server, 8080, &[])?;
+    let to = at(world.server.ipv4(), 8080);
+    let held = world.client.app(&["hold", &to, "--count", "5", "--exchange"])?;
+    held.wait_json("held", Duration::from_secs(20))?;
+    let serial = |agent: &testbed::Agent| -> Result<String> {
+        Ok(agent.status()?["pods"][0]["certificate"]["serial"].as_str().context("serial")?.to_owned())
+    };
+    let mut seen = std::collections::BTreeSet::new();
+    while seen.len() < 4 {
+        seen.insert(serial(&world.a)?);
+        app(&world.client, &["parallel", &to, "--count", "20", "--concurrency", "10"])?;
+    }
+    let alive = held.output(Duration::from_secs(20))?.last_json()?;
+    ensure!(alive["alive"] == 5, "{alive}");
+    Ok(())
+}

@@ -1,0 +1,14 @@
+//! End to end: two nodes, agents, unmodified programs, and a sniffer on the wire.
+//!
+//! Needs root. Every test makes its own namespaces, cgroups and pins and removes them; several run side by side.
+
+mod bypass;
+mod certificates;
+mod connections;
+mod failures;
+mod lifecycle;
+mod limits;
+mod refusals;
+mod traffic;
+mod untouched;
+mod world;
