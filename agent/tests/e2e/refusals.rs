@@ -84,7 +84,7 @@ fn certificates_that_are_not_accepted() -> Result<()> {
     refused(&server_only, "invalid-certificate")?;
     let expired = Leaf { valid: (-7200, -3600), ..Leaf::good("rogue") };
     refused(&expired, "certificate-expired")?;
-    let foreign = Forge::foreign(&s.world.bed.dir().join("ca"))?.leaf(&Leaf::good("client"))?;
+    let foreign = Forge::foreign(s.world.bed.dir())?.leaf(&Leaf::good("client"))?;
     s.refused(&foreign, ALPN, &header, "untrusted-issuer", "alert")?;
     Ok(())
 }
