@@ -4,17 +4,20 @@
 //! no type here that holds one derives `Debug`.
 
 mod certificate;
+mod directory;
 mod files;
 mod local;
+mod schedule;
 mod store;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use futures_util::future::BoxFuture;
 
 use crate::mesh::SpiffeId;
 
-pub use certificate::Svid;
+pub use certificate::{Leaf, Svid};
 pub use files::FilesIssuer;
 pub use local::LocalIssuer;
 pub use store::CertificateStore;
