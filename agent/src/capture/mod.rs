@@ -14,6 +14,8 @@ pub mod netns;
 pub mod object;
 mod pins;
 mod pod;
+pub mod processes;
+pub mod routes;
 mod sockdiag;
 pub mod sockets;
 
