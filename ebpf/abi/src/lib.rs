@@ -203,10 +203,12 @@ pub enum Counter {
     InboundAssignFailed = 10,
     /// Abandoned flows removed before the agent accepted them.
     FlowsAbandoned = 11,
+    /// Inbound: packet that could hide TCP and could not be parsed far enough to be judged.
+    InboundUnparsable = 12,
 }
 
 /// Number of [`Counter`]s.
-pub const COUNTERS: u32 = 12;
+pub const COUNTERS: u32 = 13;
 
 impl Counter {
     /// All counters with their metric names, in index order.
@@ -223,6 +225,7 @@ impl Counter {
         (Counter::InboundAssigned, "inbound_assigned"),
         (Counter::InboundAssignFailed, "inbound_assign_failed"),
         (Counter::FlowsAbandoned, "flows_abandoned"),
+        (Counter::InboundUnparsable, "inbound_unparsable"),
     ];
 }
 

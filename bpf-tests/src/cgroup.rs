@@ -1,0 +1,70 @@
+//! A cgroup that holds this process while tests run that attach to it.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
+
+use anyhow::{Context as _, Result};
+
+/// How many tests use the cgroup now.
+static USERS: Mutex<usize> = Mutex::new(0);
+
+/// The process's own cgroup. The process returns to where it was, and the cgroup goes, when the last one is dropped.
+///
+/// Programs of all tests of a process attach side by side; each knows only its own test's namespace.
+pub struct Cgroup {
+    directory: File,
+}
+
+impl Cgroup {
+    /// Moves the process into its own cgroup unless it is there already.
+    pub fn join() -> Result<Self> {
+        let mut users = USERS.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = own_path()?;
+        if *users == 0 {
+            fs::create_dir(&path).with_context(|| format!("creating {}", path.display()))?;
+            move_to(&path)?;
+        }
+        let directory = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
+        *users += 1;
+        Ok(Self { directory })
+    }
+
+    /// To attach to.
+    pub fn directory(&self) -> &File {
+        &self.directory
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let mut users = USERS.lock().unwrap_or_else(PoisonError::into_inner);
+        *users -= 1;
+        if *users == 0 {
+            let left = own_path().and_then(|path| {
+                move_to(path.parent().context("a cgroup has a parent")?)?;
+                fs::remove_dir(&path).with_context(|| format!("removing {}", path.display()))
+            });
+            if let Err(error) = left {
+                eprintln!("leaving the test's cgroup: {error:#}");
+            }
+        }
+    }
+}
+
+fn own_path() -> Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/mounts").context("reading /proc/mounts")?;
+    let root = mounts
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .find_map(|fields| (fields.get(2) == Some(&"cgroup2")).then(|| fields[1].to_owned()))
+        .context("no cgroup2 file system is mounted; mount one on /sys/fs/cgroup/unified")?;
+    Ok(Path::new(&root).join(format!("underpass-bpf-tests-{}", std::process::id())))
+}
+
+fn move_to(cgroup: &Path) -> Result<()> {
+    let path = cgroup.join("cgroup.procs");
+    fs::write(&path, std::process::id().to_string()).with_context(|| format!("writing {}", path.display()))
+}

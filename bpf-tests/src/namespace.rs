@@ -1,0 +1,84 @@
+//! Network namespaces without a name: they vanish with the last thread and descriptor in them, however a test ends.
+
+use std::{
+    fs::File,
+    os::fd::AsRawFd as _,
+    process::{Command, id},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::{
+    libc,
+    sched::{CloneFlags, setns, unshare},
+};
+use socket2::{Domain, Socket, Type};
+
+/// A network namespace with `lo` up.
+pub struct Namespace {
+    file: File,
+}
+
+impl Namespace {
+    /// Makes one.
+    pub fn new() -> Result<Self> {
+        let file = std::thread::spawn(|| -> Result<File> {
+            unshare(CloneFlags::CLONE_NEWNET).context("making a network namespace; are you root?")?;
+            File::open("/proc/thread-self/ns/net").context("opening the new network namespace")
+        })
+        .join()
+        .expect("the thread returns its errors")?;
+        let namespace = Self { file };
+        namespace.ip("link set lo up")?;
+        Ok(namespace)
+    }
+
+    /// Runs `f` on a thread inside.
+    pub fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T> {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| setns(&self.file, CloneFlags::CLONE_NEWNET).map(|()| f()));
+            match thread.join() {
+                Ok(result) => result.context("entering a network namespace"),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
+    }
+
+    /// Runs one iproute2 command inside.
+    pub fn ip(&self, arguments: &str) -> Result<()> {
+        let output =
+            self.enter(|| Command::new("ip").args(arguments.split_whitespace()).output())?.context("running ip")?;
+        ensure!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
+    /// A path that names it for iproute2 while `self` lives.
+    pub fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", id(), self.file.as_raw_fd())
+    }
+
+    /// The number that BPF programs know it by.
+    pub fn cookie(&self) -> Result<u64> {
+        self.enter(|| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+            let (mut cookie, mut length) = (0u64, size_of::<u64>() as libc::socklen_t);
+            // SAFETY: the kernel writes at most `length` bytes to `cookie`.
+            let result = unsafe {
+                let value = (&raw mut cookie).cast();
+                libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_NETNS_COOKIE, value, &raw mut length)
+            };
+            nix::errno::Errno::result(result).context("getsockopt SO_NETNS_COOKIE")?;
+            Ok(cookie)
+        })?
+    }
+
+    /// Connects two namespaces with a veth pair named `eth0` on both sides: 10.9.0.1 and fd09::1 here, .2 and ::2 there.
+    pub fn connect(&self, other: &Self) -> Result<()> {
+        self.ip(&format!("link add eth0 type veth peer name eth0 netns {}", other.path()))?;
+        for (namespace, host) in [(self, 1), (other, 2)] {
+            namespace.ip(&format!("addr add 10.9.0.{host}/24 dev eth0"))?;
+            namespace.ip(&format!("addr add fd09::{host}/64 dev eth0 nodad"))?;
+            namespace.ip("link set eth0 up")?;
+        }
+        Ok(())
+    }
+}
