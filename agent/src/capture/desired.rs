@@ -1,14 +1,11 @@
 //! What the maps have to hold, computed from the mesh. No I/O.
 
-use std::{
-    collections::BTreeMap,
-    net::IpAddr,
-};
+use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
 use underpass_abi::{
-    Address, DIRECTION_INBOUND, DIRECTION_OUTBOUND, MESH_CAPTURE, MeshEntry, POD_CAPTURE_ALL, POD_STRICT, PORT_EXCLUDED,
-    PORT_PERMISSIVE, PORT_STRICT, PodConfig, PortKey, PortRule, V4_MAPPED_PREFIX, is_agent_port,
+    Address, DIRECTION_INBOUND, DIRECTION_OUTBOUND, MESH_CAPTURE, MeshEntry, POD_CAPTURE_ALL, POD_STRICT,
+    PORT_EXCLUDED, PORT_PERMISSIVE, PORT_STRICT, PodConfig, PortKey, PortRule, is_agent_port,
 };
 
 use crate::mesh::{Exclusions, InboundMode, LocalPod, Snapshot, Workload};
@@ -153,7 +150,8 @@ impl Rules {
     fn exclude(&mut self, pod_id: u32, exclude: &Exclusions) {
         self.excluded.extend(exclude.outbound_cidrs.iter().map(|n| (excluded_prefix(pod_id, *n), ())));
         for &port in &exclude.outbound_ports {
-            self.ports.insert(PortSlot { pod_id, direction: DIRECTION_OUTBOUND, port }, PortRule { action: PORT_EXCLUDED });
+            self.ports
+                .insert(PortSlot { pod_id, direction: DIRECTION_OUTBOUND, port }, PortRule { action: PORT_EXCLUDED });
         }
         for &port in &exclude.inbound_ports {
             self.inbound(pod_id, port, PORT_EXCLUDED);

@@ -1,6 +1,6 @@
 //! Enrolling a pod, and the reasons not to.
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::{sync::oneshot, task::JoinHandle};
 use underpass_abi::PodConfig;
@@ -8,8 +8,7 @@ use underpass_abi::PodConfig;
 use super::{
     CaptureError, Inner, Marker,
     desired::{self, Strictness},
-    garbage,
-    interfaces,
+    garbage, interfaces,
     netns::Netns,
     pod::{NewPod, Pod, PodListeners},
     processes,
@@ -99,12 +98,21 @@ struct Candidate<'a> {
 
 /// See [`super::Capture::enroll`].
 pub async fn enroll(inner: Arc<Inner>, workload: Workload) -> Result<Arc<Pod>, EnrollError> {
+    let result = enroll_in_slot(&inner, &workload).await;
+    inner.prune_slots();
+    result
+}
+
+async fn enroll_in_slot(inner: &Arc<Inner>, workload: &Workload) -> Result<Arc<Pod>, EnrollError> {
     let slot = inner.slot(&workload.key);
     let mut slot = slot.lock().await;
     let Some(local) = &workload.local else {
         return Err(EnrollError::Namespace {
             path: PathBuf::new(),
-            reason: format!("{} runs on node {}, not here; only local workloads can be enrolled", workload.key, workload.node),
+            reason: format!(
+                "{} runs on node {}, not here; only local workloads can be enrolled",
+                workload.key, workload.node
+            ),
         });
     };
     let netns = Netns::open(&local.netns)?;
@@ -112,13 +120,13 @@ pub async fn enroll(inner: Arc<Inner>, workload: Workload) -> Result<Arc<Pod>, E
     if let Some(enrolled) = &*slot {
         let same_namespace = enrolled.pod.netns_cookie == netns.cookie();
         if same_namespace && enrolled.pod.identity == workload.identity {
-            update(&inner, enrolled, &workload).await?;
+            update(inner, enrolled, workload).await?;
             return Ok(Arc::clone(&enrolled.pod));
         }
         // Another identity needs another `Pod`; the namespace stays captured meanwhile. Another namespace is another pod.
         let enrolled = slot.take().expect("checked above");
         rebind = same_namespace;
-        release(&inner, &workload.key, enrolled, same_namespace).await;
+        release(inner, &workload.key, enrolled, same_namespace).await;
     }
 
     let (id, adopted) = {
@@ -126,15 +134,15 @@ pub async fn enroll(inner: Arc<Inner>, workload: Workload) -> Result<Arc<Pod>, E
         let adopted = inner.maps.tables().pods().get(&netns.cookie()).copied();
         (registry.claim(&workload.key, &netns, adopted.as_ref())?, adopted)
     };
-    let candidate = Candidate { workload: &workload, local, netns, id, adopted, rebind };
-    match enroll_new(&inner, &candidate).await {
+    let candidate = Candidate { workload, local, netns, id, adopted, rebind };
+    match enroll_new(inner, &candidate).await {
         Ok(enrolled) => {
             let pod = Arc::clone(&enrolled.pod);
             *slot = Some(enrolled);
             Ok(pod)
         }
         Err(e) => {
-            undo(&inner, &candidate).await;
+            undo(inner, &candidate).await;
             Err(e)
         }
     }
@@ -143,10 +151,19 @@ pub async fn enroll(inner: Arc<Inner>, workload: Workload) -> Result<Arc<Pod>, E
 /// In this order: who listens, what brings replies back, what guards; capture last.
 async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enrolled, EnrollError> {
     let &Candidate { workload, local, ref netns, id, adopted, .. } = candidate;
-    processes::check_below(netns, &inner.options.cgroup)?;
+    processes::check_below(netns, &inner.options.cgroup).await?;
     let mark = inner.marker();
     let listeners = listen(candidate, &mark).await?;
     routes::install(netns).await?;
+    // From here on the route goes with the pod.
+    let pod = Pod::new(NewPod {
+        id,
+        key: workload.key.clone(),
+        identity: workload.identity.clone(),
+        netns: Arc::clone(netns),
+        listeners,
+        mark,
+    });
 
     let before = adopted.map(|config| inner.maps.tables().strictness(&config));
     let state = desired::pod(id, workload, local, inner.registry().mesh.capture_all);
@@ -155,22 +172,15 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
         tables.apply_pod(&state)?;
         tables.strictness(&state.config)
     };
-    // Watching begins before the list is made, so that no interface comes in between unseen.
-    let watch = interfaces::watch(netns).map_err(|e| interface_error("watching interfaces", &e))?;
-    let present = interfaces::list(netns).await.map_err(|e| interface_error("listing interfaces", &e))?;
+    let mut watch = interfaces::watch(netns)
+        .await
+        .map_err(|e| EnrollError::Setup { action: "watch interfaces", reason: e.to_string() })?;
+    let present = watcher::present(&mut watch);
     tc::attach(&inner.objects, netns, inner.method, id, present).await?;
     if before.is_some_and(|before| after.tightens(&before)) {
         destroy_plaintext(netns, after).await?;
     }
 
-    let pod = Arc::new(Pod::new(NewPod {
-        id,
-        key: workload.key.clone(),
-        identity: workload.identity.clone(),
-        netns: Arc::clone(netns),
-        listeners,
-        mark,
-    }));
     inner.capture(Entry { pod: Arc::clone(&pod), netns: Arc::clone(netns), workload: workload.clone() })?;
     let (stop, stopped) = oneshot::channel();
     let watcher = tokio::spawn(watcher::run(inner.attacher(netns, id), watch, stopped));
@@ -213,19 +223,24 @@ pub async fn destroy_plaintext(netns: &Netns, strict: Strictness) -> Result<(), 
 
 /// See [`super::Capture::unenroll`].
 pub async fn unenroll(inner: Arc<Inner>, key: WorkloadKey) {
-    let slot = inner.slot(&key);
+    unenroll_slot(&inner, &key).await;
+    inner.prune_slots();
+}
+
+async fn unenroll_slot(inner: &Inner, key: &WorkloadKey) {
+    let slot = inner.slot(key);
     let mut slot = slot.lock().await;
     if let Some(enrolled) = slot.take() {
-        release(&inner, &key, enrolled, false).await;
+        release(inner, key, enrolled, false).await;
     }
     let (namespaces, ids) = {
         let mut registry = inner.registry();
-        let namespaces = registry.drop_kept(&key);
+        let namespaces = registry.drop_kept(key);
         let tables = inner.maps.tables();
         let ids = namespaces.iter().filter_map(|n| tables.pods().get(n)).map(|c| c.pod_id).collect();
         (namespaces, ids)
     };
-    garbage::discard(&inner, namespaces, ids).await;
+    garbage::discard(inner, namespaces, ids).await;
 }
 
 /// Ends an enrolment: capture off first, guard and inbound program last. With `stay_captured` only the agent's side ends, and connections are
@@ -274,16 +289,13 @@ async fn undo(inner: &Inner, candidate: &Candidate<'_>) {
     }
     let captured = inner.maps.tables().release(netns.cookie());
     let detached = detach(inner, netns, id).await;
-    routes::remove(netns).await;
     let mut registry = inner.registry();
     registry.entries.remove(key);
     match captured.and(detached) {
         Ok(()) => registry.free(id),
-        Err(e) => tracing::error!(workload = %key, error = %e, "cannot undo a failed enrolment; its number stays taken"),
+        Err(e) => {
+            tracing::error!(workload = %key, error = %e, "cannot undo a failed enrolment; its number stays taken")
+        }
     }
     registry.unclaim(netns.cookie());
-}
-
-fn interface_error(action: &'static str, e: &io::Error) -> EnrollError {
-    EnrollError::Setup { action, reason: e.to_string() }
 }

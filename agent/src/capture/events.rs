@@ -8,10 +8,12 @@ use std::{
 use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
 use tokio::{
-    io::unix::{AsyncFd, AsyncFdReadyMutGuard},
+    io::unix::AsyncFdReadyMutGuard,
     time::{Instant, sleep_until},
 };
 use underpass_abi::Counter;
+
+use crate::sys::bpf::awaitable;
 
 /// Lines per [`WINDOW`]; a pod that is refused in a loop must not fill the disk.
 const LINES: u32 = 20;
@@ -106,7 +108,7 @@ impl Limit {
 
 /// Logs events until the task is dropped.
 pub(super) async fn log_events(ring: RingBuf<MapData>) {
-    let mut ring = match AsyncFd::new(ring) {
+    let mut ring = match awaitable(ring) {
         Ok(ring) => ring,
         Err(e) => return tracing::error!(target: "bpf", error = %e, "cannot wait for events; they are only counted"),
     };
@@ -183,7 +185,7 @@ impl log::Log for BpfLog {
 
 /// Forwards aya-log's lines until the task is dropped.
 pub(super) async fn forward_log(logger: EbpfLogger<BpfLog>) {
-    let mut logger = match AsyncFd::new(logger) {
+    let mut logger = match awaitable(logger) {
         Ok(logger) => logger,
         Err(e) => return tracing::error!(target: "bpf", error = %e, "cannot wait for the programs' log"),
     };

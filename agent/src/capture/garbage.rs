@@ -8,11 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{
-    CaptureError, Inner, loader,
-    netns::Netns,
-    pins, routes, tc,
-};
+use super::{CaptureError, Inner, loader, netns::Netns, pins, routes, tc};
 use crate::sys::bpf::{self, LinkTarget};
 
 /// See [`super::Capture::collect_garbage`].

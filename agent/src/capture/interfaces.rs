@@ -1,1 +1,223 @@
-//! interfaces
+//! The network interfaces of a pod, and their coming and going.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    io,
+};
+
+use netlink_packet_core::{
+    DecodeError, NetlinkDeserializable, NetlinkHeader, NetlinkPayload, NlasIterator, parse_string,
+};
+use netlink_sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE};
+use rtnetlink::packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    link::{LinkFlags, LinkHeader, LinkLayerType, LinkMessage},
+};
+use tokio::runtime::Handle;
+use tracing::{debug, warn};
+
+use super::netns::{
+    Netns,
+    netlink::{BUFFER, Channel, messages},
+};
+
+/// `RTMGRP_LINK` of `linux/rtnetlink.h`: the multicast group of interface changes, as a bind mask.
+const RTMGRP_LINK: u32 = 1;
+/// `RTM_NEWLINK` and `RTM_DELLINK` of `linux/rtnetlink.h`.
+const RTM_NEWLINK: u16 = 16;
+const RTM_DELLINK: u16 = 17;
+/// `IFLA_IFNAME` of `linux/if_link.h`.
+const IFLA_IFNAME: u16 = 3;
+
+/// A network interface inside a pod, loopback excepted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Interface {
+    /// Its index.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// Do packets at tc begin with an Ethernet header? False for tun, ipip, sit, WireGuard, raw IP and the like: the network
+    /// header comes first.
+    pub link_header: bool,
+}
+
+/// Something happened to a pod's interfaces.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// The interface is new, or has another name or header than before. After the kernel dropped notifications, every interface
+    /// is reported again, because one may have been replaced by another with the same index: whatever has to be attached to
+    /// it may be missing.
+    New(Interface),
+    /// The interface with this index is gone.
+    Gone(u32),
+}
+
+/// The interfaces in the namespace now, up or down.
+pub async fn list(netns: &Netns) -> io::Result<Vec<Interface>> {
+    netns.try_run(list_here).await?
+}
+
+/// Reports every interface in the namespace as [`Change::New`], then what changes.
+pub async fn watch(netns: &Netns) -> io::Result<Watch> {
+    let runtime = Handle::current();
+    let socket = netns
+        .try_run(move || {
+            // A netlink socket belongs to the namespace of the thread that opens it and to the runtime that polls it.
+            let _context = runtime.enter();
+            let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
+            socket.socket_mut().bind(&SocketAddr::new(0, RTMGRP_LINK))?;
+            io::Result::Ok(socket)
+        })
+        .await??;
+    // Subscribed; listing only now means that nothing falls between the two.
+    let mut watch = Watch {
+        netns: netns.clone(),
+        socket,
+        buffer: Vec::with_capacity(BUFFER),
+        known: BTreeMap::new(),
+        pending: VecDeque::new(),
+        resync: true,
+    };
+    watch.resync().await?;
+    Ok(watch)
+}
+
+/// A subscription to the interfaces of a namespace.
+pub struct Watch {
+    netns: Netns,
+    socket: TokioSocket,
+    buffer: Vec<u8>,
+    known: BTreeMap<u32, Interface>,
+    /// Never more than what one datagram or one listing gave.
+    pending: VecDeque<Change>,
+    /// Notifications were lost and the list was not read again yet.
+    resync: bool,
+}
+
+impl Watch {
+    /// The next change; `None` (logged) when the subscription is lost for good. May be cancelled without losing anything.
+    pub async fn next(&mut self) -> Option<Change> {
+        loop {
+            if let Some(change) = self.pending.pop_front() {
+                return Some(change);
+            }
+            if let Err(error) = self.advance().await {
+                warn!(netns = %self.netns.path().display(), %error, "interfaces of the pod are no longer watched");
+                return None;
+            }
+        }
+    }
+
+    async fn advance(&mut self) -> io::Result<()> {
+        if self.resync {
+            return self.resync().await;
+        }
+        self.buffer.clear();
+        match self.socket.recv(&mut self.buffer).await {
+            Ok(()) => {}
+            // The kernel dropped notifications because they were not read fast enough.
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                debug!(netns = %self.netns.path().display(), "interface notifications lost; reading the list again");
+                self.resync = true;
+                return Ok(());
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
+            Err(error) => return Err(error),
+        }
+        for message in messages::<Link>(&self.buffer) {
+            match message.map(|message| message.payload) {
+                Ok(NetlinkPayload::InnerMessage(link)) => apply(&mut self.known, &mut self.pending, link),
+                Ok(_) => {}
+                Err(error) => {
+                    warn!(%error, "an interface notification cannot be read; reading the list again");
+                    self.resync = true;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn resync(&mut self) -> io::Result<()> {
+        let listed: BTreeMap<_, _> =
+            list(&self.netns).await?.into_iter().map(|interface| (interface.index, interface)).collect();
+        self.pending.extend(self.known.keys().filter(|index| !listed.contains_key(index)).copied().map(Change::Gone));
+        self.pending.extend(listed.values().cloned().map(Change::New));
+        self.known = listed;
+        self.resync = false;
+        Ok(())
+    }
+}
+
+fn apply(known: &mut BTreeMap<u32, Interface>, pending: &mut VecDeque<Change>, link: Link) {
+    match link {
+        Link::Present(interface) => {
+            if known.get(&interface.index) != Some(&interface) {
+                known.insert(interface.index, interface.clone());
+                pending.push_back(Change::New(interface));
+            }
+        }
+        Link::Absent(index) => {
+            if known.remove(&index).is_some() {
+                pending.push_back(Change::Gone(index));
+            }
+        }
+        Link::Irrelevant => {}
+    }
+}
+
+/// Lists the interfaces in the namespace of the calling thread.
+fn list_here() -> io::Result<Vec<Interface>> {
+    let links = Channel::open(NETLINK_ROUTE)?.dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
+    Ok(links
+        .into_iter()
+        .filter_map(|link| match link {
+            Link::Present(interface) => Some(interface),
+            Link::Absent(_) | Link::Irrelevant => None,
+        })
+        .collect())
+}
+
+/// A link message, read no further than needed: an attribute this program's libraries do not know must not hide an interface.
+#[derive(Debug, PartialEq, Eq)]
+enum Link {
+    Present(Interface),
+    Absent(u32),
+    /// Loopback, or a message about something else of an interface.
+    Irrelevant,
+}
+
+impl NetlinkDeserializable for Link {
+    type Error = DecodeError;
+
+    fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
+        if !matches!(header.message_type, RTM_NEWLINK | RTM_DELLINK) {
+            return Ok(Self::Irrelevant);
+        }
+        let link = LinkHeader::parse(payload)?;
+        // A bridge sends RTM_DELLINK of family AF_BRIDGE for a port that only leaves the bridge.
+        if link.interface_family != AddressFamily::Unspec || link.flags.contains(LinkFlags::Loopback) {
+            return Ok(Self::Irrelevant);
+        }
+        if header.message_type == RTM_DELLINK {
+            return Ok(Self::Absent(link.index));
+        }
+        let mut name = None;
+        // The header is 16 bytes (struct ifinfomsg).
+        for attribute in NlasIterator::new(&payload[16..]) {
+            let attribute = attribute?;
+            if attribute.kind() == IFLA_IFNAME {
+                name = Some(parse_string(attribute.value())?);
+            }
+        }
+        let name = name.ok_or("a link message without a name")?;
+        Ok(Self::Present(Interface {
+            index: link.index,
+            name,
+            link_header: link.link_layer_type == LinkLayerType::Ether,
+        }))
+    }
+}
+
+#[cfg(test)]
+#[path = "netns_tests/interfaces.rs"]
+mod tests;

@@ -91,9 +91,11 @@ fn start_in(options: &CaptureOptions, layout: &Layout) -> Result<Parts, CaptureE
     let mut bpf = loader.load(bytes).map_err(|e| load_failed(&e))?;
     check_pinned(&bpf, layout)?;
     let map_ids = PINNED.iter().map(|(name, ..)| Ok((*name, map_id(&bpf, name)?))).collect::<Result<_, _>>()?;
-    let log = options.bpf_log.then(|| EbpfLogger::init_with_logger(&mut bpf, BpfLog)).transpose().map_err(|e| {
-        CaptureError::Bpf { action: "read the programs' log".to_owned(), reason: chain(&e) }
-    })?;
+    let log = options
+        .bpf_log
+        .then(|| EbpfLogger::init_with_logger(&mut bpf, BpfLog))
+        .transpose()
+        .map_err(|e| CaptureError::Bpf { action: "read the programs' log".to_owned(), reason: chain(&e) })?;
     attach_hooks(&mut bpf, layout, &options.cgroup)?;
     let (maps, events) = Maps::take(&mut bpf)?;
     let objects = Objects { layout: layout.clone(), bytes, loader: Mutex::new(loader), map_ids };
@@ -119,9 +121,7 @@ fn map_id(bpf: &Ebpf, name: &'static str) -> Result<u32, CaptureError> {
     use aya::maps::Map;
     let failed = |reason| CaptureError::Bpf { action: format!("look at map {name}"), reason };
     let data = match bpf.map(name) {
-        Some(
-            Map::HashMap(d) | Map::LpmTrie(d) | Map::SkStorage(d) | Map::RingBuf(d) | Map::PerCpuArray(d),
-        ) => d,
+        Some(Map::HashMap(d) | Map::LpmTrie(d) | Map::SkStorage(d) | Map::RingBuf(d) | Map::PerCpuArray(d)) => d,
         Some(_) => return Err(failed("it has an unexpected type".to_owned())),
         None => return Err(failed("the object has none of this name".to_owned())),
     };

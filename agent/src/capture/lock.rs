@@ -47,9 +47,8 @@ impl PinLock {
             if !is_current(&file, &path) {
                 continue; // an earlier owner removed the file between our open and our lock
             }
-            let written = file
-                .set_len(0)
-                .and_then(|()| writeln!(file, "{}\n{}", std::process::id(), pin_root.display()));
+            let written =
+                file.set_len(0).and_then(|()| writeln!(file, "{}\n{}", std::process::id(), pin_root.display()));
             return match written {
                 Ok(()) => Ok(Self { file, path }),
                 Err(source) => Err(CaptureError::Path { action: "write", path, source }),
@@ -101,8 +100,10 @@ fn is_current(file: &File, path: &Path) -> bool {
 fn lock_path(what: &Path) -> PathBuf {
     // A path has too many characters and too much length for a file name. FNV-1a: stable across builds, which the standard hasher is not.
     let what = fs::canonicalize(what).unwrap_or_else(|_| what.into());
-    let hash = what.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| {
-        (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let hash = what
+        .as_os_str()
+        .as_encoded_bytes()
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3));
     Path::new(RUN_DIR).join(format!("{hash:016x}.lock"))
 }

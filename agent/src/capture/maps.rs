@@ -13,10 +13,7 @@ use std::{
 
 use aya::{
     Ebpf,
-    maps::{
-        HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf,
-        lpm_trie::Key,
-    },
+    maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
 };
 use underpass_abi::{
     COUNTERS, Counter, FlowKey, MeshEntry, OriginalDestination, PodConfig, PortKey, PortRule, SOCKET_AGENT,
@@ -114,7 +111,8 @@ impl Maps {
 
     /// The programs' counters, summed over the processors.
     pub fn counters(&self) -> Result<BTreeMap<String, u64>, CaptureError> {
-        let read = |c: Counter| self.counters.get(&(c as u32), 0).map(|v| v.iter().fold(0, |a: u64, n| a.wrapping_add(*n)));
+        let read =
+            |c: Counter| self.counters.get(&(c as u32), 0).map(|v| v.iter().fold(0, |a: u64, n| a.wrapping_add(*n)));
         Counter::ALL
             .iter()
             .map(|(c, name)| Ok(((*name).to_owned(), read(*c)?)))
@@ -366,4 +364,3 @@ fn gone_is_fine(result: Result<(), MapError>) -> Result<(), String> {
         other => other.map_err(|e| chain(&e)),
     }
 }
-

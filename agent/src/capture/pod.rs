@@ -1,14 +1,20 @@
 //! An enrolled pod.
 
+mod pool;
+
 use std::{
-    io,
-    net::{IpAddr, SocketAddr},
+    fmt, io,
+    net::IpAddr,
+    os::fd::BorrowedFd,
     path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
 };
 
-use socket2::Socket;
-use tokio::net::TcpListener;
+use socket2::{Domain, Socket};
+use tokio::{net::TcpListener, sync::watch};
 
+use self::pool::Pool;
+use super::{netns::Netns, routes, sockets};
 use crate::mesh::{SpiffeId, WorkloadKey};
 
 /// The agent's listeners inside a pod's namespace, non-blocking. Accepted sockets of `outbound` carry `SO_LINGER {1,0}` from birth.
@@ -20,6 +26,22 @@ pub struct PodListeners {
     pub tunnel: Vec<TcpListener>,
     /// Port 15006 (transparent), for plaintext that a policy has to see.
     pub plaintext: Vec<TcpListener>,
+}
+
+/// What a [`Pod`] is made of.
+pub struct NewPod {
+    /// Number in the BPF maps.
+    pub id: u32,
+    /// Which workload.
+    pub key: WorkloadKey,
+    /// Its identity.
+    pub identity: SpiffeId,
+    /// Its namespace, with the reply route installed ([`routes::install`]): the pod removes it.
+    pub netns: Arc<Netns>,
+    /// The listeners in it.
+    pub listeners: PodListeners,
+    /// Flags a socket as the agent's own.
+    pub mark: Arc<dyn Fn(BorrowedFd<'_>) -> io::Result<()> + Send + Sync>,
 }
 
 /// An enrolled pod: its number, and sockets inside its namespace. Dropping the last reference undoes the reply route.
@@ -34,30 +56,100 @@ pub struct Pod {
     pub netns_cookie: u64,
     /// Path of its namespace.
     pub netns: PathBuf,
+    namespace: Arc<Netns>,
+    listeners: Mutex<Option<PodListeners>>,
+    unenrolled: watch::Sender<bool>,
+    upstream: Pools,
+    application: Pools,
+}
+
+/// A pool for each family.
+struct Pools {
+    v4: Arc<Pool>,
+    v6: Arc<Pool>,
+}
+
+impl Pools {
+    fn new(new: &NewPod, make: fn(Domain, &dyn Fn(BorrowedFd<'_>) -> io::Result<()>) -> io::Result<Socket>) -> Self {
+        let pool = |domain| {
+            let mark = Arc::clone(&new.mark);
+            Pool::new((*new.netns).clone(), move || make(domain, &*mark))
+        };
+        Self { v4: pool(Domain::IPV4), v6: pool(Domain::IPV6) }
+    }
+
+    async fn take(&self, family_of: IpAddr) -> io::Result<Socket> {
+        if family_of.is_ipv4() { self.v4.take().await } else { self.v6.take().await }
+    }
 }
 
 impl Pod {
+    /// Takes over what enrolment prepared.
+    pub fn new(new: NewPod) -> Arc<Self> {
+        Arc::new(Self {
+            upstream: Pools::new(&new, sockets::upstream),
+            application: Pools::new(&new, sockets::application),
+            id: new.id,
+            key: new.key,
+            identity: new.identity,
+            netns_cookie: new.netns.cookie(),
+            netns: new.netns.path().to_owned(),
+            namespace: new.netns,
+            listeners: Mutex::new(Some(new.listeners)),
+            unenrolled: watch::Sender::new(false),
+        })
+    }
+
     /// The listeners; yields them once, to whoever runs the accept loops.
     pub fn take_listeners(&self) -> Option<PodListeners> {
-        todo!()
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Ends the accept loops. Connections, and the sockets they need, go on. Listeners nobody took are closed.
+    pub fn signal_unenrolled(&self) {
+        drop(self.take_listeners());
+        self.unenrolled.send_replace(true);
     }
 
     /// Resolves when the pod was un-enrolled: accept loops end.
     pub async fn unenrolled(&self) {
-        todo!()
+        // The sender is part of self and cannot go away meanwhile.
+        let _ = self.unenrolled.subscribe().wait_for(|unenrolled| *unenrolled).await;
     }
 
     /// An unconnected, non-blocking TCP socket inside the pod for dialling upstreams, flagged as the agent's. Comes from a pool that
     /// is refilled in batches by a worker thread.
     pub async fn upstream_socket(&self, to: IpAddr) -> io::Result<Socket> {
-        let _ = to;
-        todo!()
+        self.upstream.take(to.to_canonical()).await
     }
 
     /// A socket inside the pod bound transparently to `source` (port 0, `IP_BIND_ADDRESS_NO_PORT`), marked for the reply route, with
     /// `SO_LINGER {1,0}`: for connecting to the application as the original client.
     pub async fn application_socket(&self, source: IpAddr) -> io::Result<Socket> {
-        let _ = (source, None::<SocketAddr>);
-        todo!()
+        let source = source.to_canonical();
+        let socket = self.application.take(source).await?;
+        sockets::bind_to_client(&socket, source)?;
+        Ok(socket)
     }
 }
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        routes::remove_detached(&self.namespace);
+    }
+}
+
+impl fmt::Debug for Pod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pod")
+            .field("id", &self.id)
+            .field("key", &self.key)
+            .field("identity", &self.identity)
+            .field("netns", &self.netns)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+#[path = "netns_tests/pod.rs"]
+mod tests;

@@ -60,9 +60,8 @@ pub fn difference<K: Ord + Copy, V: PartialEq + Copy>(
 impl<S: Store> Table<S> {
     /// Reads what the map holds.
     pub fn new(name: &'static str, capacity: usize, store: S) -> Result<Self, CaptureError> {
-        let entries = store
-            .entries()
-            .map_err(|reason| CaptureError::Bpf { action: format!("read map {name}"), reason })?;
+        let entries =
+            store.entries().map_err(|reason| CaptureError::Bpf { action: format!("read map {name}"), reason })?;
         Ok(Self { name, capacity, store, mirror: entries.into_iter().collect() })
     }
 

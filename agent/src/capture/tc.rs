@@ -40,7 +40,7 @@ pub enum Method {
 impl Method {
     /// The method for `mode`.
     pub fn choose(mode: TcMode) -> Result<Self, CaptureError> {
-        let tcx = KernelVersion::at_least(6, 6, 0);
+        let tcx = KernelVersion::current().is_ok_and(|v| v.code() >= KernelVersion::new(6, 6, 0).code());
         match mode {
             TcMode::Auto if tcx => Ok(Self::Tcx),
             TcMode::Auto | TcMode::Clsact => Ok(Self::Clsact),
@@ -75,30 +75,52 @@ pub async fn attach(
     if interfaces.is_empty() {
         return Ok(());
     }
+    let mut names: Vec<&str> = interfaces.iter().flat_map(programs_for).map(|(name, _)| name).collect();
+    names.sort_unstable();
+    names.dedup();
+    let loader = Arc::clone(objects);
+    // Not in the namespace: verifying takes the time, and the threads that enter namespaces are few.
+    let mut bpf = super::blocking(move || loader.load_for_pod(pod_id, &names)).await?;
     let objects = Arc::clone(objects);
-    netns
-        .run(move || {
-            let mut names: Vec<&str> = interfaces.iter().flat_map(programs_for).map(|(name, _)| name).collect();
-            names.sort_unstable();
-            names.dedup();
-            let mut bpf = objects.load_for_pod(pod_id, &names)?;
-            for interface in &interfaces {
-                for (name, direction) in programs_for(interface) {
-                    let pin = TcPin { pod_id, interface: interface.index, direction };
-                    attach_one(&mut bpf, name, method, interface, direction, &objects.layout().link(pin)).map_err(
-                        |reason| CaptureError::Bpf {
-                            action: format!(
-                                "attach {name} to interface {} (index {}) of pod {pod_id}",
-                                interface.name, interface.index
-                            ),
-                            reason,
-                        },
-                    )?;
-                }
+    enter(netns, "attach tc programs", move || {
+        for interface in &interfaces {
+            for (name, direction) in programs_for(interface) {
+                let pin = TcPin { pod_id, interface: interface.index, direction };
+                attach_one(&mut bpf, name, method, interface, direction, &objects.layout().link(pin)).map_err(
+                    |reason| CaptureError::Bpf {
+                        action: format!(
+                            "attach {name} to interface {} (index {}) of pod {pod_id}",
+                            interface.name, interface.index
+                        ),
+                        reason,
+                    },
+                )?;
             }
-            Ok(())
+        }
+        Ok(())
+    })
+    .await
+}
+
+async fn enter<T: Send + 'static>(
+    netns: &Netns,
+    action: &str,
+    work: impl FnOnce() -> Result<T, CaptureError> + Send + 'static,
+) -> Result<T, CaptureError> {
+    netns.try_run(work).await.unwrap_or_else(|e| {
+        Err(CaptureError::Bpf { action: format!("{action} in {}", netns.path().display()), reason: e.to_string() })
+    })
+}
+
+/// Does this interface have its programs, as far as that is cheap to tell? An index is used again, so a pin alone says little.
+pub fn is_attached(objects: &Objects, method: Method, pod_id: u32, interface: &Interface) -> bool {
+    method == Method::Tcx
+        && programs_for(interface).iter().all(|(_, direction)| {
+            let pin = TcPin { pod_id, interface: interface.index, direction: *direction };
+            bpf::object_get(&objects.layout().link(pin))
+                .and_then(|link| bpf::link_info(link.as_fd()))
+                .is_ok_and(|info| info.target == LinkTarget::Interface(interface.index))
         })
-        .await
 }
 
 fn attach_one(
@@ -115,7 +137,7 @@ fn attach_one(
     match method {
         Method::Tcx => {
             attach_tcx(program, interface, direction, pin)?;
-            remove_filters(&interface.name, direction)
+            remove_filters(&interface.name, direction).map(drop)
         }
         Method::Clsact => {
             attach_clsact(program, interface, direction)?;
@@ -180,8 +202,8 @@ fn attach_clsact(program: &mut SchedClassifier, interface: &Interface, direction
         other => other.map_err(|e| chain(&e))?,
     }
     let kind = attach_type(direction);
-    let ours = SchedClassifierLink::attached(&interface.name, kind, PRIORITY, HANDLE, None)
-        .map_err(|e| e.to_string())?;
+    let ours =
+        SchedClassifierLink::attached(&interface.name, kind, PRIORITY, HANDLE, None).map_err(|e| e.to_string())?;
     let replaced = program.attach_to_link(ours);
     let id = match replaced {
         Err(e) if is_not_found(&e) => {
@@ -206,12 +228,8 @@ fn is_not_found(e: &ProgramError) -> bool {
     code == Some(libc::ENOENT)
 }
 
-/// Removes clsact filters that run our programs, by the programs' names.
-fn remove_filters(interface: &str, direction: Direction) -> Result<(), String> {
-    remove_filters_counted(interface, direction).map(drop)
-}
-
-fn remove_filters_counted(interface: &str, direction: Direction) -> Result<usize, String> {
+/// Removes clsact filters that run our programs, by the programs' names; returns how many there were.
+fn remove_filters(interface: &str, direction: Direction) -> Result<usize, String> {
     let names = match direction {
         Direction::Ingress => [INBOUND, INBOUND_L3],
         Direction::Egress => [GUARD, GUARD_L3],
@@ -250,21 +268,18 @@ pub fn unpin(objects: &Objects, pod_id: u32, interface: Option<u32>) -> Result<(
 
 /// Removes our clsact filters from every interface of a namespace; returns how many there were.
 pub async fn detach_filters(netns: &Netns) -> Result<usize, CaptureError> {
-    let failed = |reason| CaptureError::Bpf {
-        action: format!("remove tc filters in {}", netns.path().display()),
-        reason,
-    };
-    let interfaces = interfaces::list(netns).await.map_err(|e| failed(e.to_string()))?;
-    netns
-        .run(move || {
-            let mut removed = 0;
-            for interface in &interfaces {
-                for direction in [Direction::Egress, Direction::Ingress] {
-                    removed += remove_filters_counted(&interface.name, direction)?;
-                }
+    const ACTION: &str = "remove tc filters";
+    let failed = |reason| CaptureError::Bpf { action: ACTION.to_owned(), reason };
+    let interfaces = interfaces::list(netns).await.map_err(|e| failed(format!("listing interfaces: {e}")))?;
+    enter(netns, ACTION, move || {
+        let mut removed = 0;
+        for interface in &interfaces {
+            for direction in [Direction::Egress, Direction::Ingress] {
+                removed += remove_filters(&interface.name, direction)
+                    .map_err(|e| failed(format!("interface {}: {e}", interface.name)))?;
             }
-            Ok(removed)
-        })
-        .await
-        .map_err(failed)
+        }
+        Ok(removed)
+    })
+    .await
 }

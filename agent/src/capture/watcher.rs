@@ -8,6 +8,7 @@ use std::{
     },
 };
 
+use futures_util::FutureExt;
 use tokio::sync::oneshot;
 
 use super::{
@@ -34,6 +35,18 @@ pub struct Attacher {
     pub failures: Arc<AtomicU64>,
 }
 
+/// The interfaces known so far, without waiting for more.
+pub fn present(watch: &mut Watch) -> Vec<Interface> {
+    let mut interfaces = BTreeMap::new();
+    while let Some(Some(change)) = watch.next().now_or_never() {
+        match change {
+            Change::New(interface) => interfaces.insert(interface.index, interface),
+            Change::Gone(index) => interfaces.remove(&index),
+        };
+    }
+    interfaces.into_values().collect()
+}
+
 /// Follows the pod's interfaces until `stopped`. A step that has begun is finished, so that after the end nothing more is attached.
 pub async fn run(attacher: Attacher, mut watch: Watch, mut stopped: oneshot::Receiver<()>) {
     // Interfaces without programs, with the number of attempts made.
@@ -46,7 +59,9 @@ pub async fn run(attacher: Attacher, mut watch: Watch, mut stopped: oneshot::Rec
         };
         match change {
             Some(Change::New(interface)) => {
-                bare.entry(interface.index).or_insert((interface, 0));
+                if !tc::is_attached(&attacher.objects, attacher.method, attacher.pod_id, &interface) {
+                    bare.insert(interface.index, (interface, 0));
+                }
             }
             Some(Change::Gone(index)) => {
                 bare.remove(&index);

@@ -15,7 +15,12 @@ use std::{
     path::Path,
 };
 
-use aya::Pod;
+use aya::{
+    Pod,
+    maps::{MapData, RingBuf},
+};
+use aya_log::EbpfLogger;
+use tokio::io::{Interest, unix::AsyncFd};
 
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_OBJ_GET: libc::c_int = 7;
@@ -156,11 +161,8 @@ pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
 /// `T` must be made of integers only: the leading fields of the info structure of what `fd` is.
 fn info_by_fd<T: Default>(fd: BorrowedFd<'_>) -> io::Result<T> {
     let mut info = T::default();
-    let mut attr = InfoByFd {
-        fd: raw(fd),
-        info_len: size_of::<T>() as u32,
-        info: std::ptr::from_mut(&mut info) as u64,
-    };
+    let mut attr =
+        InfoByFd { fd: raw(fd), info_len: size_of::<T>() as u32, info: std::ptr::from_mut(&mut info) as u64 };
     // SAFETY: `attr` is BPF_OBJ_GET_INFO_BY_FD's layout; the kernel writes at most `info_len` bytes to `info`, whose fields (private to
     // this module) are integers and take any bit pattern.
     unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
@@ -222,4 +224,21 @@ impl<K: Pod, V: Pod> SharedMap<K, V> {
             Err(e) => Err(e),
         }
     }
+}
+
+/// What reads a ring buffer.
+///
+/// # Safety
+/// The descriptor is owned, and the same as long as the value lives.
+pub unsafe trait Ring: AsRawFd {}
+
+// SAFETY: a ring buffer owns its map's descriptor and offers no way to replace it.
+unsafe impl Ring for RingBuf<MapData> {}
+// SAFETY: a logger owns a ring buffer and offers no way to replace it.
+unsafe impl<T> Ring for EbpfLogger<T> {}
+
+/// Makes a ring buffer awaitable. Must be called within a Tokio runtime.
+pub fn awaitable<T: Ring>(ring: T) -> io::Result<AsyncFd<T>> {
+    // SAFETY: what `Ring` promises.
+    unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }.map_err(|e| e.into_parts().1)
 }
