@@ -1,1 +1,120 @@
-//! cleanup
+//! Removes everything the agent makes, with or without a living agent.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde::Serialize;
+
+use super::{
+    CaptureError,
+    lock::PinLock,
+    netns::Netns,
+    pins::{self, Layout},
+    routes, tc,
+};
+
+/// What was removed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Directories of ABI versions.
+    pub versions: Vec<PathBuf>,
+    /// Links: cgroup hooks and tcx programs.
+    pub links: usize,
+    /// Maps.
+    pub maps: usize,
+    /// clsact filters.
+    pub filters: usize,
+    /// Namespaces whose reply routes and filters were removed.
+    pub namespaces: Vec<PathBuf>,
+    /// What could not be done. Calling again tries again.
+    pub problems: Vec<String>,
+}
+
+impl std::ops::AddAssign for Report {
+    fn add_assign(&mut self, other: Self) {
+        self.versions.extend(other.versions);
+        self.links += other.links;
+        self.maps += other.maps;
+        self.filters += other.filters;
+        self.namespaces.extend(other.namespaces);
+        self.problems.extend(other.problems);
+    }
+}
+
+/// Removes links, pins and directories of every ABI version under `pin_root`, and filters and reply routes in these pods' namespaces. Pods get
+/// plain traffic back. Does nothing where there is nothing. Refused while an agent runs, unless `force`.
+pub async fn cleanup(pin_root: &Path, pods: &[PathBuf], force: bool) -> Result<Report, CaptureError> {
+    let lock = match PinLock::acquire(pin_root) {
+        Ok(lock) => Some(lock),
+        Err(_) if force => None,
+        Err(e) => return Err(e),
+    };
+    let mut report = Report::default();
+    for layout in pins::versions(pin_root, None)? {
+        match remove_version(&layout) {
+            Ok(removed) => report += removed,
+            Err(e) => report.problems.push(e.to_string()),
+        }
+    }
+    for path in pods {
+        match restore(path).await {
+            Ok(filters) => {
+                report.filters += filters;
+                report.namespaces.push(path.clone());
+            }
+            Err(problem) => report.problems.push(problem),
+        }
+    }
+    // What others put there is theirs.
+    if pins::list(pin_root)?.is_empty() {
+        remove_directory(pin_root, &mut report.problems);
+    }
+    if let Some(lock) = lock {
+        lock.remove()?;
+    }
+    Ok(report)
+}
+
+async fn restore(path: &Path) -> Result<usize, String> {
+    let netns = Netns::open(path).map_err(|e| e.to_string())?;
+    let filters = tc::detach_filters(&netns).await.map_err(|e| e.to_string())?;
+    routes::remove(&netns).await;
+    Ok(filters)
+}
+
+/// Removes one version in the order of un-enrolment: capture off first, then guards, then what they need.
+pub fn remove_version(layout: &Layout) -> Result<Report, CaptureError> {
+    let mut report = Report::default();
+    let links = pins::list(&layout.links())?;
+    let is = |path: &Path, prefix: &str| {
+        path.file_name().and_then(|n| n.to_str()).is_some_and(|name| name.starts_with(prefix))
+    };
+    let rank = |path: &PathBuf| match () {
+        () if is(path, "connect") => 0,
+        () if is(path, "tc-") => 1,
+        () => 2,
+    };
+    let mut ordered = links;
+    ordered.sort_by_key(rank);
+    for path in ordered {
+        report.links += usize::from(pins::remove(&path)?);
+    }
+    for path in pins::list(&layout.maps())? {
+        report.maps += usize::from(pins::remove(&path)?);
+    }
+    for dir in [layout.links(), layout.maps(), layout.dir().to_owned()] {
+        remove_directory(&dir, &mut report.problems);
+    }
+    report.versions.push(layout.dir().to_owned());
+    Ok(report)
+}
+
+fn remove_directory(path: &Path, problems: &mut Vec<String>) {
+    match fs::remove_dir(path) {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => problems.push(format!("remove directory {}: {e}", path.display())),
+    }
+}

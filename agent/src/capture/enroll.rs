@@ -1,10 +1,27 @@
 //! Enrolling a pod, and the reasons not to.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use super::CaptureError;
+use tokio::{sync::oneshot, task::JoinHandle};
+use underpass_abi::PodConfig;
 
-/// Why a pod is not enrolled; nothing of it is left behind.
+use super::{
+    CaptureError, Inner, Marker,
+    desired::{self, Strictness},
+    garbage, interfaces,
+    netns::Netns,
+    pod::{NewPod, Pod, PodListeners},
+    processes,
+    registry::Entry,
+    routes, sockdiag, sockets, tc, watcher,
+};
+use crate::mesh::{LocalPod, Workload, WorkloadKey};
+
+/// How often and how long to wait for the ports of a pod that is enrolled anew, until its old listeners are closed.
+const REBIND: (u32, Duration) = (40, Duration::from_millis(50));
+
+/// Why a pod is not enrolled; nothing of it is left behind, except that a pod which an earlier agent captured stays captured, so that its
+/// connections are refused and not sent in plaintext.
 #[derive(Debug, thiserror::Error)]
 pub enum EnrollError {
     /// The namespace cannot be opened or is the host's own.
@@ -56,4 +73,229 @@ pub enum EnrollError {
     /// Programs or maps.
     #[error(transparent)]
     Capture(#[from] CaptureError),
+}
+
+/// An enrolled pod, as its slot holds it.
+pub struct Enrolled {
+    pod: Arc<Pod>,
+    netns: Arc<Netns>,
+    watcher: JoinHandle<()>,
+    /// Dropped, it ends the watcher.
+    stop: oneshot::Sender<()>,
+}
+
+/// What is known of a pod while it is being enrolled.
+struct Candidate<'a> {
+    workload: &'a Workload,
+    local: &'a LocalPod,
+    netns: Arc<Netns>,
+    id: u32,
+    /// Its entry of an earlier agent.
+    adopted: Option<PodConfig>,
+    /// Our own old listeners may still be closing.
+    rebind: bool,
+}
+
+/// See [`super::Capture::enroll`].
+pub async fn enroll(inner: Arc<Inner>, workload: Workload) -> Result<Arc<Pod>, EnrollError> {
+    let result = enroll_in_slot(&inner, &workload).await;
+    inner.prune_slots();
+    result
+}
+
+async fn enroll_in_slot(inner: &Arc<Inner>, workload: &Workload) -> Result<Arc<Pod>, EnrollError> {
+    let slot = inner.slot(&workload.key);
+    let mut slot = slot.lock().await;
+    let Some(local) = &workload.local else {
+        return Err(EnrollError::Namespace {
+            path: PathBuf::new(),
+            reason: format!(
+                "{} runs on node {}, not here; only local workloads can be enrolled",
+                workload.key, workload.node
+            ),
+        });
+    };
+    let netns = Netns::open(&local.netns)?;
+    let mut rebind = false;
+    if let Some(enrolled) = &*slot {
+        let same_namespace = enrolled.pod.netns_cookie == netns.cookie();
+        if same_namespace && enrolled.pod.identity == workload.identity {
+            update(inner, enrolled, workload).await?;
+            return Ok(Arc::clone(&enrolled.pod));
+        }
+        // Another identity needs another `Pod`; the namespace stays captured meanwhile. Another namespace is another pod.
+        let enrolled = slot.take().expect("checked above");
+        rebind = same_namespace;
+        release(inner, &workload.key, enrolled, same_namespace).await;
+    }
+
+    let (id, adopted) = {
+        let mut registry = inner.registry();
+        let adopted = inner.maps.tables().pods().get(&netns.cookie()).copied();
+        (registry.claim(&workload.key, &netns, adopted.as_ref())?, adopted)
+    };
+    let candidate = Candidate { workload, local, netns, id, adopted, rebind };
+    match enroll_new(inner, &candidate).await {
+        Ok(enrolled) => {
+            let pod = Arc::clone(&enrolled.pod);
+            *slot = Some(enrolled);
+            Ok(pod)
+        }
+        Err(e) => {
+            undo(inner, &candidate).await;
+            Err(e)
+        }
+    }
+}
+
+/// In this order: who listens, what brings replies back, what guards; capture last.
+async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enrolled, EnrollError> {
+    let &Candidate { workload, local, ref netns, id, adopted, .. } = candidate;
+    processes::check_below(netns, &inner.options.cgroup).await?;
+    let mark = inner.marker();
+    let listeners = listen(candidate, &mark).await?;
+    routes::install(netns).await?;
+    // From here on the route goes with the pod.
+    let pod = Pod::new(NewPod {
+        id,
+        key: workload.key.clone(),
+        identity: workload.identity.clone(),
+        netns: Arc::clone(netns),
+        listeners,
+        mark,
+    });
+
+    let before = adopted.map(|config| inner.maps.tables().strictness(&config));
+    let state = desired::pod(id, workload, local, inner.registry().mesh.capture_all);
+    let after = {
+        let mut tables = inner.maps.tables();
+        tables.apply_pod(&state)?;
+        tables.strictness(&state.config)
+    };
+    let mut watch = interfaces::watch(netns)
+        .await
+        .map_err(|e| EnrollError::Setup { action: "watch interfaces", reason: e.to_string() })?;
+    let present = watcher::present(&mut watch);
+    tc::attach(&inner.objects, netns, inner.method, id, present).await?;
+    if before.is_some_and(|before| after.tightens(&before)) {
+        destroy_plaintext(netns, after).await?;
+    }
+
+    inner.capture(Entry { pod: Arc::clone(&pod), netns: Arc::clone(netns), workload: workload.clone() })?;
+    let (stop, stopped) = oneshot::channel();
+    let watcher = tokio::spawn(watcher::run(inner.attacher(netns, id), watch, stopped));
+    Ok(Enrolled { pod, netns: Arc::clone(netns), watcher, stop })
+}
+
+/// Opens the listeners. When the pod was enrolled until now, its accept loops may need a moment to close the old ones.
+async fn listen(candidate: &Candidate<'_>, mark: &Marker) -> Result<PodListeners, EnrollError> {
+    let mut attempts = if candidate.rebind { REBIND.0 } else { 0 };
+    loop {
+        match sockets::listen(&candidate.netns, mark).await {
+            Err(EnrollError::PortTaken { .. }) if attempts > 0 => attempts -= 1,
+            result => return result,
+        }
+        // Nothing announces that a listener is closed.
+        tokio::time::sleep(REBIND.1).await;
+    }
+}
+
+/// Applies what changed to an enrolled pod.
+async fn update(inner: &Inner, enrolled: &Enrolled, workload: &Workload) -> Result<(), EnrollError> {
+    let Enrolled { pod, netns, .. } = enrolled;
+    let entry = Entry { pod: Arc::clone(pod), netns: Arc::clone(netns), workload: workload.clone() };
+    if let Some(tighter) = inner.capture(entry)? {
+        destroy_plaintext(netns, tighter).await?;
+    }
+    Ok(())
+}
+
+/// Ends connections that were admitted in plaintext and would not be any more.
+pub async fn destroy_plaintext(netns: &Netns, strict: Strictness) -> Result<(), EnrollError> {
+    let destroyed = sockdiag::destroy_plaintext(netns, move |port| strict.refuses(port)).await.map_err(|e| {
+        EnrollError::Setup { action: "ending plaintext connections that STRICT forbids", reason: e.to_string() }
+    })?;
+    if destroyed > 0 {
+        tracing::info!(namespace = %netns.path().display(), destroyed, "ended plaintext connections: STRICT now");
+    }
+    Ok(())
+}
+
+/// See [`super::Capture::unenroll`].
+pub async fn unenroll(inner: Arc<Inner>, key: WorkloadKey) {
+    unenroll_slot(&inner, &key).await;
+    inner.prune_slots();
+}
+
+async fn unenroll_slot(inner: &Inner, key: &WorkloadKey) {
+    let slot = inner.slot(key);
+    let mut slot = slot.lock().await;
+    if let Some(enrolled) = slot.take() {
+        release(inner, key, enrolled, false).await;
+    }
+    let (namespaces, ids) = {
+        let mut registry = inner.registry();
+        let namespaces = registry.drop_kept(key);
+        let tables = inner.maps.tables();
+        let ids = namespaces.iter().filter_map(|n| tables.pods().get(n)).map(|c| c.pod_id).collect();
+        (namespaces, ids)
+    };
+    garbage::discard(inner, namespaces, ids).await;
+}
+
+/// Ends an enrolment: capture off first, guard and inbound program last. With `stay_captured` only the agent's side ends, and connections are
+/// refused until the namespace is enrolled again.
+async fn release(inner: &Inner, key: &WorkloadKey, enrolled: Enrolled, stay_captured: bool) {
+    let Enrolled { pod, netns, watcher, stop } = enrolled;
+    let failed = |what, e: &CaptureError| tracing::error!(workload = %key, error = %e, "{what}");
+    inner.registry().entries.remove(key);
+    if !stay_captured && let Err(e) = inner.maps.tables().release(netns.cookie()) {
+        failed("cannot turn capture off", &e);
+    }
+    pod.signal_unenrolled();
+    drop(stop);
+    if let Err(e) = watcher.await {
+        tracing::error!(workload = %key, error = %e, "interface watcher failed");
+    }
+    if !stay_captured {
+        match detach(inner, &netns, pod.id).await {
+            Ok(()) => inner.registry().free(pod.id),
+            // The number stays taken, so that no other pod meets these programs.
+            Err(e) => failed("cannot remove the pod's tc programs or rules", &e),
+        }
+    }
+    inner.registry().unclaim(netns.cookie());
+}
+
+/// Removes a pod's programs, then what they read.
+async fn detach(inner: &Inner, netns: &Netns, id: u32) -> Result<(), CaptureError> {
+    tc::unpin(&inner.objects, id, None)?;
+    if inner.method == tc::Method::Clsact {
+        tc::detach_filters(netns).await?;
+    }
+    inner.maps.tables().forget(id)
+}
+
+/// Takes back what a failed enrolment did.
+async fn undo(inner: &Inner, candidate: &Candidate<'_>) {
+    let &Candidate { workload, ref netns, id, adopted, .. } = candidate;
+    let key = &workload.key;
+    if adopted.is_some() {
+        tracing::warn!(workload = %key, "stays captured, its connections are refused, until it is enrolled or removed");
+        let mut registry = inner.registry();
+        registry.unclaim(netns.cookie());
+        registry.keep(netns.cookie(), key.clone());
+        return;
+    }
+    let captured = inner.maps.tables().release(netns.cookie());
+    let detached = detach(inner, netns, id).await;
+    let mut registry = inner.registry();
+    registry.entries.remove(key);
+    match captured.and(detached) {
+        Ok(()) => registry.free(id),
+        Err(e) => {
+            tracing::error!(workload = %key, error = %e, "cannot undo a failed enrolment; its number stays taken")
+        }
+    }
+    registry.unclaim(netns.cookie());
 }

@@ -1,1 +1,366 @@
-//! maps
+//! The maps, typed. Everything the agent writes for the programs to read goes through here.
+
+use std::{
+    collections::BTreeMap,
+    error::Error,
+    fmt::Write as _,
+    io,
+    net::SocketAddr,
+    ops::RangeInclusive,
+    os::fd::{AsFd, AsRawFd},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use aya::{
+    Ebpf,
+    maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
+};
+use underpass_abi::{
+    COUNTERS, Counter, FlowKey, MeshEntry, OriginalDestination, PodConfig, PortKey, PortRule, SOCKET_AGENT,
+    SocketState, capacity,
+};
+
+use super::{
+    CaptureError,
+    desired::{ALL_PODS, MeshState, PodState, PortSlot, Prefix, Rules, Strictness, address},
+    pins::Layout,
+    table::{Store, Table},
+};
+use crate::sys::bpf::SharedMap;
+
+/// Name, key size, value size and number of entries of every pinned map.
+pub const PINNED: [(&str, usize, usize, usize); 9] = [
+    ("PODS", 8, size_of::<PodConfig>(), capacity::PODS),
+    ("PODS_BY_ID", 4, size_of::<PodConfig>(), capacity::PODS),
+    ("MESH", 4 + 16, size_of::<MeshEntry>(), capacity::MESH),
+    ("EXCLUDED_CIDRS", 4 + 20, EXCLUDED_VALUE, capacity::EXCLUDED_CIDRS),
+    ("PORT_RULES", size_of::<PortKey>(), size_of::<PortRule>(), capacity::PORT_RULES),
+    ("SOCKETS", 4, size_of::<SocketState>(), 0),
+    ("FLOWS", size_of::<FlowKey>(), size_of::<OriginalDestination>(), capacity::FLOWS),
+    ("EVENTS", 0, 0, capacity::EVENTS_BYTES),
+    ("COUNTERS", 4, 8, COUNTERS as usize),
+];
+/// Size of the values of `EXCLUDED_CIDRS`, which say nothing: being there is what counts.
+const EXCLUDED_VALUE: usize = size_of::<u32>();
+
+/// The maps the agent reads and writes.
+pub struct Maps {
+    flows: SharedMap<FlowKey, OriginalDestination>,
+    sockets: SharedMap<i32, SocketState>,
+    counters: PerCpuArray<MapData, u64>,
+    tables: Mutex<Tables>,
+}
+
+/// The maps that are written by difference.
+pub struct Tables {
+    pods: Table<HashStore<u64, PodConfig>>,
+    pods_by_id: Table<HashStore<u32, PodConfig>>,
+    mesh: Table<TrieStore<16, MeshEntry>>,
+    excluded: Table<ExcludedStore>,
+    ports: Table<PortStore>,
+}
+
+impl Maps {
+    /// Takes the maps out of a loaded object; the ring buffer goes to who reads events.
+    pub fn take(bpf: &mut Ebpf) -> Result<(Self, RingBuf<MapData>), CaptureError> {
+        let tables = Tables {
+            pods: Table::new("PODS", capacity::PODS, HashStore(typed(bpf, "PODS")?))?,
+            pods_by_id: Table::new("PODS_BY_ID", capacity::PODS, HashStore(typed(bpf, "PODS_BY_ID")?))?,
+            mesh: Table::new("MESH", capacity::MESH, TrieStore(typed(bpf, "MESH")?))?,
+            excluded: Table::new(
+                "EXCLUDED_CIDRS",
+                capacity::EXCLUDED_CIDRS,
+                ExcludedStore(TrieStore(typed(bpf, "EXCLUDED_CIDRS")?)),
+            )?,
+            ports: Table::new("PORT_RULES", capacity::PORT_RULES, PortStore(typed(bpf, "PORT_RULES")?))?,
+        };
+        let maps = Self {
+            flows: shared(bpf, "FLOWS")?,
+            sockets: shared(bpf, "SOCKETS")?,
+            counters: typed(bpf, "COUNTERS")?,
+            tables: Mutex::new(tables),
+        };
+        Ok((maps, typed(bpf, "EVENTS")?))
+    }
+
+    /// The written maps.
+    pub fn tables(&self) -> MutexGuard<'_, Tables> {
+        // A panic between a write and its mirror leaves at worst a superfluous write; the tables stay usable.
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Removes and returns the original destination of a captured connection.
+    pub fn take_flow(&self, netns: u64, client: SocketAddr, listener: SocketAddr) -> io::Result<Option<SocketAddr>> {
+        let key = FlowKey {
+            netns,
+            client: address(client.ip()),
+            listener: address(listener.ip()),
+            client_port: client.port(),
+            listener_port: listener.port(),
+            _pad: 0,
+        };
+        let ip = |a| std::net::Ipv6Addr::from(a).to_canonical();
+        Ok(self.flows.take(&key)?.map(|o| SocketAddr::new(ip(o.addr), o.port)))
+    }
+
+    /// Flags a socket as the agent's.
+    pub fn mark_own(&self, socket: impl AsFd) -> io::Result<()> {
+        let state = SocketState { flags: SOCKET_AGENT, ..SocketState::default() };
+        self.sockets.insert(&socket.as_fd().as_raw_fd(), &state)
+    }
+
+    /// The programs' counters, summed over the processors.
+    pub fn counters(&self) -> Result<BTreeMap<String, u64>, CaptureError> {
+        let read =
+            |c: Counter| self.counters.get(&(c as u32), 0).map(|v| v.iter().fold(0, |a: u64, n| a.wrapping_add(*n)));
+        Counter::ALL
+            .iter()
+            .map(|(c, name)| Ok(((*name).to_owned(), read(*c)?)))
+            .collect::<Result<_, MapError>>()
+            .map_err(|e| CaptureError::Bpf { action: "read map COUNTERS".to_owned(), reason: chain(&e) })
+    }
+}
+
+impl Tables {
+    /// Pods in the maps: namespace cookie and configuration.
+    pub fn pods(&self) -> &BTreeMap<u64, PodConfig> {
+        self.pods.contents()
+    }
+
+    /// Numbers that have an entry anywhere.
+    pub fn pod_ids(&self) -> impl Iterator<Item = u32> + '_ {
+        let ports = self.ports.contents().keys().map(|s| s.pod_id);
+        let excluded = self.excluded.contents().keys().map(|p| {
+            let [a, b, c, d, ..] = p.bytes;
+            u32::from_be_bytes([a, b, c, d])
+        });
+        let by_id = self.pods_by_id.contents().keys().copied();
+        self.pods().values().map(|c| c.pod_id).chain(by_id).chain(ports).chain(excluded)
+    }
+
+    /// A pod's configuration as the tc programs see it.
+    pub fn pod(&self, id: u32) -> Option<&PodConfig> {
+        self.pods_by_id.contents().get(&id)
+    }
+
+    /// The rules in force for a pod, or for all.
+    pub fn rules(&self, pod_id: u32) -> Rules {
+        Rules {
+            excluded: self.excluded.contents().range(excluded_scope(pod_id)).map(|(k, v)| (*k, *v)).collect(),
+            ports: self.ports.contents().range(port_scope(pod_id)).map(|(k, v)| (*k, *v)).collect(),
+        }
+    }
+
+    /// Which inbound ports of a pod with this configuration refuse plaintext, by the rules in the maps.
+    pub fn strictness(&self, config: &PodConfig) -> Strictness {
+        Strictness::new(config, &self.rules(config.pod_id), &self.rules(ALL_PODS))
+    }
+
+    /// Makes the mesh-wide entries those of `state`. Nothing is written when one of the maps is too small.
+    pub fn apply_mesh(&mut self, state: &MeshState) -> Result<(), CaptureError> {
+        self.mesh.check(EVERYTHING, &state.mesh)?;
+        self.check_rules(ALL_PODS, &state.rules)?;
+        self.mesh.reconcile(EVERYTHING, &state.mesh)?;
+        self.apply_rules(ALL_PODS, &state.rules)
+    }
+
+    /// Writes what the tc programs need to know of a pod, and its rules.
+    pub fn apply_pod(&mut self, state: &PodState) -> Result<(), CaptureError> {
+        let id = state.config.pod_id;
+        self.check_rules(id, &state.rules)?;
+        self.apply_rules(id, &state.rules)?;
+        self.pods_by_id.insert(id, state.config)
+    }
+
+    /// Turns capture on for a namespace, or gives a captured one another configuration.
+    pub fn capture(&mut self, netns: u64, config: PodConfig) -> Result<(), CaptureError> {
+        self.pods.insert(netns, config)
+    }
+
+    /// Turns capture off.
+    pub fn release(&mut self, netns: u64) -> Result<(), CaptureError> {
+        self.pods.remove(&netns)
+    }
+
+    /// Forgets a pod: its programs must be gone.
+    pub fn forget(&mut self, id: u32) -> Result<(), CaptureError> {
+        self.pods_by_id.remove(&id)?;
+        self.apply_rules(id, &Rules::default())
+    }
+
+    fn check_rules(&self, pod_id: u32, rules: &Rules) -> Result<(), CaptureError> {
+        self.excluded.check(excluded_scope(pod_id), &rules.excluded)?;
+        self.ports.check(port_scope(pod_id), &rules.ports)
+    }
+
+    fn apply_rules(&mut self, pod_id: u32, rules: &Rules) -> Result<(), CaptureError> {
+        self.excluded.reconcile(excluded_scope(pod_id), &rules.excluded)?;
+        self.ports.reconcile(port_scope(pod_id), &rules.ports)
+    }
+}
+
+const EVERYTHING: RangeInclusive<Prefix<16>> =
+    Prefix { bytes: [0; 16], bits: 0 }..=Prefix { bytes: [0xff; 16], bits: u32::MAX };
+
+fn port_scope(pod_id: u32) -> RangeInclusive<PortSlot> {
+    PortSlot { pod_id, direction: 0, port: 0 }..=PortSlot { pod_id, direction: u16::MAX, port: u16::MAX }
+}
+
+fn excluded_scope(pod_id: u32) -> RangeInclusive<Prefix<20>> {
+    let key = |fill, bits| {
+        let mut bytes = [fill; 20];
+        bytes[..4].copy_from_slice(&pod_id.to_be_bytes());
+        Prefix { bytes, bits }
+    };
+    key(0, 0)..=key(0xff, u32::MAX)
+}
+
+/// Checks that the maps just loaded, which may be an earlier agent's, are what this agent expects, and that there is no other.
+pub fn check_pinned(bpf: &Ebpf, layout: &Layout) -> Result<(), CaptureError> {
+    for (name, key, value, entries) in PINNED {
+        let failed = |reason: String| CaptureError::Bpf {
+            action: format!("use map {}", layout.map(name).display()),
+            reason: format!("{reason}; `underpass cleanup` removes what another build left"),
+        };
+        let info = MapData::from_pin(layout.map(name)).and_then(|m| m.info()).map_err(|e| failed(chain(&e)))?;
+        let found = (info.key_size() as usize, info.value_size() as usize, info.max_entries() as usize);
+        if found != (key, value, entries) {
+            return Err(failed(format!(
+                "key size, value size and entries are {found:?}, expected {:?}",
+                (key, value, entries)
+            )));
+        }
+    }
+    for (name, _) in bpf.maps() {
+        let private = name.starts_with('.') || name == super::loader::LOG_MAP;
+        if !private && !PINNED.iter().any(|(n, ..)| *n == name) {
+            return Err(CaptureError::Bpf {
+                action: format!("load map {name}"),
+                reason: "the object has a map the agent does not know; build both from one source".to_owned(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn typed<T>(bpf: &mut Ebpf, name: &'static str) -> Result<T, CaptureError>
+where
+    T: TryFrom<Map, Error = MapError>,
+{
+    T::try_from(take(bpf, name)?).map_err(|e| failed(name, chain(&e)))
+}
+
+fn shared<K: aya::Pod, V: aya::Pod>(bpf: &mut Ebpf, name: &'static str) -> Result<SharedMap<K, V>, CaptureError> {
+    let (Map::HashMap(data) | Map::LruHashMap(data) | Map::SkStorage(data)) = take(bpf, name)? else {
+        return Err(failed(name, "not a hash or socket-storage map".to_owned()));
+    };
+    let fd = data.fd().as_fd().try_clone_to_owned();
+    fd.and_then(SharedMap::new).map_err(|e| failed(name, e.to_string()))
+}
+
+fn take(bpf: &mut Ebpf, name: &'static str) -> Result<Map, CaptureError> {
+    bpf.take_map(name).ok_or_else(|| failed(name, "the object has no such map".to_owned()))
+}
+
+fn failed(name: &str, reason: String) -> CaptureError {
+    CaptureError::Bpf { action: format!("open map {name}"), reason }
+}
+
+/// An error with its causes: aya's messages leave out the kernel's answer.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(e) = source {
+        let _ = write!(text, ": {e}");
+        source = e.source();
+    }
+    text
+}
+
+/// A hash map.
+struct HashStore<K, V>(HashMap<MapData, K, V>);
+
+impl<K: aya::Pod + Ord, V: aya::Pod + PartialEq> Store for HashStore<K, V> {
+    type Key = K;
+    type Value = V;
+
+    fn entries(&self) -> Result<Vec<(K, V)>, String> {
+        self.0.iter().collect::<Result<_, _>>().map_err(|e| chain(&e))
+    }
+
+    fn insert(&mut self, key: &K, value: &V) -> Result<(), String> {
+        self.0.insert(key, value, 0).map_err(|e| chain(&e))
+    }
+
+    fn remove(&mut self, key: &K) -> Result<(), String> {
+        gone_is_fine(self.0.remove(key))
+    }
+}
+
+/// A longest-prefix-match trie.
+struct TrieStore<const N: usize, V>(LpmTrie<MapData, [u8; N], V>);
+
+impl<const N: usize, V: aya::Pod + PartialEq> Store for TrieStore<N, V> {
+    type Key = Prefix<N>;
+    type Value = V;
+
+    fn entries(&self) -> Result<Vec<(Prefix<N>, V)>, String> {
+        let entry = |(k, v): (Key<[u8; N]>, V)| (Prefix { bytes: k.data(), bits: k.prefix_len() }, v);
+        self.0.iter().map(|r| r.map(entry)).collect::<Result<_, _>>().map_err(|e| chain(&e))
+    }
+
+    fn insert(&mut self, key: &Prefix<N>, value: &V) -> Result<(), String> {
+        self.0.insert(&Key::new(key.bits, key.bytes), value, 0).map_err(|e| chain(&e))
+    }
+
+    fn remove(&mut self, key: &Prefix<N>) -> Result<(), String> {
+        gone_is_fine(self.0.remove(&Key::new(key.bits, key.bytes)))
+    }
+}
+
+/// `EXCLUDED_CIDRS`: a set.
+struct ExcludedStore(TrieStore<20, u32>);
+
+impl Store for ExcludedStore {
+    type Key = Prefix<20>;
+    type Value = ();
+
+    fn entries(&self) -> Result<Vec<(Prefix<20>, ())>, String> {
+        Ok(self.0.entries()?.into_iter().map(|(k, _)| (k, ())).collect())
+    }
+
+    fn insert(&mut self, key: &Prefix<20>, (): &()) -> Result<(), String> {
+        self.0.insert(key, &1)
+    }
+
+    fn remove(&mut self, key: &Prefix<20>) -> Result<(), String> {
+        self.0.remove(key)
+    }
+}
+
+/// `PORT_RULES`, whose keys have no order of their own.
+struct PortStore(HashMap<MapData, PortKey, PortRule>);
+
+impl Store for PortStore {
+    type Key = PortSlot;
+    type Value = PortRule;
+
+    fn entries(&self) -> Result<Vec<(PortSlot, PortRule)>, String> {
+        self.0.iter().map(|r| r.map(|(k, v)| (k.into(), v))).collect::<Result<_, _>>().map_err(|e| chain(&e))
+    }
+
+    fn insert(&mut self, key: &PortSlot, value: &PortRule) -> Result<(), String> {
+        self.0.insert(PortKey::from(*key), value, 0).map_err(|e| chain(&e))
+    }
+
+    fn remove(&mut self, key: &PortSlot) -> Result<(), String> {
+        gone_is_fine(self.0.remove(&PortKey::from(*key)))
+    }
+}
+
+fn gone_is_fine(result: Result<(), MapError>) -> Result<(), String> {
+    match result {
+        Err(MapError::SyscallError(e)) if e.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other.map_err(|e| chain(&e)),
+    }
+}

@@ -5,25 +5,51 @@
 //! a pod's [`sockets`] pool, so no connection costs a `setns`.
 
 pub mod cleanup;
+mod desired;
 mod enroll;
 pub mod events;
+mod garbage;
 mod interfaces;
 mod loader;
+mod lock;
 mod maps;
 pub mod netns;
 pub mod object;
 mod pins;
 mod pod;
 pub mod processes;
+mod registry;
 pub mod routes;
 mod sockdiag;
 pub mod sockets;
+mod table;
+mod tc;
+mod watcher;
 
-use std::{net::SocketAddr, os::fd::AsFd, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd, BorrowedFd},
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use tokio::task::JoinHandle;
 
 pub use enroll::EnrollError;
 pub use pod::{Pod, PodListeners};
 
+use self::{
+    desired::Strictness,
+    enroll::Enrolled,
+    netns::Netns,
+    registry::{Entry, Registry},
+    watcher::Attacher,
+};
 use crate::mesh::{Snapshot, Workload, WorkloadKey};
 
 /// Where and how to capture.
@@ -87,61 +113,230 @@ pub enum CaptureError {
     },
 }
 
-/// The running capture.
-pub struct Capture {}
+/// The running capture. Dropping it leaves everything in place: pods stay captured, and their connections are refused until an agent is back.
+pub struct Capture {
+    inner: Arc<Inner>,
+    /// Readers of what the programs report.
+    readers: Vec<JoinHandle<()>>,
+}
+
+/// Flags a socket as the agent's own.
+type Marker = Arc<dyn Fn(BorrowedFd<'_>) -> io::Result<()> + Send + Sync>;
+
+struct Inner {
+    options: CaptureOptions,
+    method: tc::Method,
+    objects: Arc<loader::Objects>,
+    maps: Arc<maps::Maps>,
+    registry: Mutex<Registry>,
+    /// Enrolments, each behind a lock that serialises what happens to its workload.
+    slots: Mutex<HashMap<WorkloadKey, Slot>>,
+    /// Failures to attach to interfaces that came later.
+    bare_interfaces: Arc<AtomicU64>,
+    _lock: lock::PinLock,
+}
+
+type Slot = Arc<tokio::sync::Mutex<Option<Enrolled>>>;
 
 impl Capture {
     /// Loads, pins and attaches; adopts or atomically replaces what an earlier agent left. There is no moment without capture.
     pub async fn start(options: CaptureOptions) -> Result<Arc<Self>, CaptureError> {
-        let _ = options;
-        todo!()
+        let method = tc::Method::choose(options.tc)?;
+        let (options, started) = blocking(move || {
+            let started = loader::start(&options);
+            (options, started)
+        })
+        .await;
+        let loader::Started { lock, objects, maps, events, log } = started?;
+        let ids = objects.layout().tc_pins()?.into_iter().map(|(pin, _)| pin.pod_id).collect::<Vec<_>>();
+        let registry = Registry::new(ids.into_iter().chain(maps.tables().pod_ids()));
+        let mut readers = vec![tokio::spawn(events::log_events(events))];
+        readers.extend(log.map(|log| tokio::spawn(events::forward_log(log))));
+        let inner = Inner {
+            options,
+            method,
+            objects,
+            maps: Arc::new(maps),
+            registry: Mutex::new(registry),
+            slots: Mutex::default(),
+            bare_interfaces: Arc::default(),
+            _lock: lock,
+        };
+        Ok(Arc::new(Self { inner: Arc::new(inner), readers }))
     }
 
     /// Projects mesh addresses, VIPs, CIDRs and mesh-wide exclusions into the maps (differences only; additions before removals).
+    /// Must be called within a Tokio runtime: ending plaintext connections that are not allowed any more goes on in the background.
     pub fn apply(&self, snapshot: &Snapshot) -> Result<(), CaptureError> {
-        let _ = snapshot;
-        todo!()
+        for (netns, strict) in self.inner.apply(snapshot)? {
+            tokio::spawn(async move {
+                if let Err(e) = enroll::destroy_plaintext(&netns, strict).await {
+                    tracing::error!(namespace = %netns.path().display(), error = %e, "plaintext connections go on");
+                }
+            });
+        }
+        Ok(())
     }
 
     /// Enrols a pod: listeners and routes first, then guard and inbound program on every interface, capture last. Fails whole.
     /// For an already enrolled pod, applies what changed (mode, port rules, exclusions); switching to STRICT destroys plaintext
-    /// connections already admitted.
+    /// connections already admitted. Runs to its end even when the caller stops waiting.
     pub async fn enroll(&self, workload: &Workload) -> Result<Arc<Pod>, EnrollError> {
-        let _ = workload;
-        todo!()
+        run(enroll::enroll(Arc::clone(&self.inner), workload.clone())).await
     }
 
     /// Gives the pod plain traffic back: capture off first, guard and inbound program last. Live connections go on; the reply
     /// route stays until the returned pod is dropped by its last connection.
     pub async fn unenroll(&self, key: &WorkloadKey) {
-        let _ = key;
-        todo!()
+        run(enroll::unenroll(Arc::clone(&self.inner), key.clone())).await;
     }
 
     /// The pods enrolled now.
     pub fn pods(&self) -> Vec<Arc<Pod>> {
-        todo!()
+        self.inner.registry().entries.values().map(|e| Arc::clone(&e.pod)).collect()
     }
 
     /// Removes what earlier agents left for pods that are not enrolled now. Called once after the first configuration was applied.
     pub async fn collect_garbage(&self) {
-        todo!()
+        let inner = Arc::clone(&self.inner);
+        run(async move { garbage::collect(&inner).await }).await;
     }
 
     /// Consumes the original destination of a connection accepted on an outbound listener.
     pub fn take_original_destination(&self, pod: &Pod, client: SocketAddr, listener: SocketAddr) -> Option<SocketAddr> {
-        let _ = (pod, client, listener);
-        todo!()
+        self.inner.maps.take_flow(pod.netns_cookie, client, listener).unwrap_or_else(|e| {
+            tracing::error!(pod = %pod.key, %client, error = %e, "cannot read map FLOWS");
+            None
+        })
     }
 
     /// Flags a socket as the agent's own, so that it is neither captured nor guarded.
     pub fn mark_own(&self, socket: &impl AsFd) -> std::io::Result<()> {
-        let _ = socket;
-        todo!()
+        self.inner.maps.mark_own(socket)
     }
 
-    /// The BPF counters by name.
-    pub fn counters(&self) -> std::collections::BTreeMap<String, u64> {
-        todo!()
+    /// The BPF counters by name, and `bare_interfaces`: failures to attach to interfaces of enrolled pods.
+    pub fn counters(&self) -> BTreeMap<String, u64> {
+        let mut counters = self.inner.maps.counters().unwrap_or_else(|e| {
+            tracing::error!(error = %e, "no BPF counters");
+            BTreeMap::new()
+        });
+        counters.insert("bare_interfaces".to_owned(), self.inner.bare_interfaces.load(Relaxed));
+        counters
     }
 }
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        for reader in &self.readers {
+            reader.abort();
+        }
+    }
+}
+
+impl Inner {
+    /// Never held across an await, and taken before [`maps::Maps::tables`].
+    fn registry(&self) -> MutexGuard<'_, Registry> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn slot(&self, key: &WorkloadKey) -> Slot {
+        Arc::clone(self.slots.lock().unwrap_or_else(PoisonError::into_inner).entry(key.clone()).or_default())
+    }
+
+    /// Drops the slots of workloads that are neither enrolled nor being worked on.
+    fn prune_slots(&self) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.retain(|_, slot| Arc::strong_count(slot) > 1 || slot.try_lock().is_ok_and(|s| s.is_some()));
+    }
+
+    fn marker(&self) -> Marker {
+        let maps = Arc::clone(&self.maps);
+        Arc::new(move |socket| maps.mark_own(socket))
+    }
+
+    fn attacher(&self, netns: &Arc<Netns>, pod_id: u32) -> Attacher {
+        Attacher {
+            objects: Arc::clone(&self.objects),
+            netns: Arc::clone(netns),
+            method: self.method,
+            pod_id,
+            failures: Arc::clone(&self.bare_interfaces),
+        }
+    }
+
+    /// Writes the mesh-wide part, and what it changes for every pod. Returns the namespaces in which more is refused than before.
+    fn apply(&self, snapshot: &Snapshot) -> Result<Vec<(Arc<Netns>, Strictness)>, CaptureError> {
+        let state = desired::mesh(snapshot);
+        let mut registry = self.registry();
+        let mut tables = self.maps.tables();
+        let config = |tables: &maps::Tables, e: &Entry| tables.pods().get(&e.pod.netns_cookie).copied();
+        let before: Vec<_> = registry
+            .entries
+            .values()
+            .filter_map(|e| Some((Arc::clone(&e.netns), tables.strictness(&config(&tables, e)?))))
+            .collect();
+        tables.apply_mesh(&state)?;
+        if state.capture_all != registry.mesh.capture_all {
+            for entry in registry.entries.values() {
+                write_pod(&mut tables, entry, state.capture_all)?;
+            }
+        }
+        registry.mesh = state;
+        let after = registry.entries.values().filter_map(|e| Some(tables.strictness(&config(&tables, e)?)));
+        Ok(before
+            .into_iter()
+            .zip(after)
+            .filter(|((_, before), after)| after.tightens(before))
+            .map(|((netns, _), after)| (netns, after))
+            .collect())
+    }
+
+    /// Turns capture on for a pod, or applies a change to it. Returns what it refuses now when that is more than before.
+    fn capture(&self, entry: Entry) -> Result<Option<Strictness>, CaptureError> {
+        let mut registry = self.registry();
+        let mut tables = self.maps.tables();
+        let before = tables.pod(entry.pod.id).copied().map(|config| tables.strictness(&config));
+        let config = write_pod(&mut tables, &entry, registry.mesh.capture_all)?;
+        let after = tables.strictness(&config);
+        registry.entries.insert(entry.workload.key.clone(), entry);
+        Ok(before.is_some_and(|before| after.tightens(&before)).then_some(after))
+    }
+}
+
+/// Writes everything about an entry to the maps; returns its configuration.
+fn write_pod(
+    tables: &mut maps::Tables,
+    entry: &Entry,
+    capture_all: bool,
+) -> Result<underpass_abi::PodConfig, CaptureError> {
+    let Some(local) = &entry.workload.local else {
+        unreachable!("only local workloads become entries");
+    };
+    let state = desired::pod(entry.pod.id, &entry.workload, local, capture_all);
+    tables.apply_pod(&state)?;
+    tables.capture(entry.pod.netns_cookie, state.config)?;
+    Ok(state.config)
+}
+
+/// Runs to the end in a task of its own, whether or not the caller goes on waiting.
+async fn run<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+    joined(tokio::spawn(work).await)
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    joined(tokio::task::spawn_blocking(work).await)
+}
+
+fn joined<T>(result: Result<T, tokio::task::JoinError>) -> T {
+    match result {
+        Ok(value) => value,
+        Err(e) => match e.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(e) => unreachable!("nobody aborts this task: {e}"),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,203 @@
+//! What the maps have to hold, computed from the mesh. No I/O.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use ipnet::IpNet;
+use underpass_abi::{
+    Address, DIRECTION_INBOUND, DIRECTION_OUTBOUND, MESH_CAPTURE, MeshEntry, POD_CAPTURE_ALL, POD_STRICT,
+    PORT_EXCLUDED, PORT_PERMISSIVE, PORT_STRICT, PodConfig, PortKey, PortRule, is_agent_port,
+};
+
+use crate::mesh::{Exclusions, InboundMode, LocalPod, Snapshot, Workload};
+
+/// Bits before an IPv4 address in an [`Address`].
+const V4_OFFSET: u32 = 96;
+/// Bits of the pod id before the address in the exclusions' keys.
+const POD_BITS: u32 = 32;
+/// Pod id of what holds for every pod.
+pub const ALL_PODS: u32 = 0;
+
+/// A prefix in a trie of `N`-byte keys. Orders by bytes first, so that the entries of one pod are neighbours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Prefix<const N: usize> {
+    /// The key; zero behind the prefix.
+    pub bytes: [u8; N],
+    /// Length of the prefix in bits.
+    pub bits: u32,
+}
+
+/// Key of a port rule, ordered by pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PortSlot {
+    /// The pod, or [`ALL_PODS`].
+    pub pod_id: u32,
+    /// `DIRECTION_*`.
+    pub direction: u16,
+    /// Destination port.
+    pub port: u16,
+}
+
+impl From<PortSlot> for PortKey {
+    fn from(s: PortSlot) -> Self {
+        Self { pod_id: s.pod_id, port: s.port, direction: s.direction }
+    }
+}
+
+impl From<PortKey> for PortSlot {
+    fn from(k: PortKey) -> Self {
+        Self { pod_id: k.pod_id, direction: k.direction, port: k.port }
+    }
+}
+
+/// Port rules and excluded networks of one pod, or of all of them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Rules {
+    /// For `EXCLUDED_CIDRS`.
+    pub excluded: BTreeMap<Prefix<20>, ()>,
+    /// For `PORT_RULES`.
+    pub ports: BTreeMap<PortSlot, PortRule>,
+}
+
+/// What holds for the node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MeshState {
+    /// For `MESH`.
+    pub mesh: BTreeMap<Prefix<16>, MeshEntry>,
+    /// Mesh-wide exclusions, under [`ALL_PODS`].
+    pub rules: Rules,
+    /// Every destination of every pod is captured.
+    pub capture_all: bool,
+}
+
+/// What holds for one pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodState {
+    /// For `PODS` and `PODS_BY_ID`.
+    pub config: PodConfig,
+    /// Under the pod's own number.
+    pub rules: Rules,
+}
+
+/// An address as the programs see it.
+pub fn address(ip: IpAddr) -> Address {
+    match ip {
+        IpAddr::V4(a) => a.to_ipv6_mapped().octets(),
+        IpAddr::V6(a) => a.octets(),
+    }
+}
+
+/// A network in `MESH`.
+pub fn mesh_prefix(net: IpNet) -> Prefix<16> {
+    let bits = u32::from(net.prefix_len()) + if net.addr().is_ipv4() { V4_OFFSET } else { 0 };
+    Prefix { bytes: address(net.network()), bits }
+}
+
+/// A network in `EXCLUDED_CIDRS`, for one pod.
+pub fn excluded_prefix(pod_id: u32, net: IpNet) -> Prefix<20> {
+    let inner = mesh_prefix(net);
+    let mut bytes = [0; 20];
+    bytes[..4].copy_from_slice(&pod_id.to_be_bytes());
+    bytes[4..].copy_from_slice(&inner.bytes);
+    Prefix { bytes, bits: POD_BITS + inner.bits }
+}
+
+/// Projects a snapshot.
+pub fn mesh(snapshot: &Snapshot) -> MeshState {
+    let settings = &snapshot.settings;
+    let mut mesh = BTreeMap::new();
+    if settings.cidrs.iter().any(|n| matches!(n, IpNet::V6(v6) if covers_mapped(v6))) {
+        // Every IPv4 address is ::ffff:a.b.c.d to the programs; a short IPv6 prefix such as ::/0 does not mean those.
+        let bytes = address(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED));
+        mesh.insert(Prefix { bytes, bits: V4_OFFSET }, MeshEntry { flags: 0 });
+    }
+    let networks = settings.cidrs.iter().copied().chain(snapshot.captured_addresses().map(IpNet::from));
+    mesh.extend(networks.map(|n| (mesh_prefix(n), MeshEntry { flags: MESH_CAPTURE })));
+    let mut rules = Rules::default();
+    rules.exclude(ALL_PODS, &settings.exclude);
+    MeshState { mesh, rules, capture_all: settings.capture_all }
+}
+
+fn covers_mapped(net: &ipnet::Ipv6Net) -> bool {
+    let mapped = std::net::Ipv4Addr::UNSPECIFIED.to_ipv6_mapped();
+    u32::from(net.prefix_len()) < V4_OFFSET && net.contains(&mapped)
+}
+
+/// Projects one of this node's workloads.
+pub fn pod(id: u32, workload: &Workload, local: &LocalPod, capture_all: bool) -> PodState {
+    let first = |v4: bool| workload.addresses.iter().find(|a| a.is_ipv4() == v4).map_or([0; 16], |a| address(*a));
+    let flag = |set, flag| if set { flag } else { 0 };
+    let config = PodConfig {
+        pod_id: id,
+        flags: flag(workload.mode == InboundMode::Strict, POD_STRICT)
+            | flag(capture_all || local.capture_all, POD_CAPTURE_ALL),
+        addr4: first(true),
+        addr6: first(false),
+    };
+    let mut rules = Rules::default();
+    for m in &workload.port_modes {
+        let action = match workload.mode_of(m.port) {
+            InboundMode::Strict => PORT_STRICT,
+            InboundMode::Permissive => PORT_PERMISSIVE,
+        };
+        rules.inbound(id, m.port, action);
+    }
+    // Last: an excluded port is passed whatever its mode.
+    rules.exclude(id, &local.exclude);
+    PodState { config, rules }
+}
+
+impl Rules {
+    fn exclude(&mut self, pod_id: u32, exclude: &Exclusions) {
+        self.excluded.extend(exclude.outbound_cidrs.iter().map(|n| (excluded_prefix(pod_id, *n), ())));
+        for &port in &exclude.outbound_ports {
+            self.ports
+                .insert(PortSlot { pod_id, direction: DIRECTION_OUTBOUND, port }, PortRule { action: PORT_EXCLUDED });
+        }
+        for &port in &exclude.inbound_ports {
+            self.inbound(pod_id, port, PORT_EXCLUDED);
+        }
+    }
+
+    /// The agent's own ports take no rules: nothing in a configuration opens them.
+    fn inbound(&mut self, pod_id: u32, port: u16, action: u32) {
+        if !is_agent_port(port) {
+            self.ports.insert(PortSlot { pod_id, direction: DIRECTION_INBOUND, port }, PortRule { action });
+        }
+    }
+
+    fn inbound_action(&self, pod_id: u32, port: u16) -> Option<u32> {
+        self.ports.get(&PortSlot { pod_id, direction: DIRECTION_INBOUND, port }).map(|r| r.action)
+    }
+}
+
+/// Which inbound ports of a pod refuse plaintext.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Strictness {
+    default: bool,
+    ports: BTreeMap<u16, bool>,
+}
+
+impl Strictness {
+    /// As the programs decide: the pod's own rule, else one for every pod, else the pod's mode.
+    pub fn new(config: &PodConfig, own: &Rules, all: &Rules) -> Self {
+        let inbound = |r: &Rules| r.ports.keys().filter(|s| s.direction == DIRECTION_INBOUND).map(|s| s.port).collect();
+        let mut ports: Vec<u16> = inbound(all);
+        ports.extend::<Vec<u16>>(inbound(own));
+        let decide = |port| {
+            let action = own.inbound_action(config.pod_id, port).or_else(|| all.inbound_action(ALL_PODS, port));
+            (port, action == Some(PORT_STRICT))
+        };
+        Self { default: config.flags & POD_STRICT != 0, ports: ports.into_iter().map(decide).collect() }
+    }
+
+    /// Is plaintext to `port` refused?
+    pub fn refuses(&self, port: u16) -> bool {
+        self.ports.get(&port).copied().unwrap_or(self.default)
+    }
+
+    /// Does this refuse on any port what `before` let in?
+    pub fn tightens(&self, before: &Self) -> bool {
+        (self.default && !before.default)
+            || self.ports.keys().chain(before.ports.keys()).any(|p| self.refuses(*p) && !before.refuses(*p))
+    }
+}

@@ -1,0 +1,111 @@
+//! What earlier agents left.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::{fd::AsFd, unix::fs::MetadataExt},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use super::{CaptureError, Inner, loader, netns::Netns, pins, routes, tc};
+use crate::sys::bpf::{self, LinkTarget};
+
+/// See [`super::Capture::collect_garbage`].
+pub async fn collect(inner: &Inner) {
+    if let Err(e) = loader::remove_older_versions(&inner.options.pin_root) {
+        tracing::error!(error = %e, "cannot remove pins of an older version; connections of its pods are refused");
+    }
+    if let Err(e) = remove_dead_links(inner) {
+        tracing::warn!(error = %e, "cannot remove pins of interfaces that are gone");
+    }
+    collect_orphans(inner).await;
+}
+
+/// Gives namespaces that are in the maps and belong to no pod plain traffic back.
+async fn collect_orphans(inner: &Inner) {
+    let (namespaces, ids) = {
+        let registry = inner.registry();
+        let tables = inner.maps.tables();
+        (registry.orphans(tables.pods()), registry.orphan_ids(tables.pods()))
+    };
+    discard(inner, namespaces, ids).await;
+}
+
+/// Gives these namespaces plain traffic back and frees these pods' numbers, in the order of un-enrolment.
+pub async fn discard(inner: &Inner, namespaces: BTreeSet<u64>, ids: BTreeSet<u32>) {
+    for &netns in &namespaces {
+        tracing::info!(netns, "removing a pod that is not configured any more");
+        if let Err(e) = inner.maps.tables().release(netns) {
+            tracing::error!(netns, error = %e, "cannot turn capture off");
+        }
+    }
+    let mut unpinned = BTreeSet::new();
+    for id in ids {
+        match tc::unpin(&inner.objects, id, None) {
+            Ok(()) => {
+                unpinned.insert(id);
+            }
+            Err(e) => tracing::error!(pod = id, error = %e, "cannot remove tc programs"),
+        }
+    }
+    if !namespaces.is_empty() {
+        restore(namespaces).await;
+    }
+    for id in unpinned {
+        let forgotten = inner.maps.tables().forget(id);
+        match forgotten {
+            Ok(()) => inner.registry().free(id),
+            Err(e) => tracing::error!(pod = id, error = %e, "cannot remove rules"),
+        }
+    }
+}
+
+/// Removes links whose interface went away while no agent watched.
+fn remove_dead_links(inner: &Inner) -> Result<(), CaptureError> {
+    for (_, path) in inner.objects.layout().tc_pins()? {
+        let target = bpf::object_get(&path).and_then(|link| bpf::link_info(link.as_fd())).map(|info| info.target);
+        if matches!(target, Ok(LinkTarget::Interface(0))) {
+            pins::remove(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes filters and reply routes in those of these namespaces that still can be found. A namespace that nothing names and no process is in
+/// cannot; it has no traffic either.
+async fn restore(wanted: BTreeSet<u64>) {
+    let found = tokio::task::spawn_blocking(move || find(&wanted)).await.unwrap_or_default();
+    for netns in found {
+        if let Err(e) = tc::detach_filters(&netns).await {
+            tracing::warn!(namespace = %netns.path().display(), error = %e, "cannot remove tc filters");
+        }
+        routes::remove(&netns).await;
+    }
+}
+
+fn find(wanted: &BTreeSet<u64>) -> Vec<Arc<Netns>> {
+    let mut seen = BTreeSet::new();
+    let mut found = Vec::new();
+    for path in candidates() {
+        let Ok(meta) = fs::metadata(&path) else { continue };
+        if found.len() < wanted.len()
+            && seen.insert((meta.dev(), meta.ino()))
+            && let Ok(netns) = Netns::open(&path)
+            && wanted.contains(&netns.cookie())
+        {
+            found.push(netns);
+        }
+    }
+    found
+}
+
+/// Named namespaces, and those of processes.
+fn candidates() -> impl Iterator<Item = PathBuf> {
+    let named = fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|e| e.path());
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|e| {
+        let is_pid = e.file_name().to_str().is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()));
+        is_pid.then(|| e.path().join("ns/net"))
+    });
+    named.chain(processes)
+}

@@ -1,0 +1,110 @@
+//! Which pods there are, and which numbers and namespaces are taken.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use underpass_abi::{PodConfig, capacity};
+
+use super::{CaptureError, EnrollError, desired::MeshState, netns::Netns, pod::Pod};
+use crate::mesh::{Workload, WorkloadKey};
+
+/// The bookkeeping of enrolment. Guards nothing itself: it lives behind a mutex that is never held across an await.
+#[derive(Default)]
+pub struct Registry {
+    /// Enrolled pods.
+    pub entries: BTreeMap<WorkloadKey, Entry>,
+    /// The mesh-wide part of the maps as last applied.
+    pub mesh: MeshState,
+    /// Namespaces of enrolled pods and of those being enrolled.
+    claims: HashMap<u64, Claim>,
+    /// Namespaces that an earlier agent captured and whose enrolment failed: they stay captured, so that nothing leaves in plaintext.
+    kept: HashMap<u64, WorkloadKey>,
+    /// Numbers that something in a map or a pin refers to.
+    ids: BTreeSet<u32>,
+}
+
+/// An enrolled pod.
+#[derive(Clone)]
+pub struct Entry {
+    /// The pod.
+    pub pod: Arc<Pod>,
+    /// Its namespace.
+    pub netns: Arc<Netns>,
+    /// As what it was enrolled.
+    pub workload: Workload,
+}
+
+#[derive(Debug, Clone)]
+struct Claim {
+    key: WorkloadKey,
+    id: u32,
+}
+
+impl Registry {
+    /// Starts with the numbers found in maps and pins.
+    pub fn new(ids: impl IntoIterator<Item = u32>) -> Self {
+        Self { ids: ids.into_iter().filter(|id| *id != 0).collect(), ..Self::default() }
+    }
+
+    /// Reserves a namespace and a number for a workload: the one the namespace has in the maps, else the lowest free.
+    pub fn claim(&mut self, key: &WorkloadKey, netns: &Netns, adopted: Option<&PodConfig>) -> Result<u32, EnrollError> {
+        if let Some(claim) = self.claims.get(&netns.cookie()) {
+            return Err(EnrollError::Duplicate { path: netns.path().to_owned(), other: claim.key.to_string() });
+        }
+        let id = match adopted {
+            Some(config) => config.pod_id,
+            None => self.free_id()?,
+        };
+        self.ids.insert(id);
+        self.claims.insert(netns.cookie(), Claim { key: key.clone(), id });
+        self.kept.remove(&netns.cookie());
+        Ok(id)
+    }
+
+    fn free_id(&self) -> Result<u32, CaptureError> {
+        let last = capacity::PODS as u32;
+        (1..=last).find(|id| !self.ids.contains(id)).ok_or(CaptureError::Capacity {
+            map: "PODS",
+            capacity: capacity::PODS,
+            needed: capacity::PODS + 1,
+        })
+    }
+
+    /// Gives a namespace back. Its number is not free before [`Registry::free`].
+    pub fn unclaim(&mut self, netns: u64) {
+        self.claims.remove(&netns);
+    }
+
+    /// The number can be used again: nothing refers to it any more.
+    pub fn free(&mut self, id: u32) {
+        self.ids.remove(&id);
+    }
+
+    /// Remembers that a namespace stays captured although its enrolment failed.
+    pub fn keep(&mut self, netns: u64, key: WorkloadKey) {
+        self.kept.insert(netns, key);
+    }
+
+    /// Forgets what was kept for a workload.
+    pub fn drop_kept(&mut self, key: &WorkloadKey) -> BTreeSet<u64> {
+        let netns: BTreeSet<u64> = self.kept.iter().filter(|(_, k)| *k == key).map(|(n, _)| *n).collect();
+        for n in &netns {
+            self.kept.remove(n);
+        }
+        netns
+    }
+
+    /// Of the namespaces in the maps, those that belong to nobody.
+    pub fn orphans(&self, pods: &BTreeMap<u64, PodConfig>) -> BTreeSet<u64> {
+        pods.keys().copied().filter(|n| !self.claims.contains_key(n) && !self.kept.contains_key(n)).collect()
+    }
+
+    /// Of the numbers in use, those that belong to nobody.
+    pub fn orphan_ids(&self, pods: &BTreeMap<u64, PodConfig>) -> BTreeSet<u32> {
+        let kept = self.kept.keys().filter_map(|n| pods.get(n)).map(|c| c.pod_id);
+        let live: BTreeSet<u32> = self.claims.values().map(|c| c.id).chain(kept).collect();
+        self.ids.difference(&live).copied().collect()
+    }
+}

@@ -1,0 +1,285 @@
+//! The tc programs of a pod: guard and inbound program on its interfaces. Everything here runs inside the pod's namespace, except removing pins.
+
+use std::{io, os::fd::AsFd, path::Path, sync::Arc};
+
+use aya::{
+    Ebpf,
+    programs::{
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        links::FdLink,
+        tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
+    },
+    util::KernelVersion,
+};
+use nix::net::if_::if_nametoindex;
+use underpass_abi::programs::{GUARD, GUARD_L3, INBOUND, INBOUND_L3};
+
+use super::{
+    CaptureError, TcMode,
+    interfaces::{self, Interface},
+    loader::Objects,
+    maps::chain,
+    netns::Netns,
+    pins::{self, Direction, TcPin},
+};
+use crate::sys::bpf::{self, LinkTarget};
+
+/// clsact filters of ours come first and have a handle that is not the kernel's first choice, so that a restarted agent finds them.
+const PRIORITY: u16 = 1;
+const HANDLE: TcHandle = TcHandle::new(0, 0x5550);
+
+/// How programs attach on this kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// tcx links, pinned.
+    Tcx,
+    /// Filters of a clsact qdisc.
+    Clsact,
+}
+
+impl Method {
+    /// The method for `mode`.
+    pub fn choose(mode: TcMode) -> Result<Self, CaptureError> {
+        let tcx = KernelVersion::current().is_ok_and(|v| v.code() >= KernelVersion::new(6, 6, 0).code());
+        match mode {
+            TcMode::Auto if tcx => Ok(Self::Tcx),
+            TcMode::Auto | TcMode::Clsact => Ok(Self::Clsact),
+            TcMode::Tcx if tcx => Ok(Self::Tcx),
+            TcMode::Tcx => Err(CaptureError::Bpf {
+                action: "attach tc programs as tcx links".to_owned(),
+                reason: "this kernel is older than 6.6; use clsact".to_owned(),
+            }),
+        }
+    }
+}
+
+/// What runs where on one kind of interface.
+fn programs_for(interface: &Interface) -> [(&'static str, Direction); 2] {
+    // Inbound first: an interface that is half done lets out what it let out before, and lets in less.
+    if interface.link_header {
+        [(INBOUND, Direction::Ingress), (GUARD, Direction::Egress)]
+    } else {
+        [(INBOUND_L3, Direction::Ingress), (GUARD_L3, Direction::Egress)]
+    }
+}
+
+/// Attaches to these interfaces, replacing in place what an earlier agent attached. On error, what was newly attached stays: the caller
+/// detaches the pod or tries again.
+pub async fn attach(
+    objects: &Arc<Objects>,
+    netns: &Netns,
+    method: Method,
+    pod_id: u32,
+    interfaces: Vec<Interface>,
+) -> Result<(), CaptureError> {
+    if interfaces.is_empty() {
+        return Ok(());
+    }
+    let mut names: Vec<&str> = interfaces.iter().flat_map(programs_for).map(|(name, _)| name).collect();
+    names.sort_unstable();
+    names.dedup();
+    let loader = Arc::clone(objects);
+    // Not in the namespace: verifying takes the time, and the threads that enter namespaces are few.
+    let mut bpf = super::blocking(move || loader.load_for_pod(pod_id, &names)).await?;
+    let objects = Arc::clone(objects);
+    enter(netns, "attach tc programs", move || {
+        for interface in &interfaces {
+            for (name, direction) in programs_for(interface) {
+                let pin = TcPin { pod_id, interface: interface.index, direction };
+                attach_one(&mut bpf, name, method, interface, direction, &objects.layout().link(pin)).map_err(
+                    |reason| CaptureError::Bpf {
+                        action: format!(
+                            "attach {name} to interface {} (index {}) of pod {pod_id}",
+                            interface.name, interface.index
+                        ),
+                        reason,
+                    },
+                )?;
+            }
+        }
+        Ok(())
+    })
+    .await
+}
+
+async fn enter<T: Send + 'static>(
+    netns: &Netns,
+    action: &str,
+    work: impl FnOnce() -> Result<T, CaptureError> + Send + 'static,
+) -> Result<T, CaptureError> {
+    netns.try_run(work).await.unwrap_or_else(|e| {
+        Err(CaptureError::Bpf { action: format!("{action} in {}", netns.path().display()), reason: e.to_string() })
+    })
+}
+
+/// Does this interface have its programs, as far as that is cheap to tell? An index is used again, so a pin alone says little.
+pub fn is_attached(objects: &Objects, method: Method, pod_id: u32, interface: &Interface) -> bool {
+    method == Method::Tcx
+        && programs_for(interface).iter().all(|(_, direction)| {
+            let pin = TcPin { pod_id, interface: interface.index, direction: *direction };
+            bpf::object_get(&objects.layout().link(pin))
+                .and_then(|link| bpf::link_info(link.as_fd()))
+                .is_ok_and(|info| info.target == LinkTarget::Interface(interface.index))
+        })
+}
+
+fn attach_one(
+    bpf: &mut Ebpf,
+    name: &str,
+    method: Method,
+    interface: &Interface,
+    direction: Direction,
+    pin: &Path,
+) -> Result<(), String> {
+    let program: &mut SchedClassifier =
+        bpf.program_mut(name).ok_or("no such program")?.try_into().map_err(|e: ProgramError| chain(&e))?;
+    // The other method's programs, of an agent that was configured differently, go once these are there.
+    match method {
+        Method::Tcx => {
+            attach_tcx(program, interface, direction, pin)?;
+            remove_filters(&interface.name, direction).map(drop)
+        }
+        Method::Clsact => {
+            attach_clsact(program, interface, direction)?;
+            pins::remove(pin).map(drop).map_err(|e| e.to_string())
+        }
+    }
+}
+
+fn attach_type(direction: Direction) -> TcAttachType {
+    match direction {
+        Direction::Ingress => TcAttachType::Ingress,
+        Direction::Egress => TcAttachType::Egress,
+    }
+}
+
+fn attach_tcx(
+    program: &mut SchedClassifier,
+    interface: &Interface,
+    direction: Direction,
+    pin: &Path,
+) -> Result<(), String> {
+    let here = LinkTarget::Interface(interface.index);
+    let pinned = match bpf::object_get(pin) {
+        Ok(link) => match bpf::link_info(link.as_fd()) {
+            Ok(info) if info.target == here => {
+                let program = program.fd().map_err(|e| chain(&e))?;
+                return bpf::link_update(link.as_fd(), program.as_fd())
+                    .map_err(|e| format!("replacing the program of {}: {e}", pin.display()));
+            }
+            _ => true, // its interface is gone and the index was given to another one
+        },
+        Err(e) if e.kind() == io::ErrorKind::NotFound => false,
+        Err(e) => return Err(format!("opening {}: {e}", pin.display())),
+    };
+    // First: a program before ours could accept a packet for good.
+    let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+    let id = program.attach_with_options(&interface.name, attach_type(direction), order).map_err(|e| chain(&e))?;
+    let link = program.take_link(id).map_err(|e| chain(&e))?;
+    let link = FdLink::try_from(link).map_err(|e| chain(&e))?;
+    let target = if pinned { pins::replacement(pin).map_err(|e| e.to_string())? } else { pin.to_owned() };
+    link.pin(&target).map_err(|e| chain(&e))?;
+    // Attaching goes by name, and a name can move to another interface at any time.
+    let attached = bpf::object_get(&target).and_then(|l| bpf::link_info(l.as_fd())).map(|i| i.target);
+    if !matches!(&attached, Ok(target) if *target == here) {
+        pins::remove(&target).map_err(|e| e.to_string())?;
+        return Err("the interface was renamed or removed meanwhile".to_owned());
+    }
+    if pinned {
+        pins::replace(&target, pin).map_err(|e| e.to_string())?;
+    }
+    Ok(())
+}
+
+fn attach_clsact(program: &mut SchedClassifier, interface: &Interface, direction: Direction) -> Result<(), String> {
+    let renamed = || {
+        let same = if_nametoindex(interface.name.as_str()).is_ok_and(|index| index == interface.index);
+        if same { Ok(()) } else { Err("the interface was renamed or removed meanwhile".to_owned()) }
+    };
+    renamed()?;
+    match tc::qdisc_add_clsact(&interface.name) {
+        Err(TcError::NetlinkError(e)) if e.raw_os_error() == Some(libc::EEXIST) => {}
+        other => other.map_err(|e| chain(&e))?,
+    }
+    let kind = attach_type(direction);
+    let ours =
+        SchedClassifierLink::attached(&interface.name, kind, PRIORITY, HANDLE, None).map_err(|e| e.to_string())?;
+    let replaced = program.attach_to_link(ours);
+    let id = match replaced {
+        Err(e) if is_not_found(&e) => {
+            let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
+            program
+                .attach_with_options(&interface.name, kind, TcAttachOptions::Netlink(options))
+                .map_err(|e| chain(&e))?
+        }
+        other => other.map_err(|e| chain(&e))?,
+    };
+    let link = program.take_link(id).map_err(|e| chain(&e))?;
+    // Dropping it would remove the filter, which has to outlive this process.
+    std::mem::forget(link);
+    renamed()
+}
+
+fn is_not_found(e: &ProgramError) -> bool {
+    let code = match e {
+        ProgramError::TcError(TcError::NetlinkError(e)) | ProgramError::NetlinkError(e) => e.raw_os_error(),
+        _ => None,
+    };
+    code == Some(libc::ENOENT)
+}
+
+/// Removes clsact filters that run our programs, by the programs' names; returns how many there were.
+fn remove_filters(interface: &str, direction: Direction) -> Result<usize, String> {
+    let names = match direction {
+        Direction::Ingress => [INBOUND, INBOUND_L3],
+        Direction::Egress => [GUARD, GUARD_L3],
+    };
+    let mut removed = 0;
+    for name in names {
+        match tc::qdisc_detach_program(interface, attach_type(direction), name) {
+            Ok(()) => removed += 1,
+            Err(e) if nothing_there(&e) => {}
+            Err(e) => return Err(chain(&e)),
+        }
+    }
+    Ok(removed)
+}
+
+/// No filter of this name, no clsact qdisc, no interface.
+fn nothing_there(e: &TcError) -> bool {
+    let code = match e {
+        TcError::IoError(e) if e.kind() == io::ErrorKind::NotFound => return true,
+        TcError::IoError(e) => e.raw_os_error(),
+        TcError::NetlinkError(e) => e.raw_os_error(),
+        _ => None,
+    };
+    matches!(code, Some(libc::ENOENT | libc::EINVAL | libc::ENODEV | libc::ENXIO))
+}
+
+/// Removes the pins of a pod, or of one of its interfaces; the kernel detaches the links with them.
+pub fn unpin(objects: &Objects, pod_id: u32, interface: Option<u32>) -> Result<(), CaptureError> {
+    for (pin, path) in objects.layout().tc_pins()? {
+        if pin.pod_id == pod_id && interface.is_none_or(|index| index == pin.interface) {
+            pins::remove(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes our clsact filters from every interface of a namespace; returns how many there were.
+pub async fn detach_filters(netns: &Netns) -> Result<usize, CaptureError> {
+    const ACTION: &str = "remove tc filters";
+    let failed = |reason| CaptureError::Bpf { action: ACTION.to_owned(), reason };
+    let interfaces = interfaces::list(netns).await.map_err(|e| failed(format!("listing interfaces: {e}")))?;
+    enter(netns, ACTION, move || {
+        let mut removed = 0;
+        for interface in &interfaces {
+            for direction in [Direction::Egress, Direction::Ingress] {
+                removed += remove_filters(&interface.name, direction)
+                    .map_err(|e| failed(format!("interface {}: {e}", interface.name)))?;
+            }
+        }
+        Ok(removed)
+    })
+    .await
+}
