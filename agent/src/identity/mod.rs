@@ -14,7 +14,7 @@ use futures_util::future::BoxFuture;
 
 use crate::mesh::SpiffeId;
 
-pub use certificate::Svid;
+pub use certificate::{Leaf, Svid};
 pub use files::FilesIssuer;
 pub use local::LocalIssuer;
 pub use store::CertificateStore;

@@ -1,9 +1,24 @@
 //! Drives rustls' unbuffered API over a non-blocking socket until traffic keys can be taken out.
 
-use tokio::net::TcpStream;
+use std::time::SystemTime;
 
-use super::{Session, TlsConfigs, TunnelError};
-use crate::mesh::SpiffeId;
+use rustls::{
+    AlertDescription, CommonState, HandshakeKind, client::UnbufferedClientConnection,
+    server::UnbufferedServerConnection,
+};
+use tokio::{io::AsyncWriteExt, net::TcpStream};
+
+use super::{
+    ALPN_NATIVE, Session, SessionInfo, TlsConfigs, TunnelError,
+    config::{ReadMode, peer_name},
+    driver::{Driver, DriverError, Step, Unbuffered},
+    session::drain,
+    verify::{Accepted, IdentityRefusal, refusal},
+};
+use crate::{mesh::SpiffeId, telemetry::RefusalReason};
+
+/// How much is asked of the socket at once when bytes behind the handshake are welcome.
+pub(super) const READ_CHUNK: usize = 16 * 1024;
 
 /// Handshakes as a client. The peer must prove `peer` and choose [`super::ALPN_NATIVE`]. The caller bounds the time.
 pub async fn connect(
@@ -12,13 +27,141 @@ pub async fn connect(
     local: &SpiffeId,
     peer: &SpiffeId,
 ) -> Result<Session, TunnelError> {
-    let _ = (stream, configs, local, peer);
-    todo!()
+    let (config, _) = configs.client(local, peer).ok_or_else(|| no_certificate(local))?;
+    let connection = UnbufferedClientConnection::new(config, peer_name()).map_err(|e| refusal(&e))?;
+    handshake(stream, Driver::new(connection), configs.read_mode(), local, &Accepted::Exactly(peer.clone())).await
 }
 
 /// Handshakes as a server. Refusals have been sent to the peer as alerts (drained as [`Session::refuse`] does) when this returns
 /// an error. The caller bounds the time.
 pub async fn accept(stream: TcpStream, configs: &TlsConfigs, local: &SpiffeId) -> Result<Session, TunnelError> {
-    let _ = (stream, configs, local);
-    todo!()
+    let (config, _) = configs.server(local).ok_or_else(|| no_certificate(local))?;
+    let connection = UnbufferedServerConnection::new(config).map_err(|e| refusal(&e))?;
+    let accepted = Accepted::Domain(configs.trust_domain().clone());
+    handshake(stream, Driver::new(connection), configs.read_mode(), local, &accepted).await
+}
+
+fn no_certificate(local: &SpiffeId) -> TunnelError {
+    TunnelError::Refused {
+        reason: RefusalReason::NoCertificate,
+        detail: format!("{local} has no valid certificate; `underpass certificates` says why"),
+    }
+}
+
+async fn handshake<C: Unbuffered>(
+    mut stream: TcpStream,
+    mut driver: Driver<C>,
+    read_mode: ReadMode,
+    local: &SpiffeId,
+    accepted: &Accepted,
+) -> Result<Session, TunnelError> {
+    loop {
+        let step = driver.advance();
+        if !driver.outgoing.is_empty() {
+            let sent = stream.write_all(&driver.outgoing).await;
+            driver.outgoing.clear();
+            match (&step, sent) {
+                // What rustls found wrong says more than that the peer did not wait for the alert.
+                (Err(_), _) | (_, Ok(())) => {}
+                (_, Err(source)) => return Err(TunnelError::Io { action: "sending the TLS handshake", source }),
+            }
+        }
+        match step {
+            Ok(Step::Done) => break,
+            Ok(Step::Receive { missing }) => match read_mode.read(&mut stream, &mut driver.incoming, missing).await {
+                Ok(0) => {
+                    return Err(TunnelError::Refused {
+                        reason: RefusalReason::TlsHandshake,
+                        detail: "peer closed the connection during the TLS handshake".into(),
+                    });
+                }
+                Ok(_) => {}
+                Err(source) => return Err(TunnelError::Io { action: "receiving the TLS handshake", source }),
+            },
+            // No answer: whoever speaks something else would not understand it. Unread bytes make the close a reset.
+            Err(DriverError::NotTls(detail)) => {
+                return Err(TunnelError::Refused { reason: RefusalReason::NotTls, detail });
+            }
+            Err(DriverError::Tls(error)) => {
+                drain(stream).await;
+                return Err(refusal(&error));
+            }
+        }
+    }
+    finish(stream, driver, read_mode, local, accepted).await
+}
+
+/// Takes the keys out and checks what rustls does not: the ALPN, and the peer's certificate once more, because a resumed
+/// session brings an old one.
+async fn finish<C: Unbuffered>(
+    stream: TcpStream,
+    driver: Driver<C>,
+    read_mode: ReadMode,
+    local: &SpiffeId,
+    accepted: &Accepted,
+) -> Result<Session, TunnelError> {
+    let facts = Facts::of(driver.connection.common());
+    let judged = judge(driver.connection.common(), accepted);
+    let (records, unread) = driver.into_records().map_err(|e| refusal(&e))?;
+    let (peer, refused) = match judged {
+        Ok(peer) => (peer, None),
+        Err((alert, error)) => (local.clone(), Some((alert, error))),
+    };
+    let info = SessionInfo {
+        local: local.clone(),
+        peer,
+        cipher: facts.cipher,
+        key_exchange: facts.key_exchange,
+        resumed: facts.resumed,
+    };
+    let session = Session { stream, records, unread, plaintext: Vec::new(), info, read_mode };
+    match refused {
+        None => Ok(session),
+        Some((alert, error)) => {
+            session.refuse(alert).await;
+            Err(error)
+        }
+    }
+}
+
+/// The peer's identity, or the alert that it gets.
+pub(super) fn judge(common: &CommonState, accepted: &Accepted) -> Result<SpiffeId, (AlertDescription, TunnelError)> {
+    if common.alpn_protocol() != Some(ALPN_NATIVE) {
+        let offered = common.alpn_protocol().map_or("none".into(), |p| String::from_utf8_lossy(p).into_owned());
+        let detail = format!("peer's application protocol is {offered}, not underpass/1; is it an Underpass agent?");
+        return Err((
+            AlertDescription::NoApplicationProtocol,
+            TunnelError::Refused { reason: RefusalReason::NoAlpn, detail },
+        ));
+    }
+    let leaf = match common.peer_certificates() {
+        Some([leaf, ..]) => accepted.check(leaf),
+        _ => Err(IdentityRefusal::Invalid("none was presented".into())),
+    };
+    let leaf = leaf.and_then(|l| {
+        if l.valid_at(SystemTime::now()) { Ok(l) } else { Err(IdentityRefusal::NotValidNow { peer: l.identity }) }
+    });
+    leaf.map(|l| l.identity).map_err(|r| {
+        let alert = match r {
+            IdentityRefusal::NotValidNow { .. } => AlertDescription::CertificateExpired,
+            _ => super::alert::DENIED,
+        };
+        (alert, TunnelError::Refused { reason: r.reason(), detail: r.to_string() })
+    })
+}
+
+struct Facts {
+    cipher: &'static str,
+    key_exchange: &'static str,
+    resumed: bool,
+}
+
+impl Facts {
+    fn of(common: &CommonState) -> Self {
+        Self {
+            cipher: common.negotiated_cipher_suite().and_then(|s| s.suite().as_str()).unwrap_or("unknown"),
+            key_exchange: common.negotiated_key_exchange_group().and_then(|g| g.name().as_str()).unwrap_or("unknown"),
+            resumed: common.handshake_kind() == Some(HandshakeKind::Resumed),
+        }
+    }
 }

@@ -7,15 +7,18 @@
 
 pub mod alert;
 mod config;
+mod driver;
 pub mod handshake;
 pub mod native;
 pub mod records;
 mod session;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
 mod verify;
 
-pub use config::TlsConfigs;
+pub use config::{ReadMode, Suite, TlsConfigs, TlsOptions};
 pub use session::{Session, SessionInfo};
 
 use crate::telemetry::RefusalReason;

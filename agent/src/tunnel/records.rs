@@ -4,12 +4,34 @@
 
 use std::ops::Range;
 
-use rustls::AlertDescription;
+use rustls::{
+    AlertDescription, ConnectionTrafficSecrets, ContentType, Error, ExtractedSecrets, HandshakeType, ProtocolVersion,
+    Tls13CipherSuite,
+    client::ClientConnectionData,
+    crypto::cipher::{
+        InboundOpaqueMessage, MessageDecrypter, MessageEncrypter, OutboundChunks, OutboundPlainMessage,
+        Tls13AeadAlgorithm,
+    },
+    kernel::KernelConnection,
+    server::ServerConnectionData,
+};
+
+use super::alert;
 
 /// Most plaintext in one record (RFC 8446, section 5.1), bytes.
 pub const MAX_PLAINTEXT: usize = 16 * 1024;
 /// Largest record on the wire: header, plaintext, content type, padding and tag allowance (RFC 8446, section 5.2), bytes.
-pub const MAX_RECORD: usize = 5 + MAX_PLAINTEXT + 256;
+pub const MAX_RECORD: usize = HEADER + MAX_PLAINTEXT + 256;
+/// Bytes of a record's header: content type, version, length.
+pub(super) const HEADER: usize = 5;
+
+/// Consecutive records without application data that are put up with; the same bound as BoringSSL's `kMaxKeyUpdates`.
+const MAX_QUIET_RECORDS: u8 = 32;
+/// Largest post-handshake message kept while it is incomplete: a ticket of 2^16-1 bytes with nonce and extensions.
+const MAX_HANDSHAKE_MESSAGE: usize = 4 + 0xffff + 512;
+/// Rekeying starts this many records before the cipher's confidentiality limit, so that everything already under way
+/// still fits (half of AES-GCM's 2^24 records of RFC 8446, section 5.5).
+const REKEY_MARGIN: u64 = 1 << 23;
 
 /// A record that cannot be accepted; the connection is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -41,35 +63,306 @@ pub enum Opened {
     Control,
 }
 
+/// The key schedule, which also keeps a client's tickets.
+pub(super) enum Schedule {
+    Client(Box<KernelConnection<ClientConnectionData>>),
+    Server(Box<KernelConnection<ServerConnectionData>>),
+}
+
 /// Record protection in both directions of one connection.
-pub struct Records {}
+pub struct Records {
+    schedule: Schedule,
+    suite: &'static Tls13CipherSuite,
+    tx: Box<dyn MessageEncrypter>,
+    tx_sequence: u64,
+    /// From this sequence number on a key update is due.
+    rekey_at: u64,
+    /// No record is sealed with this sequence number or a later one.
+    tx_limit: u64,
+    rx: Box<dyn MessageDecrypter>,
+    rx_sequence: u64,
+    /// Start of a post-handshake message that continues in the next record.
+    partial: Vec<u8>,
+    /// The peer asked for our next keys.
+    update_requested: bool,
+    /// Records without application data since the last one that had some.
+    quiet: u8,
+    /// The peer's direction is over: ended, or broken.
+    rx_over: bool,
+}
 
 impl Records {
+    /// Takes over from a handshake.
+    pub(super) fn new(secrets: ExtractedSecrets, schedule: Schedule) -> Result<Self, Error> {
+        let suite = match &schedule {
+            Schedule::Client(c) => c.negotiated_cipher_suite(),
+            Schedule::Server(s) => s.negotiated_cipher_suite(),
+        };
+        let suite = suite.tls13().ok_or_else(|| Error::General("records need TLS 1.3".into()))?;
+        let (tx_sequence, tx) = secrets.tx;
+        let (rx_sequence, rx) = secrets.rx;
+        let tx_limit = suite.common.confidentiality_limit;
+        Ok(Self {
+            schedule,
+            suite,
+            tx: encrypter(suite.aead_alg, tx, tx_sequence)?,
+            tx_sequence,
+            rekey_at: tx_limit.saturating_sub(REKEY_MARGIN),
+            tx_limit,
+            rx: decrypter(suite.aead_alg, rx)?,
+            rx_sequence,
+            partial: Vec::new(),
+            update_requested: false,
+            quiet: 0,
+            rx_over: false,
+        })
+    }
+
     /// Protects at most [`MAX_PLAINTEXT`] bytes as one application-data record, header included.
+    ///
+    /// More than that is refused with [`RecordError::Header`].
     pub fn seal(&mut self, plaintext: &[u8]) -> Result<Vec<u8>, RecordError> {
-        let _ = plaintext;
-        todo!()
+        self.seal_as(ContentType::ApplicationData, plaintext)
     }
 
     /// The record that ends our direction: alert `close_notify`.
     pub fn seal_close_notify(&mut self) -> Result<Vec<u8>, RecordError> {
-        todo!()
+        self.seal_as(ContentType::Alert, &alert::encode(alert::WARNING, AlertDescription::CloseNotify))
     }
 
     /// A fatal alert.
     pub fn seal_alert(&mut self, alert: AlertDescription) -> Result<Vec<u8>, RecordError> {
-        let _ = alert;
-        todo!()
+        self.seal_as(ContentType::Alert, &alert::encode(alert::FATAL, alert))
     }
 
     /// Opens the record at the start of `buffer` in place: what it held, and its length on the wire. `Ok(None)`: not complete yet.
+    ///
+    /// After an error, an alert or an end nothing more can be opened.
     pub fn open(&mut self, buffer: &mut [u8]) -> Result<Option<(Opened, usize)>, RecordError> {
-        let _ = buffer;
-        todo!()
+        if self.rx_over {
+            return Err(RecordError::Unexpected);
+        }
+        let opened = self.open_next(buffer);
+        self.rx_over = matches!(opened, Err(_) | Ok(Some((Opened::CloseNotify | Opened::Alert(_), _))));
+        opened
     }
 
     /// A control record (key update) to send before the next data, if one is due.
+    ///
+    /// It is sealed now and what is sealed later uses the next keys, so it has to be sent in this place.
     pub fn take_control(&mut self) -> Option<Vec<u8>> {
-        todo!()
+        if !self.update_requested && self.tx_sequence < self.rekey_at {
+            return None;
+        }
+        // RFC 8446, section 4.6.3. The peer need not answer: its own keys age with its own records.
+        const UPDATE_NOT_REQUESTED: u8 = 0;
+        let message = [u8::from(HandshakeType::KeyUpdate), 0, 0, 1, UPDATE_NOT_REQUESTED];
+        // A failure leaves the old keys in place; `seal` stops at their limit.
+        let (sequence, next) = self.next_tx()?;
+        let record = self.seal_as(ContentType::Handshake, &message).ok()?;
+        self.tx = next;
+        self.tx_sequence = sequence;
+        self.update_requested = false;
+        Some(record)
+    }
+
+    fn seal_as(&mut self, typ: ContentType, plaintext: &[u8]) -> Result<Vec<u8>, RecordError> {
+        if plaintext.len() > MAX_PLAINTEXT {
+            return Err(RecordError::Header);
+        }
+        if self.tx_sequence >= self.tx_limit {
+            return Err(RecordError::Exhausted);
+        }
+        let message =
+            OutboundPlainMessage { typ, version: ProtocolVersion::TLSv1_3, payload: OutboundChunks::Single(plaintext) };
+        let sealed = self.tx.encrypt(message, self.tx_sequence).map_err(|_| RecordError::Exhausted)?;
+        self.tx_sequence += 1;
+        Ok(sealed.encode())
+    }
+
+    fn open_next(&mut self, buffer: &mut [u8]) -> Result<Option<(Opened, usize)>, RecordError> {
+        let Some(length) = body_length(buffer)? else { return Ok(None) };
+        let wire = HEADER + length;
+        let Some(body) = buffer.get_mut(HEADER..wire) else { return Ok(None) };
+
+        let start = body.as_ptr().addr();
+        let message = InboundOpaqueMessage::new(ContentType::ApplicationData, ProtocolVersion::TLSv1_2, body);
+        let plain = self.rx.decrypt(message, self.rx_sequence).map_err(|e| match e {
+            Error::DecryptError => RecordError::Decrypt,
+            Error::PeerSentOversizedRecord => RecordError::Header,
+            _ => RecordError::Unexpected,
+        })?;
+        self.rx_sequence = self.rx_sequence.checked_add(1).ok_or(RecordError::Exhausted)?;
+
+        if plain.typ != ContentType::Handshake && !self.partial.is_empty() {
+            // RFC 8446, section 5.1: handshake messages are not interleaved with other records.
+            return Err(RecordError::Unexpected);
+        }
+        let opened = match plain.typ {
+            ContentType::ApplicationData => {
+                let from = HEADER
+                    + match plain.payload {
+                        [] => 0,
+                        payload => payload.as_ptr().addr().checked_sub(start).ok_or(RecordError::Decrypt)?,
+                    };
+                let range = from..from + plain.payload.len();
+                if range.end > wire {
+                    return Err(RecordError::Decrypt);
+                }
+                Opened::Data(range)
+            }
+            ContentType::Alert => match alert::decode(plain.payload).ok_or(RecordError::Unexpected)? {
+                AlertDescription::CloseNotify => Opened::CloseNotify,
+                // RFC 8446, section 6.1: a mere announcement; `close_notify` follows.
+                AlertDescription::UserCanceled => Opened::Control,
+                description => Opened::Alert(description),
+            },
+            ContentType::Handshake => {
+                self.post_handshake(plain.payload)?;
+                Opened::Control
+            }
+            _ => return Err(RecordError::Unexpected),
+        };
+        self.count_quiet(&opened)?;
+        Ok(Some((opened, wire)))
+    }
+
+    /// A peer that keeps us busy without sending anything is not put up with for long.
+    fn count_quiet(&mut self, opened: &Opened) -> Result<(), RecordError> {
+        match opened {
+            Opened::Data(range) if !range.is_empty() => self.quiet = 0,
+            Opened::Data(_) | Opened::Control => self.quiet += 1,
+            Opened::CloseNotify | Opened::Alert(_) => {}
+        }
+        if self.quiet > MAX_QUIET_RECORDS { Err(RecordError::Unexpected) } else { Ok(()) }
+    }
+
+    /// Handshake messages may share a record and may be split over several.
+    fn post_handshake(&mut self, fragment: &[u8]) -> Result<(), RecordError> {
+        if fragment.is_empty() {
+            return Err(RecordError::Unexpected);
+        }
+        if self.partial.is_empty() {
+            let used = self.messages(fragment)?;
+            self.partial.extend_from_slice(&fragment[used..]);
+            return Ok(());
+        }
+        let mut all = std::mem::take(&mut self.partial);
+        all.extend_from_slice(fragment);
+        let used = self.messages(&all)?;
+        all.drain(..used);
+        self.partial = all;
+        Ok(())
+    }
+
+    /// Deals with every complete message and returns how many bytes they were.
+    fn messages(&mut self, bytes: &[u8]) -> Result<usize, RecordError> {
+        let mut rest = bytes;
+        while let [typ, a, b, c, tail @ ..] = rest {
+            let typ = HandshakeType::from(*typ);
+            let length = u32::from_be_bytes([0, *a, *b, *c]) as usize;
+            let allowed = match (&typ, &self.schedule) {
+                (HandshakeType::KeyUpdate, _) => length == 1,
+                (HandshakeType::NewSessionTicket, Schedule::Client(_)) => 4 + length <= MAX_HANDSHAKE_MESSAGE,
+                _ => false,
+            };
+            if !allowed {
+                return Err(RecordError::Unexpected);
+            }
+            let Some((payload, after)) = tail.split_at_checked(length) else { break };
+            match (typ, &mut self.schedule) {
+                (HandshakeType::NewSessionTicket, Schedule::Client(c)) => {
+                    c.handle_new_session_ticket(payload).map_err(|_| RecordError::Unexpected)?;
+                }
+                // The next byte would be under other keys, so the message has to end its record (RFC 8446, section 5.1).
+                _ if after.is_empty() => self.key_update(payload[0])?,
+                _ => return Err(RecordError::Unexpected),
+            }
+            rest = after;
+        }
+        Ok(bytes.len() - rest.len())
+    }
+
+    fn key_update(&mut self, request: u8) -> Result<(), RecordError> {
+        self.update_requested |= match request {
+            0 => false,
+            1 => true,
+            _ => return Err(RecordError::Unexpected),
+        };
+        let next = match &mut self.schedule {
+            Schedule::Client(c) => c.update_rx_secret(),
+            Schedule::Server(s) => s.update_rx_secret(),
+        };
+        let (sequence, secrets) = next.map_err(|_| RecordError::Exhausted)?;
+        self.rx = decrypter(self.suite.aead_alg, secrets).map_err(|_| RecordError::Exhausted)?;
+        self.rx_sequence = sequence;
+        Ok(())
+    }
+
+    fn next_tx(&mut self) -> Option<(u64, Box<dyn MessageEncrypter>)> {
+        if self.tx_sequence >= self.tx_limit {
+            return None;
+        }
+        let next = match &mut self.schedule {
+            Schedule::Client(c) => c.update_tx_secret(),
+            Schedule::Server(s) => s.update_tx_secret(),
+        };
+        let (sequence, secrets) = next.ok()?;
+        Some((sequence, encrypter(self.suite.aead_alg, secrets, sequence).ok()?))
+    }
+
+    /// Lowers the limits so that a test reaches them.
+    #[cfg(test)]
+    pub(super) fn limit_for_tests(&mut self, rekey_at: u64, limit: u64) {
+        self.rekey_at = rekey_at;
+        self.tx_limit = limit;
+    }
+}
+
+/// Length of the body of the record at the start of `buffer`, `None` while the header is incomplete. A
+/// wrong header is refused at its first wrong byte.
+fn body_length(buffer: &[u8]) -> Result<Option<usize>, RecordError> {
+    // After the handshake every record is encrypted, so its outer type is application_data (RFC 8446, section 5.2).
+    const PREFIX: [u8; 3] = [23, 3, 3];
+    if buffer.iter().zip(PREFIX).any(|(a, b)| *a != b) {
+        return Err(RecordError::Header);
+    }
+    let &[_, _, _, high, low, ..] = buffer else { return Ok(None) };
+    let length = usize::from(u16::from_be_bytes([high, low]));
+    if HEADER + length > MAX_RECORD { Err(RecordError::Header) } else { Ok(Some(length)) }
+}
+
+/// aws-lc's AES-GCM for TLS refuses nonces that do not grow, and takes the first nonce it sees for that of record 0
+/// (`aead_aes_gcm_tls13_seal_scatter` in `e_aes.c`). When rustls has used this key before us (a server's tickets), the new
+/// object is shown record 0 first. What it makes of it is dropped, so no second text under that nonce is ever seen.
+fn encrypter(
+    aead: &dyn Tls13AeadAlgorithm,
+    secrets: ConnectionTrafficSecrets,
+    sequence: u64,
+) -> Result<Box<dyn MessageEncrypter>, Error> {
+    use ConnectionTrafficSecrets::{Aes128Gcm, Aes256Gcm, Chacha20Poly1305};
+    let mut encrypter = match secrets {
+        Aes128Gcm { key, iv } | Aes256Gcm { key, iv } | Chacha20Poly1305 { key, iv } => aead.encrypter(key, iv),
+        _ => return Err(Error::General("unknown cipher".into())),
+    };
+    if sequence > 0 {
+        let nothing = OutboundPlainMessage {
+            typ: ContentType::ApplicationData,
+            version: ProtocolVersion::TLSv1_3,
+            payload: OutboundChunks::Single(&[]),
+        };
+        drop(encrypter.encrypt(nothing, 0)?);
+    }
+    Ok(encrypter)
+}
+
+fn decrypter(
+    aead: &dyn Tls13AeadAlgorithm,
+    secrets: ConnectionTrafficSecrets,
+) -> Result<Box<dyn MessageDecrypter>, Error> {
+    use ConnectionTrafficSecrets::{Aes128Gcm, Aes256Gcm, Chacha20Poly1305};
+    match secrets {
+        Aes128Gcm { key, iv } | Aes256Gcm { key, iv } | Chacha20Poly1305 { key, iv } => Ok(aead.decrypter(key, iv)),
+        _ => Err(Error::General("unknown cipher".into())),
     }
 }

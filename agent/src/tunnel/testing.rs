@@ -1,0 +1,106 @@
+//! Certificates and established record protection for tests, without sockets or files.
+
+use std::{sync::Arc, time::Duration};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    KeyUsagePurpose, SanType,
+};
+use rustls::{
+    client::UnbufferedClientConnection, crypto::aws_lc_rs::Ticketer, pki_types::PrivateKeyDer,
+    server::UnbufferedServerConnection,
+};
+use time::OffsetDateTime;
+
+use super::{
+    config::{Suite, client_config, peer_name, provider, server_config},
+    driver::{Driver, Step, Unbuffered},
+    records::Records,
+};
+use crate::{identity::Svid, mesh::SpiffeId};
+
+/// A certificate authority that signs whatever a test asks for.
+pub(crate) struct TestCa(pub(crate) CertifiedIssuer<'static, KeyPair>);
+
+impl TestCa {
+    pub(crate) fn new(name: &str) -> Self {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let key = KeyPair::generate().expect("a key");
+        Self(CertifiedIssuer::self_signed(params, key).expect("a self-signed root"))
+    }
+
+    /// Parameters of a good leaf for `identity`.
+    pub(crate) fn leaf(identity: &str) -> CertificateParams {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = vec![SanType::URI(identity.try_into().expect("ASCII"))];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        let now = OffsetDateTime::now_utc();
+        params.not_before = now - Duration::from_secs(60);
+        params.not_after = now + Duration::from_secs(3600);
+        params
+    }
+
+    /// Signs `params` with a new key.
+    pub(crate) fn sign(&self, params: &CertificateParams) -> (rcgen::Certificate, KeyPair) {
+        let key = KeyPair::generate().expect("a key");
+        let certificate = params.signed_by(&key, &self.0).expect("a signed certificate");
+        (certificate, key)
+    }
+
+    /// A good SVID.
+    pub(crate) fn svid(&self, identity: &SpiffeId) -> Arc<Svid> {
+        let (certificate, key) = self.sign(&Self::leaf(&identity.to_string()));
+        let key = PrivateKeyDer::try_from(key.serialize_der()).expect("PKCS#8");
+        let svid = Svid::assemble(identity, vec![certificate.der().clone()], key, &[self.0.der().clone()]);
+        Arc::new(svid.expect("parts that fit"))
+    }
+}
+
+/// `spiffe://td.test/ns/default/sa/NAME`
+pub(crate) fn identity(name: &str) -> SpiffeId {
+    format!("spiffe://td.test/ns/default/sa/{name}").parse().expect("an identity")
+}
+
+/// Both ends of an established tunnel, client first, after a real handshake in memory. The tickets that a server sends
+/// have been received.
+pub(crate) fn pair() -> (Records, Records) {
+    pair_with(Suite::Aes128Gcm)
+}
+
+/// [`pair`] with a certain cipher.
+pub(crate) fn pair_with(suite: Suite) -> (Records, Records) {
+    let ca = TestCa::new("pair");
+    let (client, server) = (identity("client"), identity("server"));
+    let provider = provider(&[suite]);
+    let client = client_config(&ca.svid(&client), &server, &provider).expect("a client configuration");
+    let ticketer = Ticketer::new().expect("a ticket key");
+    let server = server_config(&ca.svid(&server), server.trust_domain(), ticketer, &provider).expect("a configuration");
+
+    let mut client = Driver::new(UnbufferedClientConnection::new(Arc::new(client), peer_name()).expect("a client"));
+    let mut server = Driver::new(UnbufferedServerConnection::new(Arc::new(server)).expect("a server"));
+    loop {
+        let a = exchange(&mut client, &mut server);
+        let b = exchange(&mut server, &mut client);
+        if a == Step::Done && b == Step::Done {
+            break;
+        }
+    }
+    let (mut client, mut tickets) = client.into_records().expect("keys");
+    let (server, unread) = server.into_records().expect("keys");
+    assert!(unread.is_empty(), "the client sends nothing behind its handshake");
+    while let Some((_, wire)) = client.open(&mut tickets).expect("tickets") {
+        tickets.drain(..wire);
+    }
+    assert!(tickets.is_empty(), "tickets are whole records");
+    (client, server)
+}
+
+fn exchange<A: Unbuffered, B>(from: &mut Driver<A>, to: &mut Driver<B>) -> Step {
+    let step = from.advance().expect("a handshake between good certificates");
+    to.incoming.append(&mut from.outgoing);
+    step
+}
