@@ -124,12 +124,18 @@ impl Relay {
                     // The application's socket is a reset when closed; the tunnel's went with the session.
                     drop(application);
                     let detail = format!("taking the tunnel's socket from its reactor: {error}");
-                    self.shared.ended(&connection, &End::internal(Some(RefusalReason::Resources), detail));
+                    let mut end = End::internal(Some(RefusalReason::Resources), detail);
+                    end.reason = connection.settle(end.reason);
+                    self.shared.ended(&connection, &end);
                     return;
                 }
             },
         };
-        let slot = Box::new(Slot::new(application, upstream, path, connection, guard));
+        self.place(Box::new(Slot::new(application, upstream, path, connection, guard)));
+    }
+
+    /// Puts a connection on the thread that has the fewest.
+    pub(super) fn place(&self, slot: Box<Slot>) {
         let least = self.threads.iter().min_by_key(|thread| thread.load.load(Relaxed));
         let thread = least.expect("a relay has at least one thread");
         thread.load.fetch_add(1, Relaxed);

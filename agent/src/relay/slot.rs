@@ -9,7 +9,7 @@ use std::{
 use rustls::AlertDescription;
 
 use super::{
-    CloseReason, Connection,
+    CloseReason, Connection, Direction,
     buffers::Scratch,
     direction::{Fault, Plain, Step, TlsIn, TlsOut},
     socket::Side,
@@ -78,7 +78,7 @@ impl End {
         Self { reason: CloseReason::Internal, refusal, detail: Some(detail) }
     }
 
-    /// The upstream vanished without a word.
+    /// A side vanished without a word.
     pub(super) fn timed_out(reason: CloseReason) -> Self {
         Self { reason, refusal: None, detail: Some("the peer's kernel no longer answers".to_owned()) }
     }
@@ -92,11 +92,12 @@ pub(super) struct Slot {
     pub(super) upstream: Side,
     /// Whether it waits for a turn.
     pub(super) queued: bool,
+    /// Whether its sockets are looked at for stalls.
+    pub(super) watched: bool,
     /// Its entry in the table.
     pub(super) connection: Arc<Connection>,
     path: Path,
-    /// Dropped last, when both sockets are closed.
-    _guard: Box<dyn Send>,
+    guard: Box<dyn Send>,
 }
 
 impl Slot {
@@ -112,29 +113,29 @@ impl Slot {
             application: Side::new(application),
             upstream: Side::new(upstream),
             queued: false,
+            watched: false,
             connection,
             path,
-            _guard: guard,
+            guard,
         }
     }
 
     /// Sets what the relay wants of the sockets.
-    pub(super) fn prepare(&self) -> io::Result<()> {
-        self.application.prepare()?;
-        match self.path {
-            // Should the agent die, the destination must not take what it has for all there is.
-            Path::Plain { .. } => {
-                self.upstream.prepare()?;
-                self.upstream.reset_on_close()
-            }
-            Path::Tls { .. } => {
-                self.upstream.prepare()?;
-                if self.connection.what.direction == super::Direction::Inbound {
-                    self.upstream.prepare_accepted_tunnel()?;
-                }
-                Ok(())
-            }
+    pub(super) fn prepare(&mut self) -> io::Result<()> {
+        if self.is_tunnel() && self.connection.what.direction == Direction::Inbound {
+            self.upstream.prepare_accepted_tunnel()?;
         }
+        self.application.prepare()?;
+        self.upstream.prepare()?;
+        if !self.is_tunnel() {
+            // Should the agent die, the destination must not take what it has for all there is.
+            self.upstream.reset_on_close()?;
+        }
+        Ok(())
+    }
+
+    fn is_tunnel(&self) -> bool {
+        matches!(self.path, Path::Tls { .. })
     }
 
     /// Bytes held back, both directions together.
@@ -273,16 +274,15 @@ impl Slot {
         }
     }
 
-    /// Closes both sockets: clean ends leave what is queued to the kernel, all others are resets.
-    pub(super) fn close(self, reason: CloseReason) {
-        let options = if reason == CloseReason::Finished {
-            [self.application.deliver_on_close(), self.upstream.deliver_on_close()]
-        } else {
-            [self.application.reset_on_close(), self.upstream.reset_on_close()]
-        };
-        for error in options.into_iter().filter_map(Result::err) {
-            tracing::warn!(id = self.connection.id.0, %error, "setting SO_LINGER before closing a connection");
+    /// Closes both sockets: clean ends leave what is queued to the kernel to deliver, all others are resets. What is left is the guard.
+    pub(super) fn close(self, reason: CloseReason) -> Box<dyn Send> {
+        for side in [&self.application, &self.upstream] {
+            let set = if reason == CloseReason::Finished { side.deliver_on_close() } else { side.reset_on_close() };
+            if let Err(error) = set {
+                tracing::warn!(id = self.connection.id.0, %error, "setting SO_LINGER before closing a connection");
+            }
         }
+        self.guard
     }
 }
 

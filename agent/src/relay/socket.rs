@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::epoll::EpollFlags;
+use nix::sys::{
+    epoll::EpollFlags,
+    socket::{getsockopt, sockopt::TcpUserTimeout},
+};
 use socket2::{Socket, TcpKeepalive};
 
 /// How long sent data may stay unacknowledged before a tunnel counts as dead.
@@ -42,8 +45,10 @@ pub(super) struct Side {
     marked: bool,
     /// The socket has a pending error.
     failed: bool,
-    /// Bytes the kernel has taken so far.
-    written: u64,
+    /// The kernel has taken bytes that nobody has yet seen delivered.
+    undelivered: bool,
+    /// `TCP_USER_TIMEOUT` in milliseconds, 0 for none.
+    user_timeout: u32,
 }
 
 impl Side {
@@ -56,7 +61,7 @@ impl Side {
 
     /// A socket that is about to be registered: `EPOLL_CTL_ADD` reports what is already there.
     pub(super) fn new(socket: OwnedFd) -> Self {
-        Self { socket: socket.into(), readable: false, writable: true, marked: false, failed: false, written: 0 }
+        Self { socket: socket.into(), readable: false, writable: true, marked: false, failed: false, undelivered: false, user_timeout: 0 }
     }
 
     /// Takes note of an event.
@@ -74,14 +79,19 @@ impl Side {
         self.failed
     }
 
-    /// Bytes the kernel has taken so far.
-    pub(super) fn written(&self) -> u64 {
-        self.written
+    /// Whether a user timeout may run against bytes that the peer has not acknowledged.
+    pub(super) fn is_timed(&self) -> bool {
+        self.undelivered && self.user_timeout > 0
     }
 
-    /// Whether the kernel refused the last write.
-    pub(super) fn is_full(&self) -> bool {
-        !self.writable
+    /// Takes note that everything written so far was acknowledged.
+    pub(super) fn delivered(&mut self) {
+        self.undelivered = false;
+    }
+
+    /// The socket's `TCP_USER_TIMEOUT` as its maker wanted it, in milliseconds, 0 for none.
+    pub(super) fn user_timeout(&self) -> u32 {
+        self.user_timeout
     }
 
     /// Makes the next read an attempt, event or not.
@@ -116,7 +126,7 @@ impl Side {
         while self.writable {
             match self.socket.send_vectored_with_flags(slices, libc::MSG_NOSIGNAL) {
                 Ok(n) => {
-                    self.written += n as u64;
+                    self.undelivered = true;
                     return Ok(n);
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.writable = false,
@@ -133,9 +143,11 @@ impl Side {
     }
 
     /// Small messages leave at once, and a byte sent as urgent stays in its place in the stream instead of being lost.
-    pub(super) fn prepare(&self) -> io::Result<()> {
+    pub(super) fn prepare(&mut self) -> io::Result<()> {
         self.socket.set_tcp_nodelay(true)?;
-        self.socket.set_out_of_band_inline(true)
+        self.socket.set_out_of_band_inline(true)?;
+        self.user_timeout = getsockopt(&self.socket, TcpUserTimeout)?;
+        Ok(())
     }
 
     /// What every tunnel has, so that a vanished node shows within 30 s. Dialled ones get it before the dial.
@@ -153,8 +165,12 @@ impl Side {
         self.socket.set_linger(Some(Duration::ZERO))
     }
 
-    /// From now on closing the socket leaves what is queued to the kernel to deliver.
+    /// From now on closing the socket leaves what is queued to the kernel to deliver, for as long as it does so for any
+    /// program: the user timeout would cut off a peer that reads the rest slowly.
     pub(super) fn deliver_on_close(&self) -> io::Result<()> {
+        if self.user_timeout > 0 {
+            self.socket.set_tcp_user_timeout(None)?;
+        }
         self.socket.set_linger(None)
     }
 

@@ -122,7 +122,7 @@ pub struct NewConnection {
     pub resumed: bool,
 }
 
-/// A live connection. Counters are written by its relay thread only.
+/// A live connection. Counters are written by its relay thread only. Dropping the last reference takes it off the table.
 #[derive(Debug)]
 pub struct Connection {
     /// Its number.
@@ -179,7 +179,7 @@ pub struct ConnectionInfo {
 /// What the outside wants of a connection, and who has to hear of it.
 #[derive(Default)]
 struct Control {
-    /// Why it is to end; the first request counts.
+    /// Why it is to end or has ended; the first reason counts.
     reason: Option<CloseReason>,
     /// The relay thread that has it, once submitted.
     owner: Option<Arc<Inbox>>,
@@ -196,14 +196,19 @@ impl fmt::Debug for Control {
 
 impl Connection {
     /// Names the thread that has to hear of a request to close. From now on every request reaches either the thread or, made before,
-    /// [`Self::requested`].
+    /// [`Self::close_reason`].
     pub(super) fn owned_by(&self, owner: Arc<Inbox>) {
         self.control().owner = Some(owner);
     }
 
-    /// Why somebody wants it closed, if so.
-    pub(super) fn requested(&self) -> Option<CloseReason> {
+    /// Why it has ended or is about to, if so.
+    pub fn close_reason(&self) -> Option<CloseReason> {
         self.control().reason
+    }
+
+    /// Ends it for `reason`, unless somebody asked before for another one; which one it is.
+    pub(super) fn settle(&self, reason: CloseReason) -> CloseReason {
+        *self.control().reason.get_or_insert(reason)
     }
 
     /// Asks for a reset. Later requests change nothing.

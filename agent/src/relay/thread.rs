@@ -1,7 +1,7 @@
 //! A relay thread: waits for events and gives connections their turns.
 
 use std::{
-    collections::{HashMap, VecDeque, hash_map::Entry},
+    collections::{HashMap, VecDeque},
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
@@ -43,11 +43,9 @@ pub(super) struct Shared {
 impl Shared {
     /// Closes a connection's sockets and settles it; its guard goes last.
     pub(super) fn end(&self, slot: Slot, mut end: End) {
-        // Somebody's wish goes before what it caused or coincided with.
-        if let Some(reason) = slot.connection.requested() {
-            end.reason = reason;
-        }
         let connection = Arc::clone(&slot.connection);
+        // Somebody's wish goes before what it caused or coincided with.
+        end.reason = connection.settle(end.reason);
         let guard = slot.close(end.reason);
         self.ended(&connection, &end);
         drop(guard);
@@ -78,8 +76,8 @@ pub(super) struct Worker {
     keys: HashMap<ConnectionId, usize>,
     /// Connections that wait for a turn, each at most once.
     ready: VecDeque<usize>,
-    /// Connections of which a side took nothing when last tried: application, upstream.
-    stalled: HashMap<usize, [Watch; 2]>,
+    /// Connections with bytes that a user timeout may run against: application, upstream.
+    watched: HashMap<usize, [Watch; 2]>,
     /// When to look at them next.
     look: Option<Instant>,
     scratch: Scratch,
@@ -98,7 +96,7 @@ impl Worker {
             slots: Slab::new(),
             keys: HashMap::new(),
             ready: VecDeque::new(),
-            stalled: HashMap::new(),
+            watched: HashMap::new(),
             look: None,
             scratch,
         })
@@ -135,7 +133,7 @@ impl Worker {
                 }
             }
             self.give_turns();
-            self.look_at_stalled();
+            self.look_at_watched();
         }
         self.stop(messages);
     }
@@ -171,7 +169,7 @@ impl Worker {
             Message::Adopt(slot) => self.adopt(slot),
             Message::Close(id) => {
                 if let Some(&key) = self.keys.get(&id)
-                    && let Some(reason) = self.slots[key].connection.requested()
+                    && let Some(reason) = self.slots[key].connection.close_reason()
                 {
                     self.end(key, reason.into());
                 }
@@ -181,13 +179,13 @@ impl Worker {
 
     fn adopt(&mut self, slot: Box<Slot>) {
         let key = self.slots.insert(slot);
-        let slot = &self.slots[key];
+        let slot = &mut self.slots[key];
         self.keys.insert(slot.connection.id, key);
-        if let Some(reason) = slot.connection.requested() {
+        if let Some(reason) = slot.connection.close_reason() {
             return self.end(key, reason.into());
         }
-        let sides = [&slot.application, &slot.upstream];
         let registered = slot.prepare().map_err(|error| ("setting socket options", error)).and_then(|()| {
+            let sides = [&slot.application, &slot.upstream];
             (0..).zip(sides).try_for_each(|(number, side)| {
                 let event = EpollEvent::new(Side::INTEREST, ((key as u64) << 1) | number);
                 self.epoll.add(side, event).map_err(|error| ("registering with epoll", error.into()))
@@ -214,12 +212,11 @@ impl Worker {
             let turn = catch_unwind(AssertUnwindSafe(|| slot.turn(&mut self.scratch)));
             slot.queued = false;
             match turn {
-                Ok(Turn::Idle) => {
-                    if slot.application.is_full() || slot.upstream.is_full() {
-                        self.watch(key);
-                    }
+                Ok(Turn::Idle) => self.watch(key),
+                Ok(Turn::More) => {
+                    self.watch(key);
+                    self.queue(key);
                 }
-                Ok(Turn::More) => self.queue(key),
                 Ok(Turn::Over(end)) => self.end(key, end),
                 Err(_) => {
                     self.scratch = Scratch::new(self.shared.buffer);
@@ -230,13 +227,16 @@ impl Worker {
     }
 
     fn watch(&mut self, key: usize) {
-        let Entry::Vacant(entry) = self.stalled.entry(key) else { return };
-        let (slot, now) = (&self.slots[key], Instant::now());
-        entry.insert([Watch::new(&slot.application, now), Watch::new(&slot.upstream, now)]);
-        self.look.get_or_insert(now + self.shared.stall_interval);
+        let slot = &mut self.slots[key];
+        if !slot.watched && (slot.application.is_timed() || slot.upstream.is_timed()) {
+            slot.watched = true;
+            let now = Instant::now();
+            self.watched.insert(key, [Watch::new(now), Watch::new(now)]);
+            self.look.get_or_insert(now + self.shared.stall_interval);
+        }
     }
 
-    fn look_at_stalled(&mut self) {
+    fn look_at_watched(&mut self) {
         let Some(look) = self.look else { return };
         let now = Instant::now();
         if now < look {
@@ -244,16 +244,17 @@ impl Worker {
         }
         let interval = self.shared.stall_interval;
         let mut gone = Vec::new();
-        self.stalled.retain(|&key, [application, upstream]| {
-            let slot = &self.slots[key];
-            if !application.check(&slot.application, now, interval) {
+        self.watched.retain(|&key, [application, upstream]| {
+            let slot = &mut self.slots[key];
+            if !application.look(&mut slot.application, now, interval) {
                 gone.push((key, CloseReason::ApplicationReset));
-            } else if !upstream.check(&slot.upstream, now, interval) {
+            } else if !upstream.look(&mut slot.upstream, now, interval) {
                 gone.push((key, CloseReason::UpstreamReset));
             }
-            slot.application.is_full() || slot.upstream.is_full()
+            slot.watched = slot.application.is_timed() || slot.upstream.is_timed();
+            slot.watched
         });
-        self.look = (!self.stalled.is_empty()).then_some(now + interval);
+        self.look = (!self.watched.is_empty()).then_some(now + interval);
         for (key, reason) in gone {
             self.end(key, End::timed_out(reason));
         }
@@ -262,7 +263,7 @@ impl Worker {
     fn end(&mut self, key: usize, end: End) {
         let slot = self.slots.remove(key);
         self.keys.remove(&slot.connection.id);
-        self.stalled.remove(&key);
+        self.watched.remove(&key);
         for side in [&slot.application, &slot.upstream] {
             // Explicitly: a child process between fork and exec may keep the socket open past our close.
             let _ = self.epoll.delete(side);
