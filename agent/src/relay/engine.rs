@@ -1,9 +1,28 @@
 //! The relay threads and how work reaches them.
 
-use std::{io, os::fd::OwnedFd, sync::Arc};
+use std::{
+    io,
+    os::fd::OwnedFd,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
 
-use super::{Connection, ConnectionTable};
-use crate::{telemetry::Counters, tunnel::Session};
+use super::{
+    CloseReason, Connection, ConnectionTable,
+    direction::{Plain, TlsIn, TlsOut},
+    inbox::{Inbox, Message},
+    slot::{End, Path, Slot},
+    stall,
+    thread::{Shared, Worker},
+};
+use crate::{
+    telemetry::{Counters, RefusalReason},
+    tunnel::Session,
+};
 
 /// The side that is not the application.
 pub enum Upstream {
@@ -30,7 +49,8 @@ pub struct Job {
 pub struct RelayOptions {
     /// Threads; 0 means one per core.
     pub threads: usize,
-    /// Largest read from a socket, bytes. Also the most a connection may hold back per direction.
+    /// Largest read from a socket, bytes. Also the most a connection may hold back per direction. Less than two
+    /// TLS records (33 KiB) is taken as that.
     pub buffer: usize,
 }
 
@@ -40,8 +60,19 @@ impl Default for RelayOptions {
     }
 }
 
-/// Handle to the relay threads.
-pub struct Relay {}
+/// One relay thread as the others see it.
+struct Thread {
+    inbox: Arc<Inbox>,
+    /// Connections placed on it that have not ended.
+    load: Arc<AtomicUsize>,
+}
+
+/// Handle to the relay threads. Dropping it is [`Relay::shutdown`].
+pub struct Relay {
+    threads: Vec<Thread>,
+    running: Mutex<Vec<JoinHandle<()>>>,
+    shared: Arc<Shared>,
+}
 
 impl Relay {
     /// Starts the threads.
@@ -50,13 +81,88 @@ impl Relay {
         table: Arc<ConnectionTable>,
         counters: Arc<Counters>,
     ) -> io::Result<Arc<Self>> {
-        let _ = (options, table, counters);
-        todo!()
+        Self::start_with(options, table, counters, stall::INTERVAL)
+    }
+
+    pub(super) fn start_with(
+        options: &RelayOptions,
+        table: Arc<ConnectionTable>,
+        counters: Arc<Counters>,
+        stall_interval: Duration,
+    ) -> io::Result<Arc<Self>> {
+        let count = match options.threads {
+            0 => thread::available_parallelism()?.get(),
+            count => count,
+        };
+        let shared = Arc::new(Shared { table, counters, buffer: options.buffer, stall_interval });
+        let mut relay = Self { threads: Vec::new(), running: Mutex::default(), shared };
+        for number in 0..count {
+            let inbox = Arc::new(Inbox::new()?);
+            let load = Arc::new(AtomicUsize::new(0));
+            let worker = Worker::new(Arc::clone(&inbox), Arc::clone(&load), Arc::clone(&relay.shared))?;
+            let handle = thread::Builder::new().name(format!("relay-{number}")).spawn(move || worker.run())?;
+            relay.running.get_mut().unwrap_or_else(PoisonError::into_inner).push(handle);
+            relay.threads.push(Thread { inbox, load });
+        }
+        Ok(Arc::new(relay))
     }
 
     /// Gives a connection to the least loaded thread.
     pub fn submit(&self, job: Job) {
-        let _ = job;
-        todo!()
+        let Job { application, upstream, connection, guard } = job;
+        let (upstream, path) = match upstream {
+            Upstream::Plain(socket) => {
+                (socket, Path::Plain { outward: Plain::default(), inward: Plain::default() })
+            }
+            Upstream::Tunnel(session) => match session.into_parts() {
+                Ok((socket, records, unread, plaintext, _)) => {
+                    connection.received.store(plaintext.len() as u64, Relaxed);
+                    let inward = TlsIn::new(unread, plaintext);
+                    (socket, Path::Tls { records: Box::new(records), outward: TlsOut::default(), inward })
+                }
+                Err(error) => {
+                    // The application's socket is a reset when closed; the tunnel's went with the session.
+                    drop(application);
+                    let detail = format!("taking the tunnel's socket from its reactor: {error}");
+                    let mut end = End::internal(Some(RefusalReason::Resources), detail);
+                    end.reason = connection.settle(end.reason);
+                    self.shared.ended(&connection, &end);
+                    return;
+                }
+            },
+        };
+        self.place(Box::new(Slot::new(application, upstream, path, connection, guard)));
+    }
+
+    /// Puts a connection on the thread that has the fewest.
+    pub(super) fn place(&self, slot: Box<Slot>) {
+        let least = self.threads.iter().min_by_key(|thread| thread.load.load(Relaxed));
+        let thread = least.expect("a relay has at least one thread");
+        thread.load.fetch_add(1, Relaxed);
+        slot.connection.owned_by(Arc::clone(&thread.inbox));
+        if let Err(Message::Adopt(slot)) = thread.inbox.send(Message::Adopt(slot)) {
+            thread.load.fetch_sub(1, Relaxed);
+            self.shared.end(*slot, CloseReason::Shutdown.into());
+        }
+    }
+
+    /// Resets every connection and waits until the threads are gone. What is submitted afterwards is reset at once.
+    pub fn shutdown(&self) {
+        for thread in &self.threads {
+            thread.inbox.stop();
+        }
+        let running = std::mem::take(&mut *self.running.lock().unwrap_or_else(PoisonError::into_inner));
+        for handle in running {
+            // A guard may hold the last reference to the relay, so this can run on one of its threads.
+            if handle.thread().id() != thread::current().id() && handle.join().is_err() {
+                tracing::error!("a relay thread had panicked");
+            }
+        }
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.shutdown();
     }
 }

@@ -1,9 +1,11 @@
 //! Every live connection, with what policy, telemetry and the CLI need of it.
 
 use std::{
+    collections::HashMap,
+    fmt,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::SystemTime,
@@ -11,10 +13,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    mesh::{SpiffeId, WorkloadKey},
-    telemetry::RefusalReason,
-};
+use super::inbox::{Inbox, Message};
+use crate::mesh::{SpiffeId, WorkloadKey};
 
 /// Number of a connection, unique while the agent runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -69,6 +69,28 @@ pub enum CloseReason {
     Operator,
     /// The agent is shutting down.
     Shutdown,
+    /// The agent could not go on: out of a resource, or a defect of its own.
+    Internal,
+}
+
+impl CloseReason {
+    /// The name in logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Finished => "finished",
+            Self::ApplicationReset => "application-reset",
+            Self::UpstreamReset => "upstream-reset",
+            Self::Truncated => "truncated",
+            Self::Denied => "denied",
+            Self::BadRecord => "bad-record",
+            Self::ApplicationGone => "application-gone",
+            Self::Policy => "policy",
+            Self::Unenrolled => "unenrolled",
+            Self::Operator => "operator",
+            Self::Shutdown => "shutdown",
+            Self::Internal => "internal",
+        }
+    }
 }
 
 /// What a new table entry is made from.
@@ -100,7 +122,7 @@ pub struct NewConnection {
     pub resumed: bool,
 }
 
-/// A live connection. Counters are written by its relay thread only.
+/// A live connection. Counters are written by its relay thread only. Dropping the last reference takes it off the table.
 #[derive(Debug)]
 pub struct Connection {
     /// Its number.
@@ -113,6 +135,10 @@ pub struct Connection {
     pub sent: AtomicU64,
     /// Application bytes received from the upstream.
     pub received: AtomicU64,
+    /// Bytes the agent holds because a side does not take them, both directions together.
+    pub held: AtomicU64,
+    control: Mutex<Control>,
+    table: Weak<ConnectionTable>,
 }
 
 /// A connection as the CLI shows it; owned and serialisable.
@@ -150,41 +176,175 @@ pub struct ConnectionInfo {
     pub received: u64,
 }
 
+/// What the outside wants of a connection, and who has to hear of it.
+#[derive(Default)]
+struct Control {
+    /// Why it is to end or has ended; the first reason counts.
+    reason: Option<CloseReason>,
+    /// The relay thread that has it, once submitted.
+    owner: Option<Arc<Inbox>>,
+}
+
+impl fmt::Debug for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Control")
+            .field("reason", &self.reason)
+            .field("submitted", &self.owner.is_some())
+            .finish()
+    }
+}
+
+impl Connection {
+    /// Names the thread that has to hear of a request to close. From now on every request reaches either the thread or, made before,
+    /// [`Self::close_reason`].
+    pub(super) fn owned_by(&self, owner: Arc<Inbox>) {
+        self.control().owner = Some(owner);
+    }
+
+    /// Why it has ended or is about to, if so.
+    pub fn close_reason(&self) -> Option<CloseReason> {
+        self.control().reason
+    }
+
+    /// Ends it for `reason`, unless somebody asked before for another one; which one it is.
+    pub(super) fn settle(&self, reason: CloseReason) -> CloseReason {
+        *self.control().reason.get_or_insert(reason)
+    }
+
+    /// Asks for a reset. Later requests change nothing.
+    fn request(&self, reason: CloseReason) {
+        let owner = {
+            let mut control = self.control();
+            if control.reason.is_some() {
+                return;
+            }
+            control.reason = Some(reason);
+            control.owner.clone()
+        };
+        if let Some(owner) = owner {
+            // A thread that takes no more messages is ending all its connections.
+            let _ = owner.send(Message::Close(self.id));
+        }
+    }
+
+    fn control(&self) -> MutexGuard<'_, Control> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn info(&self) -> ConnectionInfo {
+        let what = &self.what;
+        ConnectionInfo {
+            id: self.id,
+            age_s: self.since.elapsed().unwrap_or_default().as_secs_f64(),
+            direction: what.direction,
+            workload: what.workload.to_string(),
+            source_identity: what.source_identity.as_ref().map(ToString::to_string),
+            destination_identity: what.destination_identity.as_ref().map(ToString::to_string),
+            source: what.source,
+            original_destination: what.original_destination,
+            upstream: what.upstream,
+            service: what.service.as_deref().map(str::to_owned),
+            data_path: what.data_path,
+            cipher: what.cipher.map(str::to_owned),
+            resumed: what.resumed,
+            sent: self.sent.load(Relaxed),
+            received: self.received.load(Relaxed),
+        }
+    }
+}
+
+impl Drop for Connection {
+    /// A connection that never reached a relay thread (its dial failed, its task was cancelled) leaves the table too.
+    fn drop(&mut self) {
+        if let Some(table) = self.table.upgrade() {
+            table.remove(self.id);
+        }
+    }
+}
+
+/// Parts of the table with a lock each.
+const SHARDS: usize = 64;
+
+type Shard = Mutex<HashMap<ConnectionId, Weak<Connection>>>;
+
 /// All live connections. Thread-safe; never locked on the byte path.
-pub struct ConnectionTable {}
+pub struct ConnectionTable {
+    shards: [Shard; SHARDS],
+    next: AtomicU64,
+}
 
 impl ConnectionTable {
     /// An empty table.
     pub fn new() -> Arc<Self> {
-        todo!()
+        Arc::new(Self { shards: std::array::from_fn(|_| Shard::default()), next: AtomicU64::new(1) })
     }
 
-    /// Adds a connection. It stays until its relay thread removes it.
-    pub fn add(&self, new: NewConnection) -> Arc<Connection> {
-        let _ = new;
-        todo!()
+    /// Adds a connection. It stays until its relay thread removes it, or until it is dropped without having reached one.
+    pub fn add(self: &Arc<Self>, new: NewConnection) -> Arc<Connection> {
+        let id = ConnectionId(self.next.fetch_add(1, Relaxed));
+        let connection = Arc::new(Connection {
+            id,
+            since: SystemTime::now(),
+            what: new,
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            held: AtomicU64::new(0),
+            control: Mutex::default(),
+            table: Arc::downgrade(self),
+        });
+        self.shard(id).insert(id, Arc::downgrade(&connection));
+        connection
     }
 
-    /// Asks the owner to reset the connection. `false` when there is none with this id.
+    /// Asks the owner to reset the connection. `false` when there is none with this id. The first reason counts; before
+    /// submission it takes effect at submission.
     pub fn close(&self, id: ConnectionId, reason: CloseReason) -> bool {
-        let _ = (id, reason);
-        todo!()
+        let connection = self.shard(id).get(&id).and_then(Weak::upgrade);
+        connection.is_some_and(|connection| {
+            connection.request(reason);
+            true
+        })
     }
 
     /// Asks for every connection that `which` selects to be reset; returns how many.
     pub fn close_where(&self, reason: CloseReason, which: impl Fn(&Connection) -> bool) -> usize {
-        let _ = (reason, which);
-        todo!()
+        self.live().iter().filter(|connection| which(connection)).map(|connection| connection.request(reason)).count()
     }
 
     /// Live connections, at most `limit`, oldest first, and how many there are in all.
     pub fn list(&self, limit: usize) -> (Vec<ConnectionInfo>, usize) {
-        let _ = (limit, Relaxed, RefusalReason::ALL);
-        todo!()
+        let mut live = self.live();
+        // Numbers are given in order of arrival.
+        live.sort_unstable_by_key(|connection| connection.id);
+        (live.iter().take(limit).map(|connection| connection.info()).collect(), live.len())
     }
 
     /// Number of live connections.
     pub fn len(&self) -> usize {
-        todo!()
+        self.shards.iter().map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner).len()).sum()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Takes a connection out: it has ended.
+    pub(super) fn remove(&self, id: ConnectionId) {
+        self.shard(id).remove(&id);
+    }
+
+    /// Holds every live connection, so that the last reference to one is never dropped, which locks its shard, under a lock.
+    fn live(&self) -> Vec<Arc<Connection>> {
+        let mut live = Vec::new();
+        for shard in &self.shards {
+            live.extend(shard.lock().unwrap_or_else(PoisonError::into_inner).values().filter_map(Weak::upgrade));
+        }
+        live
+    }
+
+    fn shard(&self, id: ConnectionId) -> MutexGuard<'_, HashMap<ConnectionId, Weak<Connection>>> {
+        let shard = &self.shards[(id.0 % SHARDS as u64) as usize];
+        shard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

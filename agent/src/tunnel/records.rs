@@ -313,7 +313,7 @@ impl Records {
 
     /// Lowers the limits so that a test reaches them.
     #[cfg(test)]
-    pub(super) fn limit_for_tests(&mut self, rekey_at: u64, limit: u64) {
+    pub(crate) fn limit_for_tests(&mut self, rekey_at: u64, limit: u64) {
         self.rekey_at = rekey_at;
         self.tx_limit = limit;
     }

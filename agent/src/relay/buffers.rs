@@ -1,0 +1,206 @@
+//! The buffers of a relay thread, and what a connection keeps of them while a peer does not take it.
+
+use std::{collections::VecDeque, io, io::IoSlice, ops::Range};
+
+use super::socket::Side;
+use crate::tunnel::records::{MAX_PLAINTEXT, MAX_RECORD};
+
+/// Slices in one write. 16 records of 16 KiB fill the default buffer; twice that leaves room for short ones.
+const SLICES: usize = 32;
+/// Pieces up to this many bytes are moved together instead of costing a slice each.
+const SMALL: usize = 2048;
+/// What a record adds: header, content type and tag (RFC 8446, section 5.2), bytes.
+const RECORD_OVERHEAD: usize = 5 + 1 + 16;
+/// Room kept for control records beside the data of one read, bytes.
+const CONTROL_ROOM: usize = 256;
+/// Least buffer that can work: a partial record, and a read behind it.
+pub(super) const MIN_BUFFER: usize = 2 * MAX_RECORD;
+
+/// The working memory of one relay thread. Nothing in it outlives a step of a direction.
+pub(super) struct Scratch {
+    /// Room for one read.
+    pub(super) bytes: Box<[u8]>,
+    /// The plaintext in `bytes` after records were opened.
+    pub(super) plaintext: Ranges,
+    /// Records on their way to a tunnel; left empty.
+    pub(super) records: RecordQueue,
+}
+
+impl Scratch {
+    /// Memory for reads of at most `buffer` bytes, which also bounds what a connection holds per direction.
+    pub(super) fn new(buffer: usize) -> Self {
+        let bytes = vec![0; buffer.max(MIN_BUFFER)].into_boxed_slice();
+        Self { bytes, plaintext: Ranges::default(), records: RecordQueue::default() }
+    }
+
+    /// The most plaintext whose records fit the buffer.
+    pub(super) fn plaintext_limit(&self) -> usize {
+        let room = self.bytes.len() - CONTROL_ROOM;
+        let full = room / (MAX_PLAINTEXT + RECORD_OVERHEAD);
+        let rest = room % (MAX_PLAINTEXT + RECORD_OVERHEAD);
+        full * MAX_PLAINTEXT + rest.saturating_sub(RECORD_OVERHEAD)
+    }
+}
+
+/// Pieces of one buffer in order.
+#[derive(Default)]
+pub(super) struct Ranges {
+    ranges: Vec<Range<usize>>,
+}
+
+impl Ranges {
+    /// Forgets all pieces.
+    pub(super) fn clear(&mut self) {
+        self.ranges.clear();
+    }
+
+    /// Bytes in all pieces.
+    pub(super) fn len(&self) -> usize {
+        self.ranges.iter().map(ExactSizeIterator::len).sum()
+    }
+
+    /// Adds a piece of `bytes` that lies behind all others. A small one is moved up to its predecessor: what is between
+    /// them is framing that has been dealt with.
+    pub(super) fn push(&mut self, piece: Range<usize>, bytes: &mut [u8]) {
+        match self.ranges.last_mut() {
+            _ if piece.is_empty() => {}
+            Some(last) if last.end <= piece.start && piece.len() <= SMALL => {
+                let length = piece.len();
+                bytes.copy_within(piece, last.end);
+                last.end += length;
+            }
+            _ => self.ranges.push(piece),
+        }
+    }
+
+    /// Writes all pieces; what `to` does not take is returned.
+    pub(super) fn write(&self, bytes: &[u8], to: &mut Side) -> io::Result<Held> {
+        let mut rest = &self.ranges[..];
+        let mut done = 0;
+        while let Some(first) = rest.first() {
+            let mut slices = [IoSlice::new(&[]); SLICES];
+            slices[0] = IoSlice::new(&bytes[first.start + done..first.end]);
+            let count = rest.len().min(SLICES);
+            for (slice, range) in slices.iter_mut().zip(rest).skip(1) {
+                *slice = IoSlice::new(&bytes[range.clone()]);
+            }
+            let mut taken = to.write(&slices[..count])?;
+            if taken == 0 {
+                return Ok(self.remainder(bytes, rest, done));
+            }
+            while let Some(first) = rest.first() {
+                let left = first.len() - done;
+                if taken < left {
+                    done += taken;
+                    break;
+                }
+                taken -= left;
+                done = 0;
+                rest = &rest[1..];
+            }
+        }
+        Ok(Held::default())
+    }
+
+    fn remainder(&self, bytes: &[u8], rest: &[Range<usize>], done: usize) -> Held {
+        let mut held = Vec::with_capacity(rest.iter().map(ExactSizeIterator::len).sum::<usize>() - done);
+        for range in rest {
+            held.extend_from_slice(&bytes[range.clone()]);
+        }
+        held.drain(..done);
+        Held::from(held)
+    }
+}
+
+/// Bytes that a peer has not taken yet.
+#[derive(Default)]
+pub(super) struct Held {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl From<Vec<u8>> for Held {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self { bytes, start: 0 }
+    }
+}
+
+impl Held {
+    /// Bytes left.
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len() - self.start
+    }
+
+    /// Writes on; `true` when nothing is left, the memory then being freed.
+    pub(super) fn flush(&mut self, to: &mut Side) -> io::Result<bool> {
+        while self.start < self.bytes.len() {
+            let taken = to.write(&[IoSlice::new(&self.bytes[self.start..])])?;
+            if taken == 0 {
+                return Ok(false);
+            }
+            self.start += taken;
+        }
+        *self = Self::default();
+        Ok(true)
+    }
+}
+
+/// Sealed records on their way to a tunnel.
+#[derive(Default)]
+pub(super) struct RecordQueue {
+    records: VecDeque<Vec<u8>>,
+    /// Bytes of the first record already sent.
+    sent: usize,
+    /// Bytes left in all.
+    bytes: usize,
+}
+
+impl RecordQueue {
+    /// Bytes left.
+    pub(super) fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether nothing is left.
+    pub(super) fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    /// Adds a record.
+    pub(super) fn push(&mut self, record: Vec<u8>) {
+        self.bytes += record.len();
+        self.records.push_back(record);
+    }
+
+    /// Writes on; `true` when nothing is left.
+    pub(super) fn flush(&mut self, to: &mut Side) -> io::Result<bool> {
+        while let Some(first) = self.records.front() {
+            let mut slices = [IoSlice::new(&[]); SLICES];
+            slices[0] = IoSlice::new(&first[self.sent..]);
+            let count = self.records.len().min(SLICES);
+            for (slice, record) in slices.iter_mut().zip(&self.records).skip(1) {
+                *slice = IoSlice::new(record);
+            }
+            let taken = to.write(&slices[..count])?;
+            if taken == 0 {
+                return Ok(false);
+            }
+            self.advance(taken);
+        }
+        Ok(true)
+    }
+
+    fn advance(&mut self, mut taken: usize) {
+        self.bytes -= taken;
+        while let Some(first) = self.records.front() {
+            let left = first.len() - self.sent;
+            if taken < left {
+                self.sent += taken;
+                return;
+            }
+            taken -= left;
+            self.sent = 0;
+            self.records.pop_front();
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! One connection on its relay thread: its turns and its end.
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    sync::{Arc, atomic::Ordering::Relaxed},
+};
+
+use rustls::AlertDescription;
+
+use super::{
+    CloseReason, Connection, Direction,
+    buffers::Scratch,
+    direction::{Fault, Plain, Step, TlsIn, TlsOut},
+    socket::Side,
+};
+use crate::{
+    telemetry::RefusalReason,
+    tunnel::records::{RecordError, Records},
+};
+
+/// Application bytes after which a connection lets the others have a turn.
+const TURN_BYTES: usize = 512 * 1024;
+/// Steps after which it does so in any case: many small messages are work too.
+const TURN_STEPS: usize = 32;
+
+/// Who moves and protects the bytes.
+pub(super) enum Path {
+    /// Plain TCP on both sides.
+    Plain {
+        /// From the application.
+        outward: Plain,
+        /// To the application.
+        inward: Plain,
+    },
+    /// TLS records made and opened here.
+    Tls {
+        /// The keys, of both directions.
+        records: Box<Records>,
+        /// From the application.
+        outward: TlsOut,
+        /// To the application.
+        inward: TlsIn,
+    },
+}
+
+/// How a turn ended.
+#[derive(Debug)]
+pub(super) enum Turn {
+    /// Nothing to do until the next event.
+    Idle,
+    /// There is more to do; others first.
+    More,
+    /// The connection is over.
+    Over(End),
+}
+
+/// Why a connection is over.
+#[derive(Debug)]
+pub(super) struct End {
+    /// For the table and the log.
+    pub(super) reason: CloseReason,
+    /// How it is counted, when it is a refusal.
+    pub(super) refusal: Option<RefusalReason>,
+    /// For people.
+    pub(super) detail: Option<String>,
+}
+
+impl From<CloseReason> for End {
+    fn from(reason: CloseReason) -> Self {
+        Self { reason, refusal: None, detail: None }
+    }
+}
+
+impl End {
+    /// The agent itself failed.
+    pub(super) fn internal(refusal: Option<RefusalReason>, detail: String) -> Self {
+        Self { reason: CloseReason::Internal, refusal, detail: Some(detail) }
+    }
+
+    /// A side vanished without a word.
+    pub(super) fn timed_out(reason: CloseReason) -> Self {
+        Self { reason, refusal: None, detail: Some("the peer's kernel no longer answers".to_owned()) }
+    }
+}
+
+/// One connection. Between turns it owns its sockets, its keys, and bytes only while a side does not take them.
+pub(super) struct Slot {
+    /// The application's socket.
+    pub(super) application: Side,
+    /// The tunnel's socket, or the plain destination's.
+    pub(super) upstream: Side,
+    /// Whether it waits for a turn.
+    pub(super) queued: bool,
+    /// Whether its sockets are looked at for stalls.
+    pub(super) watched: bool,
+    /// Its entry in the table.
+    pub(super) connection: Arc<Connection>,
+    path: Path,
+    guard: Box<dyn Send>,
+}
+
+impl Slot {
+    /// Puts a connection together; nothing happens to it yet.
+    pub(super) fn new(
+        application: OwnedFd,
+        upstream: OwnedFd,
+        path: Path,
+        connection: Arc<Connection>,
+        guard: Box<dyn Send>,
+    ) -> Self {
+        Self {
+            application: Side::new(application),
+            upstream: Side::new(upstream),
+            queued: false,
+            watched: false,
+            connection,
+            path,
+            guard,
+        }
+    }
+
+    /// Sets what the relay wants of the sockets.
+    pub(super) fn prepare(&mut self) -> io::Result<()> {
+        if self.is_tunnel() && self.connection.what.direction == Direction::Inbound {
+            self.upstream.prepare_accepted_tunnel()?;
+        }
+        self.application.prepare()?;
+        self.upstream.prepare()?;
+        if !self.is_tunnel() {
+            // Should the agent die, the destination must not take what it has for all there is.
+            self.upstream.reset_on_close()?;
+        }
+        Ok(())
+    }
+
+    fn is_tunnel(&self) -> bool {
+        matches!(self.path, Path::Tls { .. })
+    }
+
+    /// Bytes held back, both directions together.
+    pub(super) fn held(&self) -> usize {
+        match &self.path {
+            Path::Plain { outward, inward } => outward.held() + inward.held(),
+            Path::Tls { outward, inward, .. } => outward.held() + inward.held(),
+        }
+    }
+
+    /// Moves what can be moved, within the limits of a turn.
+    pub(super) fn turn(&mut self, scratch: &mut Scratch) -> Turn {
+        let turn = self.run(scratch);
+        self.connection.held.store(self.held() as u64, Relaxed);
+        turn
+    }
+
+    fn run(&mut self, scratch: &mut Scratch) -> Turn {
+        let mut budget = TURN_BYTES;
+        for _ in 0..TURN_STEPS {
+            // Inward first: an alert explains the failure of a write.
+            let inward = match self.inward(scratch) {
+                Ok(step) => step,
+                Err(fault) => return Turn::Over(self.inward_failed(fault)),
+            };
+            let outward = match self.outward(scratch) {
+                Ok(step) => step,
+                Err(fault) => return Turn::Over(self.outward_failed(fault, scratch)),
+            };
+            let mut moved = 0;
+            if let Step::Moved(bytes) = inward {
+                moved += bytes;
+                count(&self.connection.received, bytes);
+            }
+            if let Step::Moved(bytes) = outward {
+                moved += bytes;
+                count(&self.connection.sent, bytes);
+            }
+            match (inward, outward) {
+                (Step::Done, Step::Done) => return Turn::Over(CloseReason::Finished.into()),
+                (Step::Done | Step::Blocked, Step::Done | Step::Blocked) => {
+                    return self.failed_unread().map_or(Turn::Idle, Turn::Over);
+                }
+                _ => {}
+            }
+            budget = budget.saturating_sub(moved);
+            if budget == 0 {
+                break;
+            }
+        }
+        Turn::More
+    }
+
+    fn inward(&mut self, scratch: &mut Scratch) -> Result<Step, Fault> {
+        let (application, upstream) = (&mut self.application, &mut self.upstream);
+        match &mut self.path {
+            Path::Plain { inward, .. } => inward.step(upstream, application, scratch),
+            Path::Tls { records, inward, .. } => inward.step(upstream, application, records, scratch),
+        }
+    }
+
+    fn outward(&mut self, scratch: &mut Scratch) -> Result<Step, Fault> {
+        let (application, upstream) = (&mut self.application, &mut self.upstream);
+        match &mut self.path {
+            Path::Plain { outward, .. } => outward.step(application, upstream, scratch),
+            Path::Tls { records, outward, .. } => outward.step(application, upstream, records, scratch),
+        }
+    }
+
+    /// A socket's failure shows when it is read, behind the data that came before. One whose end was already read is read no more, so it is
+    /// noticed here: it was closed or lost while its other direction was still in use.
+    fn failed_unread(&self) -> Option<End> {
+        let (outward_read, inward_read) = match &self.path {
+            Path::Plain { outward, inward } => (outward.read_all(), inward.read_all()),
+            Path::Tls { outward, inward, .. } => (outward.read_all(), inward.read_all()),
+        };
+        if self.application.failed() && outward_read {
+            Some(CloseReason::ApplicationGone.into())
+        } else if self.upstream.failed() && inward_read {
+            Some(CloseReason::UpstreamReset.into())
+        } else {
+            None
+        }
+    }
+
+    fn inward_failed(&mut self, fault: Fault) -> End {
+        let detail = Some(fault.to_string());
+        match fault {
+            Fault::Read(_) => End { reason: CloseReason::UpstreamReset, refusal: None, detail },
+            Fault::Write(_) => End { reason: CloseReason::ApplicationGone, refusal: None, detail },
+            Fault::Truncated => {
+                End { reason: CloseReason::Truncated, refusal: Some(RefusalReason::Truncated), detail }
+            }
+            Fault::Alert(alert) => denied(alert),
+            Fault::Record(error) => self.bad_record(error),
+        }
+    }
+
+    fn outward_failed(&mut self, fault: Fault, scratch: &mut Scratch) -> End {
+        let detail = Some(fault.to_string());
+        match fault {
+            Fault::Read(_) => End { reason: CloseReason::ApplicationReset, refusal: None, detail },
+            Fault::Record(error) => self.bad_record(error),
+            // Only `inward` has the others.
+            Fault::Write(_) | Fault::Truncated | Fault::Alert(_) => {
+                let alert = match &mut self.path {
+                    Path::Tls { records, inward, .. } if !inward.read_all() => {
+                        inward.last_words(&mut self.upstream, records, scratch)
+                    }
+                    _ => None,
+                };
+                alert.map_or(End { reason: CloseReason::UpstreamReset, refusal: None, detail }, denied)
+            }
+        }
+    }
+
+    /// Tells the peer what was wrong with its record, if it can still be told.
+    fn bad_record(&mut self, error: RecordError) -> End {
+        let alert = match error {
+            RecordError::Header => AlertDescription::DecodeError,
+            RecordError::Decrypt => AlertDescription::BadRecordMac,
+            RecordError::Unexpected => AlertDescription::UnexpectedMessage,
+            RecordError::Exhausted => AlertDescription::InternalError,
+        };
+        if let Path::Tls { records, outward, .. } = &mut self.path
+            && outward.is_clear()
+            && let Ok(record) = records.seal_alert(alert)
+        {
+            // The connection is over whether this arrives or not.
+            let _ = self.upstream.write(&[io::IoSlice::new(&record)]);
+        }
+        End {
+            reason: CloseReason::BadRecord,
+            refusal: Some(RefusalReason::BadRecord),
+            detail: Some(error.to_string()),
+        }
+    }
+
+    /// Closes both sockets: clean ends leave what is queued to the kernel to deliver, all others are resets. What is left is the guard.
+    pub(super) fn close(self, reason: CloseReason) -> Box<dyn Send> {
+        for side in [&self.application, &self.upstream] {
+            let set = if reason == CloseReason::Finished { side.deliver_on_close() } else { side.reset_on_close() };
+            if let Err(error) = set {
+                tracing::warn!(id = self.connection.id.0, %error, "setting SO_LINGER before closing a connection");
+            }
+        }
+        self.guard
+    }
+}
+
+/// The only writer is the connection's thread, so a load and a store will do.
+fn count(counter: &std::sync::atomic::AtomicU64, bytes: usize) {
+    if bytes > 0 {
+        counter.store(counter.load(Relaxed) + bytes as u64, Relaxed);
+    }
+}
+
+/// The peer gave up the connection with an alert.
+fn denied(alert: AlertDescription) -> End {
+    let refusal = match alert {
+        AlertDescription::InternalError => RefusalReason::PeerUpstreamUnreachable,
+        _ => RefusalReason::DeniedByPeer,
+    };
+    let detail = Some(Fault::Alert(alert).to_string());
+    End { reason: CloseReason::Denied, refusal: Some(refusal), detail }
+}

@@ -1,0 +1,85 @@
+//! Tells a slow reader from a vanished node.
+//!
+//! `TCP_USER_TIMEOUT` ends a connection whose peer keeps its window closed for that long, even while the peer's kernel
+//! answers every probe (`tcp_probe_timer` in Linux; measured on 6.18: a timeout of 3 s ended a connection to a paused
+//! reader after 3.5 s). An application may well pause for longer. So sockets with undelivered bytes are looked at now and
+//! then: while the window is closed and the peer's kernel answers, the timeout is moved ahead; once it does not, the
+//! connection is over. While data is on its way, the timeout does what it is for.
+
+use std::time::{Duration, Instant};
+
+use nix::{
+    getsockopt_impl, sockopt_impl,
+    sys::socket::{getsockopt, setsockopt, sockopt::TcpUserTimeout},
+};
+
+use super::socket::Side;
+
+sockopt_impl!(
+    /// State of a TCP socket.
+    TcpInfo,
+    GetOnly,
+    libc::IPPROTO_TCP,
+    libc::TCP_INFO,
+    libc::tcp_info
+);
+
+/// How often: ten times within the user timeout of a tunnel.
+pub(super) const INTERVAL: Duration = Duration::from_millis(2500);
+/// By how many intervals the timeout is kept ahead. Two of them may pass without a look (a busy thread) before a live connection is
+/// lost, and because the kernel spaces its probes so as not to outlast the timeout, three probes fit the timeout of
+/// a tunnel, so that a lost one does no harm.
+const AHEAD: u32 = 3;
+
+/// What is known of one socket with undelivered bytes.
+pub(super) struct Watch {
+    /// Bytes acknowledged at the last look.
+    acknowledged: u64,
+    looked: Instant,
+    /// When the window was last not known to be closed.
+    open: Instant,
+    /// The timeout in place is ours.
+    moved: bool,
+}
+
+impl Watch {
+    /// Starts watching.
+    pub(super) fn new(now: Instant) -> Self {
+        Self { acknowledged: 0, looked: now, open: now, moved: false }
+    }
+
+    /// Looks at the socket; `false` when its peer is gone.
+    pub(super) fn look(&mut self, side: &mut Side, now: Instant, interval: Duration) -> bool {
+        if !side.is_timed() {
+            return true;
+        }
+        // A failed socket shows it elsewhere.
+        let Ok(info) = getsockopt(side.socket(), TcpInfo) else { return true };
+        let before = std::mem::replace(&mut self.looked, now);
+        if std::mem::replace(&mut self.acknowledged, info.tcpi_bytes_acked) != info.tcpi_bytes_acked {
+            self.open = before;
+        }
+        let closed = info.tcpi_notsent_bytes > 0 && info.tcpi_unacked == 0;
+        if !closed {
+            self.open = now;
+            if self.moved {
+                self.moved = !set(side, side.user_timeout());
+            }
+            if info.tcpi_notsent_bytes == 0 && info.tcpi_unacked == 0 {
+                side.delivered();
+            }
+            return true;
+        }
+        if info.tcpi_last_ack_recv >= side.user_timeout() {
+            return false;
+        }
+        // The kernel counts from its first probe of the closed window.
+        let timeout = now.duration_since(self.open) + interval * AHEAD;
+        self.moved |= set(side, u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX));
+        true
+    }
+}
+
+fn set(side: &Side, milliseconds: u32) -> bool {
+    setsockopt(side.socket(), TcpUserTimeout, &milliseconds).is_ok()
+}

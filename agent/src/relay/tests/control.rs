@@ -1,0 +1,152 @@
+//! What other threads do to connections, and the table.
+
+use std::{
+    io::Write,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::atomic::Ordering::Relaxed,
+};
+
+use super::*;
+
+#[test]
+fn close_resets_both_sides_within_a_second() {
+    let (near, far) = (Node::new(), Node::new());
+    let ends = tunnelled(&near, &far);
+    (&ends.client).write_all(b"x").expect("sending");
+    (&ends.server).read_exact(&mut [0]).expect("receiving");
+    let id = ends.relayed[0].connection.id;
+    let start = Instant::now();
+    assert!(near.table.close(id, CloseReason::Policy));
+    assert_reset(&ends.client);
+    assert_reset(&ends.server);
+    assert!(start.elapsed() < Duration::from_secs(1), "took {:?}", start.elapsed());
+    assert_eq!(ends.reasons(), [CloseReason::Policy, CloseReason::UpstreamReset]);
+    assert!(!near.table.close(id, CloseReason::Policy), "it is gone");
+    assert_eq!(near.table.len(), 0);
+}
+
+/// Also one that is busy, and one that can move nothing.
+#[test]
+fn close_reaches_a_busy_connection() {
+    let (near, far) = (Node::new(), Node::new());
+    let ends = tunnelled(&near, &far);
+    let mut client = ends.client.try_clone().expect("a descriptor");
+    let sender = thread::spawn(move || while client.write_all(&[1; 64 << 10]).is_ok() {});
+    eventually("backpressure", || ends.relayed[0].connection.held.load(Relaxed) > 0);
+    assert_eq!(near.table.close_where(CloseReason::Unenrolled, |c| c.what.pod_id == 2), 0);
+    assert_eq!(near.table.close_where(CloseReason::Unenrolled, |c| c.what.pod_id == 1), 1);
+    sender.join().expect("the sender sees the reset");
+    assert_eq!(ends.relayed[0].ended(), CloseReason::Unenrolled);
+}
+
+#[test]
+fn the_first_reason_counts_also_before_submission() {
+    let node = Node::new();
+    let connection = node.add(Direction::Outbound, DataPath::Plain);
+    assert!(node.table.close(connection.id, CloseReason::Operator));
+    assert!(node.table.close(connection.id, CloseReason::Policy));
+    let ((client, inner), (outer, server)) = (sockets(), sockets());
+    let path = Path::Plain { outward: Plain::default(), inward: Plain::default() };
+    let watched = node.place(connection, inner, outer, path);
+    assert_eq!(watched.ended(), CloseReason::Operator);
+    assert_reset(&client);
+    assert_reset(&server);
+}
+
+#[test]
+fn close_races_with_submission() {
+    let node = Node::new();
+    for _ in 0..300 {
+        let connection = node.add(Direction::Outbound, DataPath::Plain);
+        let ((_client, inner), (outer, _server)) = (sockets(), sockets());
+        let path = Path::Plain { outward: Plain::default(), inward: Plain::default() };
+        let (table, id) = (Arc::clone(&node.table), connection.id);
+        let closer = thread::spawn(move || assert!(table.close(id, CloseReason::Policy)));
+        let watched = node.place(connection, inner, outer, path);
+        closer.join().expect("closing");
+        assert_eq!(watched.ended(), CloseReason::Policy);
+    }
+}
+
+#[test]
+fn shutdown_resets_everything() {
+    let (near, far) = (Node::with(&RelayOptions { threads: 2, ..RelayOptions::default() }), Node::new());
+    let all: Vec<_> = (0..10).map(|_| tunnelled(&near, &far)).collect();
+    near.relay.shutdown();
+    for ends in &all {
+        assert_eq!(ends.reasons(), [CloseReason::Shutdown, CloseReason::UpstreamReset]);
+        assert_reset(&ends.client);
+        assert_reset(&ends.server);
+    }
+    // What comes too late is not left hanging.
+    let late = plain(&near);
+    assert_eq!(late.reasons(), [CloseReason::Shutdown]);
+    assert_reset(&late.client);
+    assert_reset(&late.server);
+    assert_eq!(near.table.len(), 0);
+    near.relay.shutdown();
+}
+
+/// The last reference to a relay may go away on one of its own threads.
+#[test]
+fn a_guard_may_own_the_relay() {
+    struct Guard(#[expect(dead_code, reason = "held for its drop")] Arc<Relay>, mpsc::Sender<()>);
+    let Node { relay, table, counters } = Node::new();
+    let node = Node { relay: Arc::clone(&relay), table, counters };
+    let ((client, inner), (outer, server)) = (sockets(), sockets());
+    for socket in [&inner, &outer] {
+        socket.set_nonblocking(true).expect("non-blocking");
+    }
+    let (sender, end) = mpsc::channel();
+    let slot = Slot::new(
+        inner.into(),
+        outer.into(),
+        Path::Plain { outward: Plain::default(), inward: Plain::default() },
+        node.add(Direction::Outbound, DataPath::Plain),
+        Box::new(Guard(relay, sender)),
+    );
+    node.relay.place(Box::new(slot));
+    drop(node);
+    drop((client, server));
+    assert_eq!(end.recv_timeout(PATIENCE), Err(RecvTimeoutError::Disconnected));
+}
+
+/// A panic while one connection ends leaves its thread to the others.
+#[test]
+fn a_panicking_guard_harms_nobody_else() {
+    struct Bomb;
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            panic!("expected by the test");
+        }
+    }
+    let node = Node::new();
+    let ((client, inner), (outer, server)) = (sockets(), sockets());
+    for socket in [&inner, &outer] {
+        socket.set_nonblocking(true).expect("non-blocking");
+    }
+    let path = Path::Plain { outward: Plain::default(), inward: Plain::default() };
+    let connection = node.add(Direction::Outbound, DataPath::Plain);
+    node.relay.place(Box::new(Slot::new(inner.into(), outer.into(), path, connection, Box::new(Bomb))));
+    drop((client, server));
+    let ends = plain(&node);
+    exchange(&ends, seed() >> 1, 100_000, 1024);
+    assert_eq!(ends.reasons(), [CloseReason::Finished]);
+    assert!(catch_unwind(AssertUnwindSafe(|| drop(node))).is_ok());
+}
+
+#[test]
+fn the_table_lists_the_oldest_first() {
+    let node = Node::new();
+    let all: Vec<_> = (0..200).map(|_| node.add(Direction::Inbound, DataPath::User)).collect();
+    all[3].sent.store(17, Relaxed);
+    let (listed, count) = node.table.list(10);
+    assert_eq!(count, 200);
+    assert_eq!(listed.iter().map(|c| c.id).collect::<Vec<_>>(), all[..10].iter().map(|c| c.id).collect::<Vec<_>>());
+    assert_eq!(listed[3].sent, 17);
+    assert_eq!(listed[0].workload, "default/test");
+    // Dropped without having reached a relay.
+    drop(all);
+    assert_eq!(node.table.list(10).1, 0);
+    assert!(node.table.is_empty());
+}

@@ -1,0 +1,108 @@
+//! Many connections at once.
+
+use std::{
+    io::Write,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use super::*;
+
+fn many_descriptors() {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit");
+    assert!(hard >= 16 * 1024, "needs 16,384 descriptors, the hard limit is {hard}");
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).expect("raising the limit");
+}
+
+#[test]
+fn two_thousand_connections_on_two_threads() {
+    const CONNECTIONS: usize = 2000;
+    many_descriptors();
+    let node = Node::with(&RelayOptions { threads: 2, ..RelayOptions::default() });
+    // Both relays of each connection on the same two threads: 4,000 in all.
+    let all: Vec<_> = (0..CONNECTIONS).map(|_| tunnelled(&node, &node)).collect();
+    assert_eq!(node.table.len(), 2 * CONNECTIONS);
+    let mut random = StdRng::seed_from_u64(seed());
+    for round in 0..3u8 {
+        let messages: Vec<Vec<u8>> =
+            all.iter().map(|_| vec![round ^ random.random::<u8>(); random.random_range(1..3000)]).collect();
+        for (ends, message) in all.iter().zip(&messages) {
+            (&ends.client).write_all(message).expect("sending");
+        }
+        for (ends, message) in all.iter().zip(&messages) {
+            let mut got = vec![0; message.len()];
+            (&ends.server).read_exact(&mut got).expect("receiving");
+            assert!(got == *message);
+            (&ends.server).write_all(message).expect("sending");
+        }
+        for (ends, message) in all.iter().zip(&messages) {
+            let mut got = vec![0; message.len()];
+            (&ends.client).read_exact(&mut got).expect("receiving");
+            assert!(got == *message);
+        }
+    }
+    for ends in &all {
+        assert!(ends.relayed.iter().all(|watched| watched.connection.held.load(Relaxed) == 0));
+        ends.client.shutdown(Shutdown::Write).expect("ending");
+        ends.server.shutdown(Shutdown::Write).expect("ending");
+    }
+    for ends in &all {
+        assert_eq!(ends.reasons(), [CloseReason::Finished; 2]);
+    }
+    assert_eq!(node.table.len(), 0);
+    assert_eq!(node.counters.closed_clean.load(Relaxed), 2 * CONNECTIONS as u64);
+}
+
+/// Connections that never stop do not starve the others of their thread.
+#[test]
+fn greedy_connections_leave_turns_to_others() {
+    let node = Node::new();
+    let stop = Arc::new(AtomicBool::new(false));
+    let greedy: Vec<_> = (0..2).map(|_| tunnelled(&node, &node)).collect();
+    let mut work = Vec::new();
+    for ends in &greedy {
+        let (mut client, mut server) = (ends.client.try_clone().expect("one"), ends.server.try_clone().expect("one"));
+        let stop = Arc::clone(&stop);
+        work.push(thread::spawn(move || {
+            while !stop.load(Relaxed) {
+                client.write_all(&[3; 256 << 10]).expect("sending");
+            }
+            client.shutdown(Shutdown::Write).expect("ending");
+        }));
+        work.push(thread::spawn(move || {
+            let mut buffer = vec![0; 256 << 10];
+            while server.read(&mut buffer).expect("receiving") > 0 {}
+        }));
+    }
+    let moved = || greedy.iter().map(|ends| ends.relayed[0].connection.sent.load(Relaxed)).sum::<u64>();
+    eventually("a bulk transfer", || moved() > 8 << 20);
+    let small: Vec<_> = (0..100).map(|_| tunnelled(&node, &node)).collect();
+    let before = moved();
+    let start = Instant::now();
+    for round in 0..10u8 {
+        for ends in &small {
+            (&ends.client).write_all(&[round; 100]).expect("sending");
+        }
+        for ends in &small {
+            let mut got = [0; 100];
+            (&ends.server).read_exact(&mut got).expect("receiving");
+            assert_eq!(got, [round; 100]);
+            (&ends.server).write_all(&got).expect("sending");
+        }
+        for ends in &small {
+            (&ends.client).read_exact(&mut [0; 100]).expect("receiving");
+        }
+    }
+    let (took, meanwhile) = (start.elapsed(), moved() - before);
+    eprintln!("1,000 small round trips took {took:?} beside {} MiB of bulk", meanwhile >> 20);
+    stop.store(true, Relaxed);
+    for thread in work {
+        thread.join().expect("a greedy end");
+    }
+    // Each of the 20 steps may have to wait for one turn of each of the 4 greedy slots. Counted in bulk bytes, so that a slow machine does not
+    // matter: were the small ones starved, the greedy ones would have moved without bound.
+    let bound = 10 * 2 * 16 * (4 << 20);
+    assert!(meanwhile < bound, "greedy connections moved {meanwhile} bytes meanwhile, bound {bound}");
+    assert!(meanwhile > 0, "the greedy connections were not busy");
+}

@@ -1,0 +1,105 @@
+//! Slow readers and vanished nodes.
+
+use std::{process::Command, sync::atomic::Ordering::Relaxed};
+
+use nix::sched::{CloneFlags, unshare};
+
+use super::*;
+
+const USER_TIMEOUT: Duration = Duration::from_secs(2);
+const INTERVAL: Duration = Duration::from_millis(200);
+
+fn nodes() -> (Node, Node) {
+    let options = RelayOptions { threads: 1, buffer: 64 << 10 };
+    (Node::with_interval(&options, INTERVAL), Node::with_interval(&options, INTERVAL))
+}
+
+/// A tunnel with a short user timeout on the client's side.
+fn timed(near: &Node, far: &Node) -> Ends {
+    let (a, b) = sockets();
+    SockRef::from(&a).set_tcp_user_timeout(Some(USER_TIMEOUT)).expect("TCP_USER_TIMEOUT");
+    through(near, far, a, b)
+}
+
+/// Sends in the background until nothing moves; how much was sent then.
+fn fill(ends: &Ends, total: usize, seed: u64) -> JoinHandle<()> {
+    let sender = send(&ends.client, seed, total, 64 << 10, true);
+    eventually("backpressure", || ends.relayed.iter().all(|w| w.connection.held.load(Relaxed) > 0));
+    sender
+}
+
+/// A reader that pauses for longer than the tunnel's user timeout gets everything afterwards.
+#[test]
+fn a_paused_reader_is_waited_for() {
+    let seed = seed() >> 1;
+    let (near, far) = nodes();
+    let ends = timed(&near, &far);
+    let total = 64 << 20;
+    let sender = fill(&ends, total, seed);
+    // The pause is what is tested.
+    thread::sleep(USER_TIMEOUT * 3);
+    receive(&ends.server, seed, total, 64 << 10, true).join().expect("every byte");
+    sender.join().expect("sending");
+    ends.server.shutdown(Shutdown::Write).expect("ending");
+    assert_eq!(ends.reasons(), [CloseReason::Finished; 2]);
+}
+
+/// The same with little in flight: the relay is not blocked, only the kernel is.
+#[test]
+fn a_paused_reader_is_waited_for_also_by_the_kernel() {
+    let (near, far) = nodes();
+    let (a, b) = sockets();
+    // A window of a few kilobytes closes early.
+    SockRef::from(&b).set_recv_buffer_size(4096).expect("SO_RCVBUF");
+    SockRef::from(&a).set_tcp_user_timeout(Some(USER_TIMEOUT)).expect("TCP_USER_TIMEOUT");
+    let (ours, mut theirs) = testing::pair();
+    let (mut client, one) = near.tunnel(Direction::Outbound, a, ours);
+    drop(far);
+    client.write_all(&[9; 60_000]).expect("sending");
+    client.shutdown(Shutdown::Write).expect("ending");
+    eventually("the relay's part", || one.connection.sent.load(Relaxed) == 60_000);
+    thread::sleep(USER_TIMEOUT * 3);
+    assert_eq!(one.connection.close_reason(), None, "given up on a reader that only paused");
+    let mut wire = Vec::new();
+    (&b).read_to_end(&mut wire).expect("everything");
+    let mut plaintext = 0;
+    while let Some((opened, length)) = theirs.open(&mut wire).expect("records") {
+        match opened {
+            crate::tunnel::records::Opened::Data(range) => plaintext += range.len(),
+            crate::tunnel::records::Opened::CloseNotify => break,
+            other => panic!("{other:?}"),
+        }
+        wire.drain(..length);
+    }
+    assert_eq!(plaintext, 60_000);
+}
+
+/// A node that vanishes while its window is closed is noticed all the same. In a network namespace of its own, whose
+/// loopback interface goes down.
+#[test]
+fn a_vanished_node_behind_a_closed_window() {
+    thread::spawn(|| {
+        unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace (needs root)");
+        let ip = |arguments: &[&str]| {
+            let status = Command::new("ip").args(arguments).status().expect("ip (package iproute2)");
+            assert!(status.success(), "ip {arguments:?}");
+        };
+        ip(&["link", "set", "lo", "up"]);
+        let (near, far) = nodes();
+        let ends = timed(&near, &far);
+        let _sender = {
+            let mut client = ends.client.try_clone().expect("a descriptor");
+            thread::spawn(move || while client.write_all(&[1; 64 << 10]).is_ok() {})
+        };
+        eventually("backpressure", || ends.relayed.iter().all(|w| w.connection.held.load(Relaxed) > 0));
+        // Long enough that the timeout has been moved.
+        thread::sleep(USER_TIMEOUT * 2);
+        assert_eq!(ends.relayed[0].connection.close_reason(), None);
+        ip(&["link", "set", "lo", "down"]);
+        let start = Instant::now();
+        assert_eq!(ends.relayed[0].ended(), CloseReason::UpstreamReset);
+        assert!(start.elapsed() < USER_TIMEOUT * 3, "took {:?}", start.elapsed());
+    })
+    .join()
+    .expect("the thread in the namespace");
+}
