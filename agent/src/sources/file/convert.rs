@@ -18,8 +18,8 @@ use crate::mesh::{MeshSettings, SnapshotBuilder, TrustDomain};
 const DEFAULT_LIFETIME: Duration = Duration::from_hours(24);
 /// Shortest lifetime: below it, renewal at half-life is faster than a handshake deadline allows.
 const MIN_LIFETIME: Duration = Duration::from_secs(1);
-/// Longest lifetime.
-const MAX_LIFETIME: Duration = Duration::from_hours(365 * 24);
+/// Longest lifetime: one year of 365.25 days, as durations are written.
+const MAX_LIFETIME: Duration = Duration::from_secs(31_557_600);
 
 /// Checks a document and turns it into a model.
 pub(super) fn node_config(file: &str, document: &Document) -> Result<NodeConfig, ConfigError> {
@@ -64,13 +64,14 @@ fn issuer(check: Check<'_>, issuer: &Spanned<Issuer>) -> Result<IssuerConfig, Co
     match (&issuer.value.local, &issuer.value.files) {
         (Some(local), None) => Ok(IssuerConfig::Local {
             ca_dir: check.path("issuer.local.caDir", &local.ca_dir)?,
-            lifetime: local
-                .lifetime
-                .as_ref()
-                .map_or(Ok(DEFAULT_LIFETIME), |t| check.duration("issuer.local.lifetime", t, MIN_LIFETIME, MAX_LIFETIME))?,
+            lifetime: local.lifetime.as_ref().map_or(Ok(DEFAULT_LIFETIME), |t| {
+                check.duration("issuer.local.lifetime", t, MIN_LIFETIME, MAX_LIFETIME)
+            })?,
         }),
         (None, Some(_)) => Ok(IssuerConfig::Files),
-        (None, None) => Err(check.wrong(issuer, "issuer", "no issuer is given; write one of local: {caDir: ...} or files: {}")),
+        (None, None) => {
+            Err(check.wrong(issuer, "issuer", "no issuer is given; write one of local: {caDir: ...} or files: {}"))
+        }
         (Some(_), Some(_)) => Err(check.wrong(issuer, "issuer", "local and files are both given; keep one")),
     }
 }

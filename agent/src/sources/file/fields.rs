@@ -159,7 +159,8 @@ impl Check<'_> {
         if ok {
             return Ok(path.components().collect());
         }
-        let problem = format!("{} must be an absolute path without \"..\", shorter than {MAX_PATH} bytes", quoted(&text.value));
+        let problem =
+            format!("{} must be an absolute path without \"..\", shorter than {MAX_PATH} bytes", quoted(&text.value));
         Err(self.wrong(text, field, problem))
     }
 

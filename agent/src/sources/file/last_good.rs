@@ -52,10 +52,7 @@ fn write_new(path: &Path, text: &str) -> io::Result<()> {
 
 /// Reads the copy. One that somebody else could have written is refused: it decides who is trusted as whom.
 pub(super) fn read(state_dir: &Path) -> io::Result<String> {
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path(state_dir))?;
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path(state_dir))?;
     let meta = file.metadata()?;
     let owner = meta.uid();
     if !meta.is_file() || (owner != 0 && owner != geteuid().as_raw()) || meta.mode() & 0o022 != 0 {

@@ -72,7 +72,8 @@ impl<'a> Services<'a> {
                 let problem = format!("workload {} is listed twice; remove one", workload.key);
                 return Err(check.wrong(&e.workload, &format!("{field}.workload"), problem));
             }
-            endpoints.push(Endpoint { ports: overrides(check, &format!("{field}.ports"), &e.ports, &ports)?, workload });
+            endpoints
+                .push(Endpoint { ports: overrides(check, &format!("{field}.ports"), &e.ports, &ports)?, workload });
         }
         let service = Service {
             namespace: s.namespace.value.as_str().into(),
@@ -111,7 +112,8 @@ impl<'a> Services<'a> {
             return Err(self.check.wrong(at, field, problem));
         }
         if let Some(other) = self.hostnames.insert(hostname.clone(), full.to_owned()) {
-            let problem = format!("host name {} belongs to service {other} already; give one of them another", quoted(&hostname));
+            let problem =
+                format!("host name {} belongs to service {other} already; give one of them another", quoted(&hostname));
             return Err(self.check.wrong(at, field, problem));
         }
         Ok(hostname)
@@ -124,7 +126,8 @@ impl<'a> Services<'a> {
         };
         let key = WorkloadKey { namespace: namespace.into(), name: name.into() };
         self.workloads.get(&key).cloned().ok_or_else(|| {
-            let problem = format!("{value} is not among the workloads of this document; add it there or correct the name");
+            let problem =
+                format!("{value} is not among the workloads of this document; add it there or correct the name");
             self.check.wrong(reference, field, problem)
         })
     }
@@ -163,11 +166,15 @@ fn overrides(
     for (i, p) in ports.iter().enumerate() {
         let field = format!("{field}[{i}]");
         if p.target_port.is_none() {
-            let problem = format!("port {} has no targetPort; an endpoint lists only ports it maps elsewhere: add it", p.port.value);
+            let problem = format!(
+                "port {} has no targetPort; an endpoint lists only ports it maps elsewhere: add it",
+                p.port.value
+            );
             return Err(check.wrong(&p.port, &field, problem));
         }
         if !service.iter().any(|s| s.port == p.port.value) {
-            let problem = format!("port {} is not among the service's ports; add it there or remove it here", p.port.value);
+            let problem =
+                format!("port {} is not among the service's ports; add it there or remove it here", p.port.value);
             return Err(check.wrong(&p.port, &format!("{field}.port"), problem));
         }
     }

@@ -67,22 +67,17 @@ impl FileSource {
                 let config = last_good::read(state_dir)
                     .map_err(|e| e.to_string())
                     .and_then(|text| parse(&copy.display().to_string(), &text).map_err(|e| e.0))
-                    .map_err(|e| ConfigError(format!("{problem}\nno last good copy to start from: {}: {e}", copy.display())))?;
+                    .map_err(|e| {
+                        ConfigError(format!("{problem}\nno last good copy to start from: {}: {e}", copy.display()))
+                    })?;
                 stats.started_from_last_good();
                 error!(%problem, copy = %copy.display(), "configuration not accepted; started from the last good copy");
                 (config, None)
             }
         };
         let fixed = Fixed::of(&config);
-        let source = Self {
-            path: path.to_owned(),
-            state_dir: state_dir.to_owned(),
-            stats,
-            fixed,
-            hasher,
-            judged,
-            in_force,
-        };
+        let source =
+            Self { path: path.to_owned(), state_dir: state_dir.to_owned(), stats, fixed, hasher, judged, in_force };
         Ok((source, config))
     }
 
@@ -113,9 +108,10 @@ impl FileSource {
         });
         match accepted {
             Ok((config, text)) => {
-                let snapshot = store.replace(config.snapshot);
                 self.in_force = digest;
+                // Counted first, so that whoever is woken by the new generation sees it counted.
                 self.stats.accepted();
+                let snapshot = store.replace(config.snapshot);
                 info!(
                     path = %name,
                     generation = snapshot.generation,
@@ -192,7 +188,8 @@ fn keep(state_dir: &Path, text: &str) {
 
 fn read(path: &Path) -> Result<String, ConfigError> {
     let name = path.display();
-    let failed = |e: std::io::Error| ConfigError(format!("reading {name}: {e}; check --config and the file's permissions"));
+    let failed =
+        |e: std::io::Error| ConfigError(format!("reading {name}: {e}; check --config and the file's permissions"));
     // Non-blocking, so that a FIFO or a device does not hang the agent before it can be refused.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
     if !file.metadata().map_err(failed)?.is_file() {

@@ -76,9 +76,11 @@ struct Signature(Option<(u64, u64, u64, i64, i64, i64, i64)>);
 
 impl Signature {
     fn of(path: &Path) -> Self {
-        Self(fs::metadata(path).ok().map(|m| {
-            (m.dev(), m.ino(), m.size(), m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec())
-        }))
+        Self(
+            fs::metadata(path)
+                .ok()
+                .map(|m| (m.dev(), m.ino(), m.size(), m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec())),
+        )
     }
 }
 

@@ -187,7 +187,8 @@ impl<'a> Workloads<'a> {
                 return Err(check.error(at, field, problem));
             }
             (IssuerConfig::Local { .. }, Some(c)) => {
-                let problem = "certificate paths are read by the files issuer only, and the issuer is local; remove them";
+                let problem =
+                    "certificate paths are read by the files issuer only, and the issuer is local; remove them";
                 return Err(check.wrong(c, &field_certificate, problem));
             }
             (IssuerConfig::Local { .. }, None) => None,

@@ -39,7 +39,7 @@ fn options() -> Options {
             max_nodes: 2_000_000,
             max_depth: 24,
             flow_nesting_limit: 24,
-            max_documents: 1,
+            max_documents: 2, // a second one is refused with a message of its own
             max_aliases: 10_000,
             max_anchors: 1_000,
             max_recorded_anchor_events: 100_000,
@@ -96,17 +96,25 @@ fn describe(file: &str, text: &str, path: &str, error: &Error) -> ConfigError {
         Error::InvalidBooleanStrict { .. } => {
             format!("{} is no boolean; write true or false", found(text, at))
         }
+        Error::Unexpected { expected, .. } => {
+            format!("{} is expected here; see docs/configuration.md", shape(expected))
+        }
+        Error::NullIntoString { .. } => {
+            "the value is missing; write one after the colon, or remove the field".to_owned()
+        }
+        Error::Eof { .. } => "the document is empty or ends too early; see docs/configuration.md".to_owned(),
         Error::SerdeInvalidType { unexpected, expected, .. } => {
             format!("found {}, expected {}", shorten(unexpected), shorten(expected))
         }
         Error::DuplicateMappingKey { key: Some(key), .. } => {
             format!("field {} is given twice; remove one", quoted(key))
         }
-        Error::MultipleDocuments { .. } => {
-            "a second YAML document follows; keep one document per file".to_owned()
-        }
+        Error::MultipleDocuments { .. } => "a second YAML document follows; keep one document per file".to_owned(),
         Error::Budget { breach, .. } => {
-            format!("the document exceeds a limit that protects the agent ({}); simplify it", shorten(&format!("{breach:?}")))
+            format!(
+                "the document exceeds a limit that protects the agent ({}); simplify it",
+                shorten(&format!("{breach:?}"))
+            )
         }
         other => shorten(&UserMessageFormatter.format_message(other)),
     };
@@ -118,6 +126,16 @@ pub(super) fn positioned(file: &str, at: Location, field: &str, problem: &str) -
     let position = if at == Location::UNKNOWN { String::new() } else { format!(":{}:{}", at.line(), at.column()) };
     let field = if field.is_empty() { String::new() } else { format!("{field}: ") };
     ConfigError(format!("{file}{position}: {field}{problem}"))
+}
+
+/// The parser's words for what it wanted, in the reader's.
+fn shape(expected: &str) -> &str {
+    match expected {
+        "string scalar" | "scalar" => "a single value",
+        "sequence start" => "a list, like [a, b],",
+        "mapping start" => "a mapping of fields, like {name: value},",
+        other => other,
+    }
 }
 
 fn candidates(what: &str, names: &[&str]) -> String {
@@ -133,7 +151,11 @@ fn found(text: &str, at: Location) -> String {
     let column = usize::try_from(at.column()).unwrap_or(1).saturating_sub(1);
     let value: String = line.chars().skip(column).collect();
     let end = value.find([',', '}', ']', '#']).unwrap_or(value.len());
-    quoted(value[..end].trim())
+    match value[..end].trim() {
+        // An absent value has the position of the colon before it.
+        "" | ":" => "nothing".to_owned(),
+        value => quoted(value),
+    }
 }
 
 /// Foreign text in quotes, control characters escaped, shortened.
