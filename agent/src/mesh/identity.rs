@@ -133,7 +133,7 @@ impl serde::Serialize for SpiffeId {
 }
 
 /// Checks an RFC 1123 subdomain, which is what Kubernetes allows in both places.
-pub(super) fn check_name(what: &'static str, value: &str) -> Result<(), IdentityError> {
+pub(crate) fn check_name(what: &'static str, value: &str) -> Result<(), IdentityError> {
     let edge = |b: Option<&u8>| b.is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
     let bytes = value.as_bytes();
     let ok = value.len() <= MAX_NAME

@@ -12,6 +12,7 @@ mod store;
 mod tests;
 
 pub use builder::{BuildError, SnapshotBuilder};
+pub(crate) use identity::check_name;
 pub use identity::{IdentityError, SpiffeId, TrustDomain};
 pub use model::{
     CertificateFiles, Endpoint, Exclusions, InboundMode, LocalPod, MeshSettings, PortMode, Protocol, Service,

@@ -1,11 +1,29 @@
 //! The `file` source: one YAML document describes the node.
+//!
+//! `docs/configuration.md` documents the schema field by field; its examples are parsed by the tests here.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+mod convert;
+mod fields;
+mod last_good;
+mod schema;
+mod services;
+mod source;
+mod stats;
+#[cfg(test)]
+mod tests;
+mod watch;
+mod workloads;
+mod yaml;
 
-use crate::mesh::{MeshStore, Snapshot};
+use std::path::{Path, PathBuf};
+
+pub use source::FileSource;
+pub use stats::{ReloadStats, ReloadStatus};
+
+use crate::mesh::Snapshot;
+
+/// Largest document that is read, in bytes.
+pub const MAX_DOCUMENT: usize = 16 * 1024 * 1024;
 
 /// Why a configuration was not accepted. The display form is complete: file, line, column, field, value, remedy.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -37,18 +55,12 @@ pub struct NodeConfig {
 
 /// Parses and checks a document. `name` is used in messages. Pure: reads no file.
 pub fn parse(name: &str, text: &str) -> Result<NodeConfig, ConfigError> {
-    let _ = (name, text);
-    todo!()
+    convert::node_config(name, &yaml::document(name, text)?)
 }
 
 /// Loads `path`; when it cannot be read or is invalid, the last good copy in `state_dir` (and says so). A valid file becomes the new last good copy.
+///
+/// [`FileSource::open`] does the same and can go on to watch the file.
 pub fn load(path: &Path, state_dir: &Path) -> Result<NodeConfig, ConfigError> {
-    let _ = (path, state_dir);
-    todo!()
-}
-
-/// Watches `path` and puts every valid change into `store`; an invalid one is logged and counted, the old one stays. Runs until dropped.
-pub async fn watch(path: PathBuf, state_dir: PathBuf, store: Arc<MeshStore>) -> Result<(), ConfigError> {
-    let _ = (path, state_dir, store);
-    todo!()
+    FileSource::open(path, state_dir).map(|(_, config)| config)
 }

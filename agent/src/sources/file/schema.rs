@@ -1,0 +1,153 @@
+//! The document as written: names, shapes and positions. What the values mean is checked in `convert`.
+//!
+//! Scalars that can be wrong in more ways than their YAML type are kept as positioned strings, so that the message
+//! can quote them.
+
+use serde::Deserialize;
+use serde_saphyr::Spanned;
+
+/// The only accepted `apiVersion`.
+pub(super) const API_VERSION: &str = "underpass.io/v1alpha1";
+/// The only accepted `kind`.
+pub(super) const KIND: &str = "NodeConfig";
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct Document {
+    pub(super) api_version: Spanned<String>,
+    pub(super) kind: Spanned<String>,
+    pub(super) node: Spanned<String>,
+    pub(super) trust_domain: Spanned<String>,
+    pub(super) issuer: Spanned<Issuer>,
+    #[serde(default)]
+    pub(super) mesh: Mesh,
+    #[serde(default)]
+    pub(super) workloads: Vec<Spanned<Workload>>,
+    #[serde(default)]
+    pub(super) services: Vec<Spanned<Service>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct Issuer {
+    pub(super) local: Option<LocalIssuer>,
+    pub(super) files: Option<FilesIssuer>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct LocalIssuer {
+    pub(super) ca_dir: Spanned<String>,
+    pub(super) lifetime: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FilesIssuer {}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub(super) struct Mesh {
+    pub(super) mode: Mode,
+    pub(super) capture_all: bool,
+    pub(super) cidrs: Vec<Spanned<String>>,
+    pub(super) exclude: Exclude,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub(super) struct Exclude {
+    pub(super) outbound_ports: Vec<Spanned<u16>>,
+    #[serde(rename = "outboundCIDRs")]
+    pub(super) outbound_cidrs: Vec<Spanned<String>>,
+    pub(super) inbound_ports: Vec<Spanned<u16>>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Mode {
+    #[default]
+    Permissive,
+    Strict,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Protocol {
+    #[default]
+    Underpass,
+    Plain,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct Workload {
+    pub(super) name: Spanned<String>,
+    pub(super) namespace: Spanned<String>,
+    pub(super) service_account: Option<Spanned<String>>,
+    pub(super) trust_domain: Option<Spanned<String>>,
+    pub(super) node: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(super) addresses: Vec<Spanned<String>>,
+    #[serde(default)]
+    pub(super) protocol: Protocol,
+    pub(super) mode: Option<Spanned<Mode>>,
+    #[serde(default)]
+    pub(super) ports: Vec<WorkloadPort>,
+    pub(super) enroll: Option<Spanned<Enroll>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct WorkloadPort {
+    pub(super) port: Spanned<u16>,
+    pub(super) mode: Mode,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct Enroll {
+    pub(super) netns: Spanned<String>,
+    pub(super) cgroup: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(super) capture_all: bool,
+    #[serde(default)]
+    pub(super) exclude: Exclude,
+    pub(super) certificate: Option<Spanned<Certificate>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Certificate {
+    pub(super) certificate: Spanned<String>,
+    pub(super) key: Spanned<String>,
+    pub(super) roots: Spanned<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Service {
+    pub(super) name: Spanned<String>,
+    pub(super) namespace: Spanned<String>,
+    pub(super) hostname: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(super) vips: Vec<Spanned<String>>,
+    pub(super) ports: Spanned<Vec<ServicePort>>,
+    #[serde(default)]
+    pub(super) endpoints: Vec<Endpoint>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct ServicePort {
+    pub(super) port: Spanned<u16>,
+    pub(super) target_port: Option<Spanned<u16>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Endpoint {
+    pub(super) workload: Spanned<String>,
+    #[serde(default)]
+    pub(super) ports: Vec<ServicePort>,
+}
