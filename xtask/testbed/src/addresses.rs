@@ -2,11 +2,11 @@
 //!
 //! | What | IPv4 | IPv6 |
 //! |---|---|---|
-//! | the wire | 10.77.0.0/24 | fd77::/64 |
-//! | pods of node a | 10.77.1.0/24 | fd77:1::/64 |
-//! | pods of node b | 10.77.2.0/24 | fd77:2::/64 |
-//! | nested namespaces of node a, b | 10.78.1.0/24, 10.78.2.0/24 | fd78:1::/64, fd78:2::/64 |
-//! | service VIPs (routed nowhere) | 10.96.0.0/16 | fd96::/112 |
+//! | the wire | 10.77.0.0/24 | `fd77::/64` |
+//! | pods of node a | 10.77.1.0/24 | `fd77:1::/64` |
+//! | pods of node b | 10.77.2.0/24 | `fd77:2::/64` |
+//! | nested namespaces of node a, b | 10.78.1.0/24, 10.78.2.0/24 | `fd78:1::/64`, `fd78:2::/64` |
+//! | service VIPs (routed nowhere) | 10.96.0.0/16 | `fd96::/112` |
 //!
 //! Hosts use the same number in both families; the node itself is number 1.
 

@@ -41,7 +41,7 @@ impl Default for AgentOptions {
             arguments: Vec::new(),
             environment: Vec::new(),
             cleanup_on_exit: true,
-            ready_within: Some(Duration::from_secs(60)),
+            ready_within: Some(Duration::from_mins(1)),
         }
     }
 }

@@ -76,9 +76,10 @@ pub struct Exclude {
 
 /// PEM files of an identity, for the issuer `files`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Certificate {
-    /// Chain, leaf first.
-    pub certificate: PathBuf,
+pub struct CertificateFiles {
+    /// Certificate chain, leaf first.
+    #[serde(rename = "certificate")]
+    pub chain: PathBuf,
     /// Private key.
     pub key: PathBuf,
     /// Roots for peers.
@@ -101,7 +102,7 @@ pub struct Enroll {
     pub exclude: Option<Exclude>,
     /// Certificate files.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub certificate: Option<Certificate>,
+    pub certificate: Option<CertificateFiles>,
 }
 
 /// A workload.

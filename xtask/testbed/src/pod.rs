@@ -123,7 +123,7 @@ impl Pod {
 
     /// Runs a program that has to succeed within a minute; its standard output.
     pub fn check(&self, command: &[&str]) -> Result<String> {
-        self.run(command, Duration::from_secs(60))?.success()
+        self.run(command, Duration::from_mins(1))?.success()
     }
 
     /// Starts `testbed-app` in the pod.
@@ -133,7 +133,7 @@ impl Pod {
 
     /// Runs `testbed-app` to its end within a minute; the last line of its output, which is JSON, whatever its exit status.
     pub fn app_json(&self, arguments: &[&str]) -> Result<serde_json::Value> {
-        self.app(arguments)?.output(Duration::from_secs(60))?.last_json()
+        self.app(arguments)?.output(Duration::from_mins(1))?.last_json()
     }
 
     /// Runs `f` on a thread inside the pod's network namespace (but in the caller's cgroup: those belong to processes).
