@@ -115,6 +115,9 @@ pub struct Workload {
     pub namespace: String,
     /// Service account: with namespace and trust domain it is the identity.
     pub service_account: String,
+    /// Trust domain, when it is not the mesh's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trust_domain: Option<String>,
     /// Node that it runs on.
     pub node: String,
     /// Addresses.
@@ -165,6 +168,9 @@ pub struct ServicePort {
 pub struct Endpoint {
     /// `namespace/name`.
     pub workload: String,
+    /// Target ports that differ from the service's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<ServicePort>,
 }
 
 /// The document that an agent reads.
@@ -228,6 +234,7 @@ impl MeshConfig {
             name: pod.name().to_owned(),
             namespace: "default".into(),
             service_account: pod.name().to_owned(),
+            trust_domain: None,
             node: pod.node().name().to_owned(),
             addresses: vec![pod.ipv4().into(), pod.ipv6().into()],
             protocol,
@@ -246,7 +253,10 @@ impl MeshConfig {
             hostname: format!("{name}.default.svc.cluster.local"),
             vips: addresses::vips(vip).into(),
             ports: ports.iter().map(|&(port, target_port)| ServicePort { port, target_port }).collect(),
-            endpoints: pods.iter().map(|pod| Endpoint { workload: format!("default/{}", pod.name()) }).collect(),
+            endpoints: pods
+                .iter()
+                .map(|pod| Endpoint { workload: format!("default/{}", pod.name()), ports: Vec::new() })
+                .collect(),
         });
         self.services.last_mut().expect("just pushed")
     }
@@ -268,7 +278,7 @@ impl MeshConfig {
             }
         }
         let issuer = self.ca_dir.as_ref().map_or_else(
-            || serde_json::json!("files"),
+            || serde_json::json!({ "files": {} }),
             |ca_dir| serde_json::json!({ "local": { "caDir": ca_dir, "lifetime": self.lifetime } }),
         );
         let document = Document {

@@ -68,6 +68,8 @@ pub struct Capture {
     pub packets: u64,
     /// Bytes of them, from the IP header on.
     pub bytes: u64,
+    /// Packets that contain a marker or carry TCP payload outside the tunnel's port.
+    pub plaintext_packets: u64,
     /// Packets that contain a marker.
     pub marker_hits: u64,
     /// Ports of the first packet with a marker, `source -> destination`.
@@ -244,8 +246,15 @@ impl Worker {
     fn count(&self, bytes: &[u8]) {
         let packet = Packet::parse(bytes);
         let marked = self.markers.iter().any(|marker| marker.find(bytes).is_some());
+        let outside = match &packet {
+            Packet::Tcp { source, destination, payload, .. } => {
+                !payload.is_empty() && ![source, destination].contains(&&TUNNEL_PORT)
+            }
+            _ => false,
+        };
         let mut capture = self.capture.lock().expect("nothing panics while holding it");
         capture.packets += 1;
+        capture.plaintext_packets += u64::from(marked || outside);
         capture.bytes += bytes.len() as u64;
         if marked {
             capture.marker_hits += 1;
@@ -264,16 +273,16 @@ impl Worker {
                 if payload.is_empty() {
                     return;
                 }
-                if [source, destination].contains(&TUNNEL_PORT) {
+                if outside {
+                    capture.plaintext_payload += 1;
+                    bump(&mut capture.plaintext_ports, source.min(destination));
+                } else {
                     capture.tcp_15008_payload += 1;
                     match payload {
                         [0x16, 0x03, ..] => capture.tls_handshake_records += 1,
                         [0x17, 0x03, 0x03, ..] => capture.tls_application_records += 1,
                         _ => {}
                     }
-                } else {
-                    capture.plaintext_payload += 1;
-                    bump(&mut capture.plaintext_ports, source.min(destination));
                 }
             }
             Packet::Udp => capture.udp_packets += 1,
