@@ -1,0 +1,224 @@
+//! An Underpass agent on a node. Only its command line is known here, not its code.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::{
+    bpffs,
+    node::Node,
+    process::{Output, Process, Stream},
+};
+
+/// How long a command of the CLI may take.
+const CLI: Duration = Duration::from_secs(20);
+/// How long the agent may take to end after SIGTERM.
+const STOP: Duration = Duration::from_secs(30);
+
+/// How to start an agent.
+#[derive(Debug, Clone)]
+pub struct AgentOptions {
+    /// Further arguments of `underpass run`.
+    pub arguments: Vec<String>,
+    /// Environment variables, e.g. `RUST_LOG`.
+    pub environment: Vec<(String, String)>,
+    /// Remove everything pinned when it ends (`--cleanup-on-exit`).
+    pub cleanup_on_exit: bool,
+    /// How long all pods may take to be enrolled; `None`: do not wait at all.
+    pub ready_within: Option<Duration>,
+}
+
+impl Default for AgentOptions {
+    fn default() -> Self {
+        Self {
+            arguments: Vec::new(),
+            environment: Vec::new(),
+            cleanup_on_exit: true,
+            ready_within: Some(Duration::from_mins(1)),
+        }
+    }
+}
+
+/// A running agent. Dropping it ends it and removes what it pinned.
+pub struct Agent {
+    node: Node,
+    binary: PathBuf,
+    options: AgentOptions,
+    config: PathBuf,
+    process: Option<Process>,
+}
+
+impl Agent {
+    /// Starts the agent of `node` with a configuration and waits until every pod in it is enrolled.
+    pub fn start(node: &Node, binary: &Path, config: &str, options: AgentOptions) -> Result<Self> {
+        bpffs::ensure_mounted()?;
+        let path = node.dir("agent")?.join("node.yaml");
+        let mut agent = Self { node: node.clone(), binary: binary.to_path_buf(), options, config: path, process: None };
+        agent.write_config(config)?;
+        agent.restart()?;
+        Ok(agent)
+    }
+
+    /// Starts the agent again after [`stop`](Self::stop) or [`kill`](Self::kill), with the same directories and pins.
+    pub fn restart(&mut self) -> Result<()> {
+        anyhow::ensure!(self.process.as_ref().is_none_or(|p| p.status().is_some()), "the agent still runs");
+        let mut command = self.node.command(&self.binary);
+        command.arg("run").arg("--config").arg(&self.config).arg("--cgroup").arg(self.node.pods_cgroup());
+        command
+            .arg("--pin-root")
+            .arg(self.pin_root())
+            .arg("--state-dir")
+            .arg(self.state_dir()?)
+            .arg("--run-dir")
+            .arg(self.run_dir()?);
+        if self.options.cleanup_on_exit {
+            command.arg("--cleanup-on-exit");
+        }
+        command.args(&self.options.arguments).envs(self.options.environment.iter().cloned());
+        self.process = Some(Process::spawn(&mut command)?);
+        match self.options.ready_within {
+            Some(within) => self.wait_ready(within),
+            None => Ok(()),
+        }
+    }
+
+    /// Replaces the configuration file, atomically. The agent notices by itself.
+    pub fn write_config(&self, config: &str) -> Result<()> {
+        let new = self.config.with_extension("new");
+        fs::write(&new, config).with_context(|| format!("writing {}", new.display()))?;
+        fs::rename(&new, &self.config).with_context(|| format!("replacing {}", self.config.display()))
+    }
+
+    /// Waits until the agent answers and all its pods are enrolled.
+    pub fn wait_ready(&self, within: Duration) -> Result<()> {
+        self.wait_status(within, |status| {
+            let pods = pods(status)?;
+            let waiting: Vec<_> = pods.iter().filter(|pod| pod["state"] != "enrolled").collect();
+            anyhow::ensure!(waiting.is_empty(), "not enrolled: {waiting:?}");
+            Ok(())
+        })
+    }
+
+    /// Waits until `accept` likes the agent's status; its last objection is the error.
+    pub fn wait_status(&self, within: Duration, accept: impl Fn(&Value) -> Result<()>) -> Result<()> {
+        /// The agent need not log what it is waited for, so it is asked again after this long.
+        const ASK_AGAIN: Duration = Duration::from_millis(100);
+        let deadline = Instant::now() + within;
+        let mut seen = 0;
+        loop {
+            let process = self.process()?;
+            if let Some(status) = process.status() {
+                bail!("the agent of node {} has ended ({status}); its log:\n{}", self.node.name(), self.log());
+            }
+            let result = self.status().and_then(|status| accept(&status));
+            match result {
+                Ok(()) => return Ok(()),
+                Err(error) if Instant::now() >= deadline => {
+                    let place = format!(
+                        "the agent of node {} is not ready after {within:?}; its log:\n{}",
+                        self.node.name(),
+                        self.log()
+                    );
+                    return Err(error.context(place));
+                }
+                Err(_) => process.wait_activity(&mut seen, ASK_AGAIN),
+            }
+        }
+    }
+
+    /// Ends the agent with SIGTERM.
+    pub fn stop(&mut self) -> Result<()> {
+        let process = self.process()?;
+        process.signal(Signal::SIGTERM)?;
+        let status = process.wait(STOP)?;
+        anyhow::ensure!(status.success(), "the agent ended with {status}; its log:\n{}", self.log());
+        Ok(())
+    }
+
+    /// Kills the agent with SIGKILL; whatever it pinned stays.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process()?.kill().map(drop)
+    }
+
+    /// The running process.
+    pub fn process(&self) -> Result<&Process> {
+        self.process.as_ref().context("the agent was never started")
+    }
+
+    /// What it has logged so far since its last start.
+    pub fn log(&self) -> String {
+        self.process.as_ref().map_or_else(String::new, |p| p.text(Stream::Stderr) + &p.text(Stream::Stdout))
+    }
+
+    /// Where it pins maps and links.
+    pub fn pin_root(&self) -> PathBuf {
+        bpffs::pin_root(&self.node.shared().id, self.node.name())
+    }
+
+    /// Its `--state-dir`.
+    pub fn state_dir(&self) -> Result<PathBuf> {
+        self.node.dir("agent/state")
+    }
+
+    /// Its `--run-dir`.
+    pub fn run_dir(&self) -> Result<PathBuf> {
+        self.node.dir("agent/run")
+    }
+
+    /// Live connections (`underpass connections`).
+    pub fn connections(&self) -> Result<Value> {
+        self.ask(&["connections"])
+    }
+
+    /// The agent's status (`underpass status`).
+    pub fn status(&self) -> Result<Value> {
+        self.ask(&["status"])
+    }
+
+    /// Its counters (`underpass counters`).
+    pub fn counters(&self) -> Result<Value> {
+        self.ask(&["counters"])
+    }
+
+    /// Runs a command of the CLI against this agent with `-o json`.
+    pub fn ask(&self, arguments: &[&str]) -> Result<Value> {
+        let mut command = Command::new(&self.binary);
+        command.args(arguments).args(["-o", "json", "--run-dir"]).arg(self.run_dir()?);
+        let text = Process::spawn(&mut command)?.output(CLI)?.success()?;
+        serde_json::from_str(&text).with_context(|| format!("`underpass {}` printed: {text}", arguments.join(" ")))
+    }
+
+    /// Removes what the agent pinned and what it left in pods (`underpass cleanup`).
+    pub fn cleanup(&self) -> Result<Output> {
+        let mut command = self.node.command(&self.binary);
+        command.args(["cleanup", "--force", "--pin-root"]).arg(self.pin_root());
+        Process::spawn(&mut command)?.output(CLI)
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if self.process.as_ref().is_some_and(|p| p.status().is_none()) {
+            // Killed below when it does not end by itself.
+            let _ = self.stop();
+        }
+        self.process = None;
+        if self.pin_root().exists()
+            && let Err(error) = self.cleanup().and_then(Output::success)
+        {
+            eprintln!("cleaning up after the agent of node {}: {error:#}", self.node.name());
+        }
+    }
+}
+
+/// The list of pods in a status.
+fn pods(status: &Value) -> Result<&Vec<Value>> {
+    status["pods"].as_array().with_context(|| format!("the status has no list of pods: {status}"))
+}

@@ -1,0 +1,177 @@
+//! A node: a network namespace with a bridge for its pods and a wire to the other node.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    addresses::{nested_v4, nested_v6, pod_v4, pod_v6},
+    namespace::Namespace,
+    pod::{self, Pod},
+    state::Shared,
+};
+
+/// First host number given to a pod; 1 is the node.
+const FIRST_HOST: u8 = 10;
+/// Last host number given to a pod.
+const LAST_HOST: u8 = 250;
+
+/// A node. Cloning gives another handle to the same node.
+#[derive(Debug, Clone)]
+pub struct Node {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    shared: Arc<Shared>,
+    name: &'static str,
+    index: u8,
+    namespace: Namespace,
+    cgroup: PathBuf,
+    next_host: AtomicU8,
+}
+
+impl Node {
+    pub(crate) fn create(shared: &Arc<Shared>, name: &'static str, index: u8) -> Result<Self> {
+        let namespace = Namespace::create(shared, format!("up-{}-{name}", shared.id))?;
+        let cgroup = shared.cgroup.join(name);
+        for directory in [cgroup.join("pods"), cgroup.join("node")] {
+            fs::create_dir_all(&directory).with_context(|| format!("creating cgroup {}", directory.display()))?;
+        }
+        namespace.sysctl(&[
+            ("net.ipv4.ip_forward", "1"),
+            ("net.ipv6.conf.all.forwarding", "1"),
+            ("net.ipv4.conf.all.rp_filter", "0"),
+            ("net.ipv4.conf.default.rp_filter", "0"),
+        ])?;
+        namespace.ip(&format!(
+            "link add br0 type bridge mcast_snooping 0\n\
+             address add {}/24 dev br0\n\
+             address add {}/64 dev br0 nodad\n\
+             link set br0 up\n",
+            pod_v4(index, 1),
+            pod_v6(index, 1),
+        ))?;
+        let inner =
+            Inner { shared: Arc::clone(shared), name, index, namespace, cgroup, next_host: AtomicU8::new(FIRST_HOST) };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// `a` or `b`.
+    pub fn name(&self) -> &str {
+        self.inner.name
+    }
+
+    /// 1 for `a`, 2 for `b`: the third byte of its pods' IPv4 addresses.
+    pub fn index(&self) -> u8 {
+        self.inner.index
+    }
+
+    /// Its network namespace: the place for a sniffer and for its agent.
+    pub fn namespace(&self) -> &Namespace {
+        &self.inner.namespace
+    }
+
+    /// The cgroup directory that all its pods are in: what its agent attaches to.
+    pub fn pods_cgroup(&self) -> PathBuf {
+        self.inner.cgroup.join("pods")
+    }
+
+    /// The cgroup directory of the node's own programs, outside the pods'.
+    pub fn own_cgroup(&self) -> PathBuf {
+        self.inner.cgroup.join("node")
+    }
+
+    /// A directory for the files of something on this node.
+    pub fn dir(&self, purpose: &str) -> Result<PathBuf> {
+        let dir = self.inner.shared.dir.join(self.name()).join(purpose);
+        fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+        Ok(dir)
+    }
+
+    /// Creates a pod; `name` is at most 10 characters of `a-z0-9`.
+    pub fn pod(&self, name: &str) -> Result<Pod> {
+        Pod::create(self, name)
+    }
+
+    /// A program on the node itself: in its network namespace and in its own cgroup.
+    pub fn command(&self, program: impl AsRef<Path>) -> Command {
+        pod::command_in(Some(&self.own_cgroup()), &self.inner.namespace, program.as_ref())
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.inner.shared
+    }
+
+    /// The next unused host number in the node's subnets.
+    pub(crate) fn take_host(&self) -> Result<u8> {
+        let host = self.inner.next_host.fetch_add(1, Ordering::Relaxed);
+        ensure!((FIRST_HOST..=LAST_HOST).contains(&host), "node {} has no address left for another pod", self.name());
+        Ok(host)
+    }
+
+    /// Joins `namespace` to the bridge with a new interface `interface` that has host number `host`'s addresses.
+    pub(crate) fn plug(&self, namespace: &Namespace, interface: &str, host: u8) -> Result<()> {
+        let bridge_port = format!("port{host}");
+        self.namespace().ip(&format!(
+            "link add {bridge_port} type veth peer name {interface} netns {}\n\
+             link set {bridge_port} master br0 up\n",
+            namespace.name()
+        ))?;
+        namespace.ip(&format!(
+            "address add {}/24 dev {interface}\n\
+             address add {}/64 dev {interface} nodad\n\
+             link set {interface} up\n",
+            pod_v4(self.index(), host),
+            pod_v6(self.index(), host),
+        ))?;
+        Ok(())
+    }
+
+    /// Routes the nested addresses with number `host` through the pod at `via`.
+    pub(crate) fn route_nested(&self, host: u8, via: &Pod) -> Result<()> {
+        self.namespace().ip(&format!(
+            "route add {}/32 via {}\nroute add {}/128 via {}\n",
+            nested_v4(self.index(), host),
+            via.ipv4(),
+            nested_v6(self.index(), host),
+            via.ipv6(),
+        ))?;
+        Ok(())
+    }
+}
+
+/// Lays the wire between two nodes and routes each one's addresses to it.
+pub(crate) fn join(a: &Node, b: &Node) -> Result<()> {
+    a.namespace().ip(&format!("link add wire type veth peer name wire netns {}\n", b.namespace().name()))?;
+    for node in [a, b] {
+        let index = node.index();
+        node.namespace().ip(&format!(
+            "address add {}/24 dev wire\naddress add {}/64 dev wire nodad\nlink set wire up\n",
+            pod_v4(0, index),
+            pod_v6(0, index)
+        ))?;
+    }
+    for (node, other) in [(a, b), (b, a)] {
+        let index = other.index();
+        let mut routes = String::new();
+        for network in [pod_v4(index, 0), nested_v4(index, 0)] {
+            writeln!(routes, "route add {network}/24 via {} dev wire", pod_v4(0, index))?;
+        }
+        for network in [pod_v6(index, 0), nested_v6(index, 0)] {
+            writeln!(routes, "route add {network}/64 via {} dev wire", pod_v6(0, index))?;
+        }
+        node.namespace().ip(&routes)?;
+    }
+    Ok(())
+}
