@@ -20,7 +20,7 @@ fn at(text: &str) -> SocketAddr {
     text.parse().expect("an address and port in a test")
 }
 
-/// A pod with 10.1.0.0/16 and fd01::/32 in the mesh.
+/// A pod with 10.1.0.0/16 and `fd01::/32` in the mesh.
 fn meshed() -> Result<Loaded> {
     let loaded = Loaded::new()?;
     loaded.pod_by_id(0)?;

@@ -1,4 +1,4 @@
-//! The TCP sockets of a pod as sock_diag shows them, and ending those that policy no longer admits.
+//! The TCP sockets of a pod as `sock_diag` shows them, and ending those that policy no longer admits.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -27,9 +27,9 @@ pub async fn destroy_plaintext(netns: &Netns, strict: impl Fn(u16) -> bool + Sen
     let mut channel = netns.try_run(|| Channel::open(NETLINK_SOCK_DIAG)).await??;
     // Reading many sockets takes a while; the channel stays in its namespace on any thread.
     tokio::task::spawn_blocking(move || {
-        let first = sockets(&mut channel, StateFlags::all())?;
+        let first = sockets(&mut channel, &StateFlags::all())?;
         // Again, because the list is no snapshot: the other end of something seen above is in one of the two.
-        let second = sockets(&mut channel, StateFlags::all())?;
+        let second = sockets(&mut channel, &StateFlags::all())?;
         let mut destroyed = 0;
         for id in plaintext(&first, &second, strict) {
             match destroy(&mut channel, &id) {
@@ -56,7 +56,7 @@ pub async fn destroy_plaintext(netns: &Netns, strict: impl Fn(u16) -> bool + Sen
 pub(super) async fn listeners(netns: &Netns, port: u16) -> io::Result<BTreeSet<u32>> {
     netns
         .try_run(move || {
-            let sockets = sockets(&mut Channel::open(NETLINK_SOCK_DIAG)?, StateFlags::LISTEN)?;
+            let sockets = sockets(&mut Channel::open(NETLINK_SOCK_DIAG)?, &StateFlags::LISTEN)?;
             let on_port = sockets.into_iter().filter(|socket| socket.socket_id.source_port == port);
             Ok(on_port.map(|socket| socket.inode).collect())
         })
@@ -100,7 +100,7 @@ fn remote(socket: &InetResponseHeader) -> SocketAddr {
     SocketAddr::new(socket.socket_id.destination_address.to_canonical(), socket.socket_id.destination_port)
 }
 
-fn sockets(channel: &mut Channel, states: StateFlags) -> io::Result<Vec<InetResponseHeader>> {
+fn sockets(channel: &mut Channel, states: &StateFlags) -> io::Result<Vec<InetResponseHeader>> {
     let mut sockets = Vec::new();
     for socket_id in [SocketId::new_v4(), SocketId::new_v6()] {
         let answers = channel.dump(&SockDiagMessage::InetRequest(request(socket_id, states.clone())))?;
