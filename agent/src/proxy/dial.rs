@@ -12,7 +12,7 @@ pub(super) async fn upstream(pod: &Pod, from: Option<IpAddr>, to: SocketAddr, li
     let socket = pod.upstream_socket(to.ip()).await?;
     if let Some(from) = from {
         // Only the address is wanted: connect() then picks the port by the whole 4-tuple.
-        crate::sys::net::set_bind_address_no_port(&socket)?;
+        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;
         socket.bind(&SocketAddr::new(from, 0).into())?;
     }
     connect(socket, to, limit).await

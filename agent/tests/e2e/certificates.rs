@@ -115,12 +115,12 @@ fn files_issuer_serves_and_an_expired_certificate_fails_closed() -> Result<()> {
         }
         let files = forge.leaf(&leaf)?;
         let enroll = stage.mesh.workload(name).enroll.as_mut().context("enrolled")?;
-        enroll.certificate = Some(testbed::Certificate { certificate: files.certificate, key: files.key, roots: files.roots });
+        enroll.certificate = Some(testbed::CertificateFiles { chain: files.certificate, key: files.key, roots: files.roots });
     }
     let world = stage.start()?;
     app(&world.client, &["request", &to])?;
     let path = world.mesh.workloads[0].enroll.as_ref().and_then(|e| e.certificate.as_ref()).context("certificate")?;
-    let (certificate, key) = (path.certificate.clone(), path.key.clone());
+    let (certificate, key) = (path.chain.clone(), path.key.clone());
     crate::world::eventually(Duration::from_secs(20), || {
         let error = app_error(&world.client, &["request", &to, "--timeout", "15"])?;
         ensure!(error == "ECONNRESET", "{error}");

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
-use crate::world::{MARKER, World, app, app_error, at, eventually, wait_counter};
+use crate::world::{MARKER, World, app, app_error, at, eventually, live, wait_counter};
 
 #[test]
 fn killed_server_agent_is_a_reset_and_never_plaintext() -> Result<()> {
@@ -72,8 +72,8 @@ fn an_application_that_closed_resets_the_sender() -> Result<()> {
     ensure!(["ECONNRESET", "EPIPE", "other"].contains(&error.as_str()), "{error}");
     eventually(Duration::from_secs(10), || {
         for agent in [&world.a, &world.b] {
-            let left = agent.status()?["connections"].as_u64();
-            ensure!(left == Some(0), "{left:?} connections left");
+            let left = live(agent)?;
+            ensure!(left == 0, "{left} connections left");
         }
         Ok(())
     })

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit};
 
-use crate::world::{Stage, World, app, at, counter, wait_counter};
+use crate::world::{Stage, World, app, at, counter, live, wait_counter};
 
 /// What another pod's connection may take while one pod is flooded. Idle, it takes some milliseconds.
 const BOUND: Duration = Duration::from_secs(1);
@@ -74,8 +74,8 @@ fn thousands_of_concurrent_connections_to_two_destinations() -> Result<()> {
         let report = holder.wait_json("held", Duration::from_secs(220))?;
         ensure!(report["held"] == each, "{report}");
     }
-    let live = world.a.status()?["connections"].as_u64();
-    ensure!(live == Some(2 * each), "the table has {live:?}");
+    let live = live(&world.a)?;
+    ensure!(live == 2 * each, "the table has {live}");
     println!("{} concurrent connections ran (descriptor limit {hard}, wanted {wanted})", 2 * each);
     for holder in holders {
         let report = holder.output(Duration::from_secs(60))?.last_json()?;

@@ -114,7 +114,7 @@ fn peers_without_certificate_alpn_or_tls() -> Result<()> {
 
 fn total_refused(world: &World) -> Result<u64> {
     let all = world.b.counters()?;
-    Ok(all["refused"].as_object().map_or(0, |m| m.values().filter_map(serde_json::Value::as_u64).sum()))
+    Ok(all["agent"]["refused"].as_object().map_or(0, |m| m.values().filter_map(serde_json::Value::as_u64).sum()))
 }
 
 #[test]

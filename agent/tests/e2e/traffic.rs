@@ -5,7 +5,7 @@ use std::{fs, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use testbed::{Nginx, Redis, Sniffer, SnifferOptions};
 
-use crate::world::{MARKER, Stage, World, app, app_error, assert_encrypted, assert_plaintext_seen, at, eventually, sniff, wait_counter};
+use crate::world::{MARKER, Stage, World, app, app_error, assert_encrypted, assert_plaintext_seen, at, eventually, live, sniff, wait_counter};
 
 #[test]
 fn http_with_keep_alive_over_addresses_and_vips_of_both_families() -> Result<()> {
@@ -36,7 +36,7 @@ fn http_with_keep_alive_over_addresses_and_vips_of_both_families() -> Result<()>
         }
     }
     assert_encrypted(&sniffer.stop()?)?;
-    let log = nginx.access_log()?;
+    let log = nginx.access_log(21)?;
     ensure!(log.len() == 21, "{log:?}");
     for line in &log {
         let source = line.split(' ').next().unwrap_or_default().trim_start_matches("::ffff:");
@@ -170,8 +170,8 @@ fn five_hundred_parallel_short_connections() -> Result<()> {
     assert_encrypted(&sniffer.stop()?)?;
     // Nothing stays behind.
     eventually(Duration::from_secs(10), || {
-        let left = world.a.status()?["connections"].as_u64();
-        ensure!(left == Some(0), "{left:?} connections are still in the table");
+        let left = live(&world.a)?;
+        ensure!(left == 0, "{left} connections are still in the table");
         Ok(())
     })
 }

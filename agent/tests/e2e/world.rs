@@ -143,7 +143,8 @@ pub fn app_error(pod: &Pod, arguments: &[&str]) -> Result<String> {
 /// One of the agent's counters; refusals as `refused.<reason>`, BPF counters as `bpf.<name>`.
 pub fn counter(agent: &Agent, path: &str) -> Result<u64> {
     let all = agent.counters()?;
-    let found = path.split('.').try_fold(&all, |v, key| v.get(key));
+    let root = if path.starts_with("bpf.") { &all } else { &all["agent"] };
+    let found = path.split('.').try_fold(root, |v, key| v.get(key));
     Ok(found.and_then(Value::as_u64).unwrap_or(0))
 }
 
@@ -166,4 +167,10 @@ pub fn wait_counter(agent: &Agent, path: &str, least: u64) -> Result<()> {
         ensure!(now >= least, "{path} is {now}, not {least}; log:\n{}", agent.log());
         Ok(())
     })
+}
+
+/// Number of live connections in an agent's table.
+pub fn live(agent: &Agent) -> Result<u64> {
+    let all = agent.connections()?;
+    all["total"].as_u64().with_context(|| format!("no total in {all}"))
 }
