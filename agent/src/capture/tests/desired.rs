@@ -9,9 +9,7 @@ use super::{
     super::desired::{ALL_PODS, MeshState, PortSlot, Strictness, address, excluded_prefix, mesh, mesh_prefix, pod},
     workload,
 };
-use crate::mesh::{
-    Exclusions, InboundMode, MeshSettings, PortMode, Service, ServicePort, SnapshotBuilder, Workload,
-};
+use crate::mesh::{Exclusions, InboundMode, MeshSettings, PortMode, Service, ServicePort, SnapshotBuilder, Workload};
 
 fn nets(list: &[&str]) -> Vec<ipnet::IpNet> {
     list.iter().map(|n| n.parse().unwrap()).collect()
@@ -54,8 +52,10 @@ fn addresses_vips_and_cidrs_are_captured() {
     let settings = MeshSettings { cidrs: nets(&["10.244.3.7/16"]), ..MeshSettings::default() };
     let state = state(settings, vec![remote]);
     let keys: Vec<_> = state.mesh.keys().copied().collect();
-    let mut expected: Vec<_> =
-        nets(&["10.0.1.1/32", "2001:db8::1/128", "10.96.0.10/32", "10.244.0.0/16"]).into_iter().map(mesh_prefix).collect();
+    let mut expected: Vec<_> = nets(&["10.0.1.1/32", "2001:db8::1/128", "10.96.0.10/32", "10.244.0.0/16"])
+        .into_iter()
+        .map(mesh_prefix)
+        .collect();
     expected.sort();
     assert_eq!(keys, expected);
     assert_eq!(expected.iter().map(|p| p.bits).max(), Some(128));
@@ -178,10 +178,8 @@ fn strictness_is_that_of_the_programs() {
     assert!(one_port.tightens(&permissive) && !permissive.tightens(&one_port));
 
     w.mode = InboundMode::Strict;
-    w.port_modes = vec![
-        PortMode { port: 80, mode: InboundMode::Permissive },
-        PortMode { port: 9091, mode: InboundMode::Strict },
-    ];
+    w.port_modes =
+        vec![PortMode { port: 80, mode: InboundMode::Permissive }, PortMode { port: 9091, mode: InboundMode::Strict }];
     let strict = strictness(&w);
     assert!(strict.refuses(81) && !strict.refuses(80));
     assert!(!strict.refuses(9090), "excluded for everyone");

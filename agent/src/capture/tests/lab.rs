@@ -121,7 +121,8 @@ impl Lab {
     /// Runs a shell script in a namespace, as a process of a pod or as one outside.
     pub async fn shell(&self, namespace: &str, in_pod: bool, script: &str) -> Output {
         let cgroup = if in_pod { self.pods_cgroup() } else { cgroup_mount() };
-        let enter = format!("echo $$ > {}/cgroup.procs && exec ip netns exec {namespace} bash -c \"$0\"", cgroup.display());
+        let enter =
+            format!("echo $$ > {}/cgroup.procs && exec ip netns exec {namespace} bash -c \"$0\"", cgroup.display());
         let mut command = tokio::process::Command::new("bash");
         command.args(["-c", &enter, script]).kill_on_drop(true);
         timeout(DEADLINE, command.output()).await.expect("the script takes too long").unwrap()

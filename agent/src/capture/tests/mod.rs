@@ -5,6 +5,8 @@ mod desired;
 mod enrol;
 mod lab;
 mod pins;
+mod restart;
+mod scene;
 mod start;
 mod table;
 

@@ -17,7 +17,8 @@ fn tc_pins_are_read_back() {
         assert_eq!(name.parse(), Ok(pin));
         assert_eq!(format!("{name}-new").parse(), Ok(pin), "an interrupted replacement belongs to the pod too");
     }
-    for other in ["connect4", "tc-1-2", "tc-1-ingress", "tc-x-2-ingress", "tc-1-2-ingress-old", "tc-1-2-ingress-new-x"] {
+    for other in ["connect4", "tc-1-2", "tc-1-ingress", "tc-x-2-ingress", "tc-1-2-ingress-old", "tc-1-2-ingress-new-x"]
+    {
         assert_eq!(other.parse::<TcPin>(), Err(()), "{other}");
     }
 }

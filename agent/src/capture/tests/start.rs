@@ -103,14 +103,15 @@ async fn a_snapshot_is_projected_and_the_next_one_replaces_it() {
         inbound_ports: vec![],
     };
     let settings = MeshSettings { cidrs: vec!["10.0.0.0/16".parse().unwrap()], exclude, ..MeshSettings::default() };
-    capture.apply(&snapshot(settings, vec![workload("a", "192.0.2.1", None), workload("b", "192.0.2.2", None)])).unwrap();
+    capture
+        .apply(&snapshot(settings, vec![workload("a", "192.0.2.1", None), workload("b", "192.0.2.2", None)]))
+        .unwrap();
 
     let mesh: LpmTrie<_, [u8; 16], MeshEntry> = open(&lab.layout(), "MESH");
     let ports: HashMap<_, PortKey, PortRule> = open(&lab.layout(), "PORT_RULES");
     let excluded: LpmTrie<_, [u8; 20], u32> = open(&lab.layout(), "EXCLUDED_CIDRS");
-    let captured = |ip: &str| {
-        mesh.get(&Key::new(128, address(ip.parse().unwrap())), 0).is_ok_and(|e| e.flags == MESH_CAPTURE)
-    };
+    let captured =
+        |ip: &str| mesh.get(&Key::new(128, address(ip.parse().unwrap())), 0).is_ok_and(|e| e.flags == MESH_CAPTURE);
     for (ip, expected) in [("192.0.2.1", true), ("192.0.2.2", true), ("192.0.2.3", false), ("10.0.200.1", true)] {
         assert_eq!(captured(ip), expected, "{ip}");
     }
