@@ -19,7 +19,7 @@ fn pods_in_the_map(scene: &Scene) -> Vec<u32> {
 }
 
 /// A program in the pod that connects again and again and prints how each attempt ended.
-async fn restless(
+fn restless(
     scene: &Scene,
 ) -> (tokio::process::Child, tokio::io::Lines<tokio::io::BufReader<tokio::process::ChildStdout>>) {
     let script = format!(
@@ -40,7 +40,7 @@ async fn restart_under_load(tc: TcMode) {
     let scene = Scene::new().await;
     let capture = scene.start(tc).await;
     let pod = capture.enroll(&scene.web).await.unwrap();
-    let (mut child, mut lines) = restless(&scene).await;
+    let (mut child, mut lines) = restless(&scene);
     let mut seen = std::collections::BTreeMap::<String, u32>::new();
     let mut attempts = async |seen: &mut std::collections::BTreeMap<String, u32>, outcome: &str| {
         let wait = async {

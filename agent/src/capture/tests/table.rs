@@ -29,8 +29,8 @@ impl Store for &mut Fake {
     type Key = u16;
     type Value = u8;
 
-    fn entries(&self) -> Result<Vec<(u16, u8)>, String> {
-        Ok(self.map.iter().map(|(k, v)| (*k, *v)).collect())
+    fn entries(&self) -> Result<BTreeMap<u16, u8>, String> {
+        Ok(self.map.clone())
     }
 
     fn insert(&mut self, key: &u16, value: &u8) -> Result<(), String> {
