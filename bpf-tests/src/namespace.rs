@@ -2,13 +2,15 @@
 
 use std::{
     fs::File,
-    os::fd::AsRawFd as _,
+    net::{TcpListener, TcpStream},
+    os::fd::{AsFd as _, AsRawFd as _},
     process::{Command, id},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use nix::{
     libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sched::{CloneFlags, setns, unshare},
 };
 use socket2::{Domain, Socket, Type};
@@ -71,14 +73,34 @@ impl Namespace {
         })?
     }
 
-    /// Connects two namespaces with a veth pair named `eth0` on both sides: 10.9.0.1 and fd09::1 here, .2 and ::2 there.
+    /// Connects two namespaces with a veth pair named `eth0` on both sides: 10.9.0.1 and `fd09::1` here, 10.9.0.2 and
+    /// `fd09::2` there.
     pub fn connect(&self, other: &Self) -> Result<()> {
-        self.ip(&format!("link add eth0 type veth peer name eth0 netns {}", other.path()))?;
+        let peer = other.path();
+        self.ip(&format!(
+            "link add eth0 address 02:00:00:00:00:01 type veth peer name eth0 address 02:00:00:00:00:02 netns {peer}"
+        ))?;
         for (namespace, host) in [(self, 1), (other, 2)] {
             namespace.ip(&format!("addr add 10.9.0.{host}/24 dev eth0"))?;
             namespace.ip(&format!("addr add fd09::{host}/64 dev eth0 nodad"))?;
             namespace.ip("link set eth0 up")?;
         }
+        // known neighbours: packets leave while the system call that sends them runs
+        for (namespace, far) in [(self, 2), (other, 1)] {
+            for address in [format!("10.9.0.{far}"), format!("fd09::{far}")] {
+                namespace
+                    .ip(&format!("neigh replace {address} lladdr 02:00:00:00:00:0{far} dev eth0 nud permanent"))?;
+            }
+        }
         Ok(())
     }
+}
+
+/// Accepts the next connection on any of the listeners; one that does not come within 10 s is an error, not a hanging test.
+pub fn accept(listeners: &[TcpListener]) -> Result<TcpStream> {
+    let mut ready: Vec<_> = listeners.iter().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN)).collect();
+    poll(&mut ready, PollTimeout::from(10_000u16)).context("waiting for a connection")?;
+    let waiting = ready.iter().position(|ready| ready.any().unwrap_or(false));
+    let waiting = waiting.with_context(|| format!("no connection arrived on {listeners:?}"))?;
+    Ok(listeners[waiting].accept()?.0)
 }

@@ -1,11 +1,20 @@
 //! The agent's object, loaded through libbpf instead of aya, and its maps.
 
-use std::{cell::RefCell, collections::BTreeMap, fs::File, net::IpAddr, os::fd::AsRawFd as _, rc::Rc, time::Duration};
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    fs::File,
+    net::IpAddr,
+    os::fd::{AsFd as _, AsRawFd},
+    rc::Rc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::Pod;
 use libbpf_rs::{
     Link, Map, MapCore as _, MapFlags, Object, ObjectBuilder, OpenObject, ProgramInput, ProgramMut, RingBufferBuilder,
+    TcAttachPoint, TcHookBuilder,
 };
 use underpass::capture::object::OBJECT;
 use underpass_abi::{
@@ -86,6 +95,18 @@ impl Loaded {
         self.program(program)?.attach_cgroup(cgroup.as_raw_fd()).with_context(|| format!("attaching {program}"))
     }
 
+    /// Attaches a tc program to an interface of the current namespace, with which it goes.
+    pub fn attach_tc(&self, program: &str, interface: &str, point: TcAttachPoint) -> Result<()> {
+        let program = self.program(program)?;
+        let index = nix::net::if_::if_nametoindex(interface).with_context(|| format!("looking up {interface}"))?;
+        let mut builder = TcHookBuilder::new(program.as_fd());
+        builder.ifindex(index.cast_signed()).handle(1).priority(1);
+        let mut hook = builder.hook(point);
+        hook.create().with_context(|| format!("adding a clsact qdisc to {interface}"))?;
+        hook.attach().with_context(|| format!("attaching to {interface}"))?;
+        Ok(())
+    }
+
     /// Runs a tc program over a packet.
     pub fn run(&self, direction: Direction, link: LinkLayer, packet: &[u8]) -> Result<Verdict> {
         let name = match (direction, link) {
@@ -159,6 +180,11 @@ impl Loaded {
 
     /// The events waiting in the ring.
     pub fn events(&self) -> Result<Vec<Event>> {
+        self.events_within(Duration::ZERO)
+    }
+
+    /// The same, after waiting for the first one at most this long.
+    pub fn events_within(&self, timeout: Duration) -> Result<Vec<Event>> {
         let events = Rc::new(RefCell::new(Vec::new()));
         let map = self.map("EVENTS")?;
         let mut builder = RingBufferBuilder::new();
@@ -168,7 +194,7 @@ impl Loaded {
             0
         })?;
         let ring = builder.build()?;
-        ring.poll(Duration::ZERO)?;
+        ring.poll(timeout)?;
         drop(ring);
         events.take().iter().map(|bytes| event(bytes)).collect()
     }
@@ -209,7 +235,7 @@ impl Loaded {
     }
 
     /// Marks a socket as the agent's.
-    pub fn mark_agents(&self, socket: &impl std::os::fd::AsRawFd) -> Result<()> {
+    pub fn mark_agents(&self, socket: &impl AsRawFd) -> Result<()> {
         let state = SocketState { flags: underpass_abi::SOCKET_AGENT, ..SocketState::default() };
         self.update("SOCKETS", &socket.as_raw_fd(), &state)
     }

@@ -4,6 +4,7 @@
 //! keys, so stray bytes would matter) and is the same on both sides of the system call. A change to this
 //! file or to the map definitions changes the ABI hash, and with it the directory the agent pins under.
 #![no_std]
+#![allow(clippy::pub_underscore_fields)] // padding is public because both sides must write zeroes into it
 
 /// Port of the agent's outbound listener inside a pod's namespace; the same number as Istio's.
 pub const OUTBOUND_PORT: u16 = 15001;
