@@ -26,6 +26,8 @@ const RTMGRP_LINK: u32 = 1;
 /// `RTM_NEWLINK` and `RTM_DELLINK` of `linux/rtnetlink.h`.
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
+/// Notifications thrown away at once, at most: a pod that makes them without end must not hold up the runtime.
+const DRAIN: usize = 4096;
 /// `IFLA_IFNAME` of `linux/if_link.h`.
 const IFLA_IFNAME: u16 = 3;
 
@@ -36,7 +38,7 @@ pub struct Interface {
     pub index: u32,
     /// Its name.
     pub name: String,
-    /// Do packets at tc begin with an Ethernet header? False for tun, ipip, sit, WireGuard, raw IP and the like: the network
+    /// Do packets at tc begin with an Ethernet header? False for tun, ipip, sit, `WireGuard`, raw IP and the like: the network
     /// header comes first.
     pub link_header: bool,
 }
@@ -138,6 +140,14 @@ impl Watch {
     }
 
     async fn resync(&mut self) -> io::Result<()> {
+        // What is queued is older than the list that follows, and its sequel may be among what was lost.
+        for _ in 0..DRAIN {
+            self.buffer.clear();
+            match self.socket.socket_ref().recv(&mut self.buffer, libc::MSG_DONTWAIT) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                _ => {}
+            }
+        }
         let listed: BTreeMap<_, _> =
             list(&self.netns).await?.into_iter().map(|interface| (interface.index, interface)).collect();
         self.pending.extend(self.known.keys().filter(|index| !listed.contains_key(index)).copied().map(Change::Gone));

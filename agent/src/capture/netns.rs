@@ -9,7 +9,7 @@ mod workers;
 
 #[cfg(test)]
 #[path = "netns_tests/mod.rs"]
-mod tests;
+pub(super) mod tests;
 
 use std::{
     any::Any,

@@ -5,7 +5,6 @@ mod pool;
 use std::{
     fmt, io,
     net::IpAddr,
-    os::fd::BorrowedFd,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -14,7 +13,11 @@ use socket2::{Domain, Socket};
 use tokio::{net::TcpListener, sync::watch};
 
 use self::pool::Pool;
-use super::{netns::Netns, routes, sockets};
+use super::{
+    netns::Netns,
+    routes,
+    sockets::{self, Mark},
+};
 use crate::mesh::{SpiffeId, WorkloadKey};
 
 /// The agent's listeners inside a pod's namespace, non-blocking. Accepted sockets of `outbound` carry `SO_LINGER {1,0}` from birth.
@@ -41,7 +44,7 @@ pub struct NewPod {
     /// The listeners in it.
     pub listeners: PodListeners,
     /// Flags a socket as the agent's own.
-    pub mark: Arc<dyn Fn(BorrowedFd<'_>) -> io::Result<()> + Send + Sync>,
+    pub mark: Arc<Mark>,
 }
 
 /// An enrolled pod: its number, and sockets inside its namespace. Dropping the last reference undoes the reply route.
@@ -70,7 +73,7 @@ struct Pools {
 }
 
 impl Pools {
-    fn new(new: &NewPod, make: fn(Domain, &dyn Fn(BorrowedFd<'_>) -> io::Result<()>) -> io::Result<Socket>) -> Self {
+    fn new(new: &NewPod, make: fn(Domain, &Mark) -> io::Result<Socket>) -> Self {
         let pool = |domain| {
             let mark = Arc::clone(&new.mark);
             Pool::new((*new.netns).clone(), move || make(domain, &*mark))

@@ -101,7 +101,7 @@ fn cgroup_of(mountinfo: &str, directory: &Path) -> Result<PathBuf, EnrollError> 
     Ok(root.join(directory.strip_prefix(&point).unwrap_or(Path::new(""))))
 }
 
-/// Root and mount point of a cgroup2 line of mountinfo (proc_pid_mountinfo(5)).
+/// Root and mount point of a cgroup2 line of mountinfo (`proc_pid_mountinfo(5)`).
 fn cgroup2_mount(line: &str) -> Option<(PathBuf, PathBuf)> {
     let (mount, super_block) = line.split_once(" - ")?;
     if super_block.split(' ').next() != Some("cgroup2") {

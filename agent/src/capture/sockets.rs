@@ -30,6 +30,9 @@ const KEEPALIVE_PROBES: u32 = 3;
 /// The same limit for data that is not acknowledged: keepalive does not run while some is in flight.
 const USER_TIMEOUT: Duration = Duration::from_secs(25);
 
+/// Flags a socket as the agent's own.
+pub(super) type Mark = dyn Fn(BorrowedFd<'_>) -> io::Result<()> + Send + Sync;
+
 /// What a listener is for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Purpose {
@@ -38,11 +41,8 @@ enum Purpose {
     Plaintext,
 }
 
-/// Opens the agent's listeners inside the namespace; `mark` flags a socket as the agent's own.
-pub async fn listen(
-    netns: &Netns,
-    mark: &Arc<dyn Fn(BorrowedFd<'_>) -> io::Result<()> + Send + Sync>,
-) -> Result<PodListeners, EnrollError> {
+/// Opens the agent's listeners inside the namespace.
+pub async fn listen(netns: &Netns, mark: &Arc<Mark>) -> Result<PodListeners, EnrollError> {
     let mark = Arc::clone(mark);
     let opened = netns
         .try_run(move || listen_here(&*mark))
@@ -91,7 +91,7 @@ enum Failure {
     Taken(SocketAddr),
 }
 
-fn listen_here(mark: &dyn Fn(BorrowedFd<'_>) -> io::Result<()>) -> Result<Vec<(Purpose, Socket)>, Failure> {
+fn listen_here(mark: &Mark) -> Result<Vec<(Purpose, Socket)>, Failure> {
     routes::loopback_up_here().map_err(Failure::Enroll)?;
     let v4 = |port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
     let v6 = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
@@ -120,11 +120,7 @@ fn listen_here(mark: &dyn Fn(BorrowedFd<'_>) -> io::Result<()>) -> Result<Vec<(P
 }
 
 /// Options set here are those of every accepted socket: the kernel copies them.
-fn listener(
-    purpose: Purpose,
-    address: SocketAddr,
-    mark: &dyn Fn(BorrowedFd<'_>) -> io::Result<()>,
-) -> io::Result<Socket> {
+fn listener(purpose: Purpose, address: SocketAddr, mark: &Mark) -> io::Result<Socket> {
     let socket = tcp(Domain::for_address(address), mark)?;
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
@@ -145,14 +141,14 @@ fn listener(
 }
 
 /// A socket for dialling upstreams, in the namespace of the calling thread.
-pub(super) fn upstream(domain: Domain, mark: &dyn Fn(BorrowedFd<'_>) -> io::Result<()>) -> io::Result<Socket> {
+pub(super) fn upstream(domain: Domain, mark: &Mark) -> io::Result<Socket> {
     let socket = tcp(domain, mark)?;
     notice_vanished_peer(&socket)?;
     Ok(socket)
 }
 
 /// A socket for connecting to the application, in the namespace of the calling thread; not bound yet.
-pub(super) fn application(domain: Domain, mark: &dyn Fn(BorrowedFd<'_>) -> io::Result<()>) -> io::Result<Socket> {
+pub(super) fn application(domain: Domain, mark: &Mark) -> io::Result<Socket> {
     let socket = tcp(domain, mark)?;
     // A killed agent is a reset for the application, never a clean end.
     socket.set_linger(Some(Duration::ZERO))?;
@@ -168,7 +164,7 @@ pub(super) fn bind_to_client(socket: &Socket, source: IpAddr) -> io::Result<()> 
     socket.bind(&SocketAddr::new(source, 0).into())
 }
 
-fn tcp(domain: Domain, mark: &dyn Fn(BorrowedFd<'_>) -> io::Result<()>) -> io::Result<Socket> {
+fn tcp(domain: Domain, mark: &Mark) -> io::Result<Socket> {
     let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), Some(socket2::Protocol::TCP))?;
     socket.set_tcp_nodelay(true)?;
     mark(socket.as_fd())?;

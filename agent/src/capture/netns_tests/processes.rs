@@ -1,1 +1,135 @@
-//! Tests.
+//! Tests of finding a pod's processes and their cgroups.
+
+use std::{
+    fs::{create_dir, remove_dir},
+    io::Read,
+    process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use super::*;
+use crate::capture::netns::tests::TestNamespace;
+
+/// A cgroup v2 directory; removed when dropped, after its processes.
+struct TestCgroup(PathBuf);
+
+impl TestCgroup {
+    fn new() -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+        let (_, mount) = mounts.lines().find_map(cgroup2_mount).expect("cgroup v2 is mounted");
+        Self::at(mount.join(format!("up-t{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed))))
+    }
+
+    fn at(path: PathBuf) -> Self {
+        create_dir(&path).expect("cgroup directory; these tests need root");
+        Self(path)
+    }
+}
+
+impl Drop for TestCgroup {
+    fn drop(&mut self) {
+        let _ = remove_dir(&self.0);
+    }
+}
+
+/// A process in a namespace and a cgroup; killed when dropped.
+struct TestProcess(Child);
+
+impl TestProcess {
+    fn new(namespace: &TestNamespace, cgroup: Option<&Path>) -> Self {
+        // Writing 0 moves the writer.
+        let enter = cgroup
+            .map_or_else(String::new, |cgroup| format!("echo 0 > '{}' && ", cgroup.join("cgroup.procs").display()));
+        // Not `ip netns exec`, which mounts another /sys.
+        let mut child = Command::new("nsenter")
+            .arg(format!("--net={}", namespace.path().display()))
+            .args(["sh", "-c", &format!("{enter}echo && exec sleep 60 >/dev/null")])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("nsenter");
+        // The shell's line, then the end of its pipe when it has become `sleep`.
+        let mut said = String::new();
+        child.stdout.take().expect("piped").read_to_string(&mut said).expect("read");
+        assert_eq!(said, "\n", "the process is where it should be");
+        Self(child)
+    }
+
+    fn pid(&self) -> i32 {
+        self.0.id().cast_signed()
+    }
+}
+
+impl Drop for TestProcess {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn processes_at_and_below_the_attach_point_are_fine() {
+    let (namespace, elsewhere) = (TestNamespace::new(), TestNamespace::new());
+    let netns = namespace.open();
+    let attach = TestCgroup::new();
+    let child = TestCgroup::at(attach.0.join("pod"));
+    check_below(&netns, &attach.0).await.expect("nobody there");
+    let _at = TestProcess::new(&namespace, Some(&attach.0));
+    let _below = TestProcess::new(&namespace, Some(&child.0));
+    let _other = TestProcess::new(&elsewhere, None);
+    check_below(&netns, &attach.0).await.expect("all below");
+    // A worker of the agent inside the namespace is no process of the pod.
+    netns.run(|| ()).await;
+    check_below(&netns, &attach.0).await.expect("all below");
+}
+
+#[tokio::test]
+async fn a_process_outside_is_named() {
+    let namespace = TestNamespace::new();
+    let netns = namespace.open();
+    let attach = TestCgroup::new();
+    // Shares the beginning of its name, not its place.
+    let beside = TestCgroup::at(attach.0.with_file_name(format!("{}x", attach.0.file_name().expect("name").display())));
+    let _inside = TestProcess::new(&namespace, Some(&attach.0));
+    let outside = TestProcess::new(&namespace, Some(&beside.0));
+    let error = check_below(&netns, &attach.0).await.expect_err("outside");
+    let EnrollError::OutsideCgroup { pid, command, cgroup, attach: named } = &error else { panic!("{error}") };
+    assert_eq!((*pid, command.as_str(), named), (outside.pid(), "sleep", &attach.0));
+    assert!(cgroup.ends_with('x'), "{cgroup}");
+    drop(outside);
+    check_below(&netns, &attach.0).await.expect("it is gone");
+}
+
+#[tokio::test]
+async fn an_attach_point_that_is_none_is_refused() {
+    let namespace = TestNamespace::new();
+    let netns = namespace.open();
+    let error = check_below(&netns, Path::new("/proc")).await.expect_err("not a cgroup");
+    assert!(error.to_string().contains("/proc is not on a cgroup v2 file system"), "{error}");
+    let error = check_below(&netns, Path::new("/sys/fs/cgroup/no/such/cgroup")).await.expect_err("not there");
+    assert!(error.to_string().contains("/sys/fs/cgroup/no/such/cgroup: No such file"), "{error}");
+}
+
+#[test]
+fn cgroup_paths_are_read_in_every_hierarchy() {
+    assert_eq!(v2_path("0::/kubepods/pod1\n"), Some("/kubepods/pod1"));
+    assert_eq!(v2_path("8:pids:/a\n4:memory:/b\n0::/c\n"), Some("/c"));
+    assert_eq!(v2_path("0::/c (deleted)\n"), Some("/c"));
+    assert_eq!(v2_path("8:pids:/a\n"), None);
+}
+
+#[test]
+fn directories_are_translated_by_their_mount() {
+    let v1 = "30 25 0:26 / /sys/fs/cgroup ro,nosuid shared:9 - tmpfs tmpfs ro,mode=755";
+    let hybrid = "31 30 0:27 / /sys/fs/cgroup/unified rw shared:10 master:1 - cgroup2 cgroup2 rw";
+    let part = "99 30 0:27 /kubepods /host/pods\\040here rw - cgroup2 cgroup rw";
+    let outside = "98 30 0:27 /../.. /outer rw - cgroup2 cgroup rw";
+    let mounts = [v1, hybrid, part, outside].join("\n");
+    let of = |directory| cgroup_of(&mounts, Path::new(directory)).map_err(|error| error.to_string());
+    assert_eq!(of("/sys/fs/cgroup/unified"), Ok("/".into()));
+    assert_eq!(of("/sys/fs/cgroup/unified/a/b"), Ok("/a/b".into()));
+    assert_eq!(of("/host/pods here/pod1"), Ok("/kubepods/pod1".into()));
+    assert!(of("/sys/fs/cgroup/memory").is_err_and(|error| error.contains("not on a cgroup v2 file system")));
+    assert!(of("/outer/kubepods").is_err_and(|error| error.contains("outside the agent's cgroup namespace")));
+}

@@ -163,9 +163,9 @@ mod janitor {
             thread::sleep(interval);
             let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
             pools.retain(|pool| {
-                let pool = pool.upgrade();
-                pool.iter().for_each(|pool| pool.sweep());
-                pool.is_some()
+                let Some(pool) = pool.upgrade() else { return false };
+                pool.sweep();
+                true
             });
             if pools.is_empty() {
                 return;
