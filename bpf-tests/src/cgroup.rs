@@ -2,11 +2,13 @@
 
 use std::{
     fs::{self, File},
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// How many tests use the cgroup now.
 static USERS: Mutex<usize> = Mutex::new(0);
@@ -43,15 +45,33 @@ impl Drop for Cgroup {
         let mut users = USERS.lock().unwrap_or_else(PoisonError::into_inner);
         *users -= 1;
         if *users == 0 {
-            let left = own_path().and_then(|path| {
-                move_to(path.parent().context("a cgroup has a parent")?)?;
-                fs::remove_dir(&path).with_context(|| format!("removing {}", path.display()))
-            });
-            if let Err(error) = left {
+            if let Err(error) = leave() {
                 eprintln!("leaving the test's cgroup: {error:#}");
             }
         }
     }
+}
+
+/// Takes everyone out of the cgroup, children that other tests started included, and removes it.
+fn leave() -> Result<()> {
+    let path = own_path()?;
+    let parent = path.parent().context("a cgroup has a parent")?;
+    move_to(parent)?;
+    let members = fs::read_to_string(path.join("cgroup.procs")).context("reading the cgroup's members")?;
+    for member in members.lines() {
+        // one that ended meanwhile is out as well
+        let _ = fs::write(parent.join("cgroup.procs"), member);
+    }
+    let events = path.join("cgroup.events");
+    loop {
+        let file = File::open(&events).with_context(|| format!("opening {}", events.display()))?;
+        if std::io::read_to_string(&file)?.contains("populated 0") {
+            break;
+        }
+        let changed = poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLPRI)], PollTimeout::from(10_000u16))?;
+        ensure!(changed == 1, "{} did not get empty within 10 s", path.display());
+    }
+    fs::remove_dir(&path).with_context(|| format!("removing {}", path.display()))
 }
 
 fn own_path() -> Result<PathBuf> {

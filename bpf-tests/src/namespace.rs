@@ -2,13 +2,15 @@
 
 use std::{
     fs::File,
-    os::fd::AsRawFd as _,
+    net::{TcpListener, TcpStream},
+    os::fd::{AsFd as _, AsRawFd as _},
     process::{Command, id},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use nix::{
     libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sched::{CloneFlags, setns, unshare},
 };
 use socket2::{Domain, Socket, Type};
@@ -92,4 +94,13 @@ impl Namespace {
         }
         Ok(())
     }
+}
+
+/// Accepts the next connection on any of the listeners; one that does not come within 10 s is an error, not a hanging test.
+pub fn accept(listeners: &[TcpListener]) -> Result<TcpStream> {
+    let mut ready: Vec<_> = listeners.iter().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN)).collect();
+    poll(&mut ready, PollTimeout::from(10_000u16)).context("waiting for a connection")?;
+    let waiting = ready.iter().position(|ready| ready.any().unwrap_or(false));
+    let waiting = waiting.with_context(|| format!("no connection arrived on {listeners:?}"))?;
+    Ok(listeners[waiting].accept()?.0)
 }

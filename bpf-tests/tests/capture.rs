@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use bpf_tests::{
     cgroup::Cgroup,
-    namespace::Namespace,
+    namespace::{Namespace, accept},
     object::{Loaded, POD, address},
 };
 use libbpf_rs::Link;
@@ -105,22 +105,6 @@ fn agent() -> Result<Vec<TcpListener>> {
     Ok(v4.into_iter().chain(v6).collect::<std::io::Result<_>>()?)
 }
 
-/// Accepts the one connection that waits on one of the listeners.
-fn accept(listeners: &[TcpListener]) -> Result<TcpStream> {
-    for listener in listeners {
-        listener.set_nonblocking(true)?;
-        match listener.accept() {
-            Ok((stream, _)) => {
-                stream.set_nonblocking(false)?;
-                return Ok(stream);
-            }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    anyhow::bail!("no connection waits")
-}
-
 /// Connects a fresh socket of the address's own family, even to a v4-mapped address.
 fn dial(to: &str) -> Result<TcpStream> {
     let to = at(to);
@@ -212,19 +196,19 @@ fn everything_else_is_untouched() -> Result<()> {
         ] {
             let listener = TcpListener::bind(address)?;
             let client = dial(address)?;
-            listener.accept().with_context(|| format!("accepting on {address}"))?;
+            accept(&[listener]).with_context(|| format!("accepting on {address}"))?;
             assert_eq!(client.peer_addr()?, at(address));
         }
         for (listen, dialled) in [("127.0.0.1:83", "[::ffff:127.0.0.1]:83"), ("10.2.2.3:83", "[::ffff:10.2.2.3]:83")] {
             let listener = TcpListener::bind(listen)?;
             let client = dial(dialled)?;
-            let (server, _) = listener.accept()?;
+            let server = accept(&[listener])?;
             assert_eq!(client.peer_addr()?, at(dialled));
             assert_eq!(server.local_addr()?, at(listen));
         }
         let unspecified = TcpListener::bind("127.0.0.1:84")?;
         dial("0.0.0.0:84")?;
-        unspecified.accept()?;
+        accept(&[unspecified])?;
 
         let udp = UdpSocket::bind("10.9.0.1:0")?;
         udp.connect("10.1.2.3:80")?;
@@ -234,7 +218,7 @@ fn everything_else_is_untouched() -> Result<()> {
         let own = Socket::new(Domain::IPV4, Type::STREAM, None)?;
         pod.loaded.mark_agents(&own)?;
         own.connect(&at("10.1.2.3:80").into())?;
-        listener.accept().context("accepting the agent's own connection")?;
+        accept(&[listener]).context("accepting the agent's own connection")?;
 
         assert_eq!(pod.loaded.counter(Captured)?, 0);
         assert_eq!(pod.loaded.flows()?, []);
@@ -250,7 +234,7 @@ fn other_namespaces_are_untouched() -> Result<()> {
         other.enter(|| -> Result<()> {
             let listener = TcpListener::bind("10.1.2.3:80")?;
             dial("10.1.2.3:80")?;
-            listener.accept()?;
+            accept(&[listener])?;
             Ok(())
         })??;
         assert_eq!(pod.loaded.counter(Captured)?, 0);
@@ -271,7 +255,7 @@ fn capture_all_takes_every_destination_but_loopback() -> Result<()> {
         for address in ["127.0.0.1:80", "[::1]:80", "10.2.2.3:80"] {
             let listener = TcpListener::bind(address)?;
             dial(address)?;
-            listener.accept().with_context(|| format!("accepting on {address}"))?;
+            accept(&[listener]).with_context(|| format!("accepting on {address}"))?;
         }
         // the pod has no IPv6 address to answer with
         let client = dial("[2001:db8::1]:80")?;
@@ -352,7 +336,8 @@ fn a_socket_can_be_captured_and_then_not() -> Result<()> {
 
         let plain = TcpListener::bind("127.0.0.1:15001")?;
         socket.connect(&at("127.0.0.1:15001").into())?;
-        let (server, _) = plain.accept()?;
+        let plain = [plain];
+        let server = accept(&plain)?;
         let peer = socket.peer_addr()?.as_socket();
         assert_eq!(peer, Some(at("127.0.0.1:15001")), "the application dialled the port itself");
         assert_eq!(socket.local_addr()?.as_socket(), Some(server.peer_addr()?));

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 
 use anyhow::{Context as _, Result};
 use bpf_tests::{
-    namespace::Namespace,
+    namespace::{Namespace, accept},
     object::{Direction::Inbound, Loaded, POD, Verdict, address},
     packet::{ACK, Extension, Link, Packet, RST, SYN},
 };
@@ -255,7 +255,7 @@ impl Connection {
     fn open(listen: &str, dial: &str) -> Result<Self> {
         let listener = TcpListener::bind(listen).with_context(|| format!("listening on {listen}"))?;
         let client = TcpStream::connect((ip(dial), listener.local_addr()?.port()))?;
-        let (server, _) = listener.accept()?;
+        let server = accept(std::slice::from_ref(&listener))?;
         Ok(Self { listener, client, server })
     }
 }

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use bpf_tests::{
-    namespace::Namespace,
+    namespace::{Namespace, accept},
     object::{Loaded, POD},
 };
 use libbpf_rs::{TC_EGRESS, TC_INGRESS};
@@ -95,7 +95,7 @@ fn only_the_agent_reaches_the_mesh() -> Result<()> {
             let own = socket(to)?;
             loaded.mark_agents(&own)?;
             own.connect(&to.into()).with_context(|| format!("the agent's connection to {to}"))?;
-            talk(own.into(), listener.accept()?.0)?;
+            talk(own.into(), accept(std::slice::from_ref(listener))?)?;
         }
         let multipath = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP)).context("MPTCP")?;
         start(&multipath, at("10.9.0.2:80"))?;
@@ -161,17 +161,17 @@ fn strict_lets_only_the_tunnel_and_own_connections_in() -> Result<()> {
 
             let to = tunnel.local_addr()?;
             let client = testbed.outside.enter(|| TcpStream::connect_timeout(&to, PATIENCE))??;
-            talk(client, tunnel.accept()?.0)?;
+            talk(client, accept(std::slice::from_ref(tunnel))?)?;
 
             let client =
                 TcpStream::connect_timeout(&server.local_addr()?, PATIENCE).context("the pod's own connection")?;
-            talk(server.accept()?.0, client)?;
+            talk(accept(std::slice::from_ref(server))?, client)?;
         }
         loaded.pod_by_id(0)?;
         for application in &applications {
             let to = application.local_addr()?;
             let client = testbed.outside.enter(|| TcpStream::connect_timeout(&to, PATIENCE))??;
-            talk(client, application.accept()?.0)?;
+            talk(client, accept(std::slice::from_ref(application))?)?;
         }
         Ok(())
     })?
@@ -197,7 +197,8 @@ fn assigned_ports_reach_the_plaintext_listener() -> Result<()> {
                 .enter(|| TcpStream::connect_timeout(&to, PATIENCE))?
                 .with_context(|| format!("connecting to {to}"))?;
             let near = client.local_addr()?;
-            let (server, from) = agent.accept()?;
+            let server = accept(&[agent])?;
+            let from = server.peer_addr()?;
             assert_eq!((from.ip().to_canonical(), from.port()), (near.ip(), near.port()));
             assert_eq!(from.ip().to_canonical(), outside.parse::<std::net::IpAddr>()?);
             assert_eq!(server.local_addr()?, to, "the agent sees the original destination");

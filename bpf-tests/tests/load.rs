@@ -1,11 +1,11 @@
 //! The same bytes load through libbpf and through aya.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, os::fd::AsFd as _};
 
 use anyhow::{Context as _, Result};
-use aya::{EbpfLoader, programs::Program};
+use aya::{EbpfLoader, programs::Program as AyaProgram};
 use bpf_tests::object::Loaded;
-use libbpf_rs::{MapCore as _, MapType};
+use libbpf_rs::{MapCore as _, MapType, Program, query::ProgInfoIter};
 use underpass::capture::object::{ABI_HASH, OBJECT, OBJECT_WITH_LOG};
 use underpass_abi::{COUNTERS, POD_ID_GLOBAL, capacity, programs};
 
@@ -60,6 +60,60 @@ fn maps_are_what_the_agent_expects() -> Result<()> {
     Ok(())
 }
 
+/// Linux 6.1 is the oldest kernel that the programs are for. Its verifier is not here, but what it lacks can be looked for.
+#[test]
+fn instructions_and_helpers_are_those_of_linux_6_1() -> Result<()> {
+    const LAST_HELPER: i32 = 209; // user_ringbuf_drain
+    let loaded = Loaded::new()?;
+    for name in PROGRAMS {
+        let program = loaded.program(name)?;
+        for (at, instruction) in program.insns().iter().enumerate() {
+            let (code, offset) = (instruction.code, instruction.off);
+            let sign_extending_load = code & 0x07 == 0x01 && code & 0xe0 == 0x80;
+            let arithmetic = matches!(code & 0x07, 0x04 | 0x07);
+            let swap_or_signed = (code == 0xd7) || (arithmetic && offset != 0);
+            let long_jump = code == 0x06;
+            assert!(
+                !(sign_extending_load || swap_or_signed || long_jump),
+                "{name}: instruction {at} (code {code:#x}, offset {offset}) is of the fourth instruction set, Linux 6.6"
+            );
+            if code == 0x85 && instruction.src_reg() == 0 {
+                assert!(instruction.imm <= LAST_HELPER, "{name}: helper {} is newer than 6.1", instruction.imm);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Without CAP_PERFMON the verifier refuses reads of stack that was not written, which 6.1 refuses everyone.
+#[test]
+fn nothing_reads_unwritten_stack() -> Result<()> {
+    use caps::{CapSet, Capability};
+    // capabilities are a thread's, and other tests may run on this one
+    let thread = std::thread::spawn(|| -> Result<()> {
+        for capability in [Capability::CAP_PERFMON, Capability::CAP_SYS_ADMIN] {
+            caps::drop(None, CapSet::Effective, capability).with_context(|| format!("dropping {capability}"))?;
+        }
+        Loaded::new()?;
+        Ok(())
+    });
+    thread.join().expect("the thread returns its errors")
+}
+
+/// How much work verification is differs between kernels; a tenth of what they allow leaves room for that.
+#[test]
+fn verification_is_far_from_its_limit() -> Result<()> {
+    const LIMIT: u32 = 1_000_000;
+    let loaded = Loaded::new()?;
+    for name in PROGRAMS {
+        let id = Program::id_from_fd(loaded.program(name)?.as_fd())?;
+        let info =
+            ProgInfoIter::default().find(|info| info.id == id).with_context(|| format!("{name} is not loaded"))?;
+        assert!((1..LIMIT / 10).contains(&info.verified_insns), "{name}: {} instructions", info.verified_insns);
+    }
+    Ok(())
+}
+
 #[test]
 fn aya_loads_both_variants() -> Result<()> {
     for (variant, bytes) in [("plain", OBJECT), ("with log", OBJECT_WITH_LOG)] {
@@ -70,9 +124,9 @@ fn aya_loads_both_variants() -> Result<()> {
         for name in PROGRAMS {
             let program = ebpf.program_mut(name).with_context(|| format!("no program {name}"))?;
             match program {
-                Program::CgroupSockAddr(program) => program.load(),
-                Program::SockOps(program) => program.load(),
-                Program::SchedClassifier(program) => program.load(),
+                AyaProgram::CgroupSockAddr(program) => program.load(),
+                AyaProgram::SockOps(program) => program.load(),
+                AyaProgram::SchedClassifier(program) => program.load(),
                 other => anyhow::bail!("{name} is a {:?}", other.prog_type()),
             }
             .with_context(|| format!("loading {name} {variant}"))?;

@@ -14,6 +14,8 @@ use crate::mesh::{Exclusions, InboundMode, LocalPod, Snapshot, Workload};
 const V4_OFFSET: u32 = 96;
 /// Bits of the pod id before the address in the exclusions' keys.
 const POD_BITS: u32 = 32;
+/// Value of `EXCLUDED_CIDRS`; it says nothing, being there is what counts.
+const EXCLUDED: u32 = 1;
 /// Pod id of what holds for every pod.
 pub const ALL_PODS: u32 = 0;
 
@@ -53,7 +55,7 @@ impl From<PortKey> for PortSlot {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rules {
     /// For `EXCLUDED_CIDRS`.
-    pub excluded: BTreeMap<Prefix<20>, ()>,
+    pub excluded: BTreeMap<Prefix<20>, u32>,
     /// For `PORT_RULES`.
     pub ports: BTreeMap<PortSlot, PortRule>,
 }
@@ -148,7 +150,7 @@ pub fn pod(id: u32, workload: &Workload, local: &LocalPod, capture_all: bool) ->
 
 impl Rules {
     fn exclude(&mut self, pod_id: u32, exclude: &Exclusions) {
-        self.excluded.extend(exclude.outbound_cidrs.iter().map(|n| (excluded_prefix(pod_id, *n), ())));
+        self.excluded.extend(exclude.outbound_cidrs.iter().map(|n| (excluded_prefix(pod_id, *n), EXCLUDED)));
         for &port in &exclude.outbound_ports {
             self.ports
                 .insert(PortSlot { pod_id, direction: DIRECTION_OUTBOUND, port }, PortRule { action: PORT_EXCLUDED });

@@ -294,7 +294,7 @@ async fn undo(inner: &Inner, candidate: &Candidate<'_>) {
     match captured.and(detached) {
         Ok(()) => registry.free(id),
         Err(e) => {
-            tracing::error!(workload = %key, error = %e, "cannot undo a failed enrolment; its number stays taken")
+            tracing::error!(workload = %key, error = %e, "cannot undo a failed enrolment; its number stays taken");
         }
     }
     registry.unclaim(netns.cookie());

@@ -184,7 +184,8 @@ fn attach_hook(program: &mut Program, cgroup: &File, cgroup_id: u64, pin: &Path)
 }
 
 fn new_link(program: &mut Program, cgroup: &File) -> Result<FdLink, Box<dyn std::error::Error>> {
-    let mode = CgroupAttachMode::AllowMultiple;
+    // No flags. A link always allows others beside it; `AllowMultiple` is for the older kind of attachment, and refused here.
+    let mode = CgroupAttachMode::Single;
     Ok(match program {
         Program::CgroupSockAddr(p) => {
             let id = p.attach(cgroup, mode)?;

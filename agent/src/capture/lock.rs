@@ -58,10 +58,20 @@ impl PinLock {
 
     /// Removes the file with the lock: for whoever leaves nothing behind.
     pub fn remove(self) -> Result<(), CaptureError> {
-        let Self { file, path } = self;
-        let removed = fs::remove_file(&path);
-        drop(file);
-        removed.map_err(|source| CaptureError::Path { action: "remove", path, source })
+        fs::remove_file(&self.path).map_err(|source| CaptureError::Path {
+            action: "remove",
+            path: self.path.clone(),
+            source,
+        })
+    }
+}
+
+impl Drop for PinLock {
+    fn drop(&mut self) {
+        // Closing is not enough: a child that is just being spawned has the same open file until it executes its program.
+        if let Err(e) = self.file.unlock() {
+            tracing::warn!(path = %self.path.display(), error = %e, "cannot unlock");
+        }
     }
 }
 

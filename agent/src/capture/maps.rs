@@ -33,15 +33,13 @@ pub const PINNED: [(&str, usize, usize, usize); 9] = [
     ("PODS", 8, size_of::<PodConfig>(), capacity::PODS),
     ("PODS_BY_ID", 4, size_of::<PodConfig>(), capacity::PODS),
     ("MESH", 4 + 16, size_of::<MeshEntry>(), capacity::MESH),
-    ("EXCLUDED_CIDRS", 4 + 20, EXCLUDED_VALUE, capacity::EXCLUDED_CIDRS),
+    ("EXCLUDED_CIDRS", 4 + 20, 4, capacity::EXCLUDED_CIDRS),
     ("PORT_RULES", size_of::<PortKey>(), size_of::<PortRule>(), capacity::PORT_RULES),
     ("SOCKETS", 4, size_of::<SocketState>(), 0),
     ("FLOWS", size_of::<FlowKey>(), size_of::<OriginalDestination>(), capacity::FLOWS),
     ("EVENTS", 0, 0, capacity::EVENTS_BYTES),
     ("COUNTERS", 4, 8, COUNTERS as usize),
 ];
-/// Size of the values of `EXCLUDED_CIDRS`, which say nothing: being there is what counts.
-const EXCLUDED_VALUE: usize = size_of::<u32>();
 
 /// The maps the agent reads and writes.
 pub struct Maps {
@@ -56,7 +54,7 @@ pub struct Tables {
     pods: Table<HashStore<u64, PodConfig>>,
     pods_by_id: Table<HashStore<u32, PodConfig>>,
     mesh: Table<TrieStore<16, MeshEntry>>,
-    excluded: Table<ExcludedStore>,
+    excluded: Table<TrieStore<20, u32>>,
     ports: Table<PortStore>,
 }
 
@@ -67,11 +65,7 @@ impl Maps {
             pods: Table::new("PODS", capacity::PODS, HashStore(typed(bpf, "PODS")?))?,
             pods_by_id: Table::new("PODS_BY_ID", capacity::PODS, HashStore(typed(bpf, "PODS_BY_ID")?))?,
             mesh: Table::new("MESH", capacity::MESH, TrieStore(typed(bpf, "MESH")?))?,
-            excluded: Table::new(
-                "EXCLUDED_CIDRS",
-                capacity::EXCLUDED_CIDRS,
-                ExcludedStore(TrieStore(typed(bpf, "EXCLUDED_CIDRS")?)),
-            )?,
+            excluded: Table::new("EXCLUDED_CIDRS", capacity::EXCLUDED_CIDRS, TrieStore(typed(bpf, "EXCLUDED_CIDRS")?))?,
             ports: Table::new("PORT_RULES", capacity::PORT_RULES, PortStore(typed(bpf, "PORT_RULES")?))?,
         };
         let maps = Self {
@@ -284,7 +278,7 @@ impl<K: aya::Pod + Ord, V: aya::Pod + PartialEq> Store for HashStore<K, V> {
     type Key = K;
     type Value = V;
 
-    fn entries(&self) -> Result<Vec<(K, V)>, String> {
+    fn entries(&self) -> Result<BTreeMap<K, V>, String> {
         self.0.iter().collect::<Result<_, _>>().map_err(|e| chain(&e))
     }
 
@@ -304,7 +298,7 @@ impl<const N: usize, V: aya::Pod + PartialEq> Store for TrieStore<N, V> {
     type Key = Prefix<N>;
     type Value = V;
 
-    fn entries(&self) -> Result<Vec<(Prefix<N>, V)>, String> {
+    fn entries(&self) -> Result<BTreeMap<Prefix<N>, V>, String> {
         let entry = |(k, v): (Key<[u8; N]>, V)| (Prefix { bytes: k.data(), bits: k.prefix_len() }, v);
         self.0.iter().map(|r| r.map(entry)).collect::<Result<_, _>>().map_err(|e| chain(&e))
     }
@@ -318,26 +312,6 @@ impl<const N: usize, V: aya::Pod + PartialEq> Store for TrieStore<N, V> {
     }
 }
 
-/// `EXCLUDED_CIDRS`: a set.
-struct ExcludedStore(TrieStore<20, u32>);
-
-impl Store for ExcludedStore {
-    type Key = Prefix<20>;
-    type Value = ();
-
-    fn entries(&self) -> Result<Vec<(Prefix<20>, ())>, String> {
-        Ok(self.0.entries()?.into_iter().map(|(k, _)| (k, ())).collect())
-    }
-
-    fn insert(&mut self, key: &Prefix<20>, (): &()) -> Result<(), String> {
-        self.0.insert(key, &1)
-    }
-
-    fn remove(&mut self, key: &Prefix<20>) -> Result<(), String> {
-        self.0.remove(key)
-    }
-}
-
 /// `PORT_RULES`, whose keys have no order of their own.
 struct PortStore(HashMap<MapData, PortKey, PortRule>);
 
@@ -345,7 +319,7 @@ impl Store for PortStore {
     type Key = PortSlot;
     type Value = PortRule;
 
-    fn entries(&self) -> Result<Vec<(PortSlot, PortRule)>, String> {
+    fn entries(&self) -> Result<BTreeMap<PortSlot, PortRule>, String> {
         self.0.iter().map(|r| r.map(|(k, v)| (k.into(), v))).collect::<Result<_, _>>().map_err(|e| chain(&e))
     }
 

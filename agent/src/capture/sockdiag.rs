@@ -7,8 +7,8 @@ use std::{
 };
 
 use netlink_packet_sock_diag::{
-    AF_INET, AF_INET6, IPPROTO_TCP, SockDiagDestroy, SockDiagMessage, TCP_LISTEN, TCP_SYN_SENT, TCP_TIME_WAIT,
-    inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags},
+    AF_INET, AF_INET6, IPPROTO_TCP, SockDiagDestroy, SockDiagMessage, TCP_LISTEN, TCP_SYN_SENT,
+    inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags, Timer},
 };
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use tracing::debug;
@@ -30,23 +30,27 @@ pub async fn destroy_plaintext(netns: &Netns, strict: impl Fn(u16) -> bool + Sen
         let first = sockets(&mut channel, &StateFlags::all())?;
         // Again, because the list is no snapshot: the other end of something seen above is in one of the two.
         let second = sockets(&mut channel, &StateFlags::all())?;
-        let mut destroyed = 0;
+        let (mut destroyed, mut failure) = (0, None);
         for id in plaintext(&first, &second, strict) {
             match destroy(&mut channel, &id) {
                 Ok(()) => destroyed += 1,
                 // Ended by itself meanwhile.
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-                Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
-                    return Err(io::Error::new(
-                        io::ErrorKind::Unsupported,
-                        "the kernel cannot destroy sockets (CONFIG_INET_DIAG_DESTROY); restart the pod to end plaintext connections",
-                    ));
-                }
-                Err(error) => return Err(error),
+                // Whatever stands in the way of one must not save the others.
+                Err(error) => failure = Some(error),
             }
         }
         debug!(destroyed, sockets = first.len(), "plaintext connections ended");
-        Ok(destroyed)
+        match failure {
+            None => Ok(destroyed),
+            Some(error) => Err(io::Error::new(
+                error.kind(),
+                format!(
+                    "not every plaintext connection could be ended ({destroyed} were): {error}; the kernel needs \
+                     CONFIG_INET_DIAG_DESTROY, without it restart the pod"
+                ),
+            )),
+        }
     })
     .await
     .map_err(io::Error::other)?
@@ -82,7 +86,9 @@ fn plaintext(
         .iter()
         .filter(|socket| {
             let port = socket.socket_id.source_port;
-            !matches!(socket.state, TCP_LISTEN | TCP_SYN_SENT | TCP_TIME_WAIT)
+            // The time-wait timer also runs for sockets shown as FIN_WAIT2: no application, no data, and kernel 6.1 cannot end them.
+            !matches!(socket.state, TCP_LISTEN | TCP_SYN_SENT)
+                && socket.timer != Some(Timer::TimeWait)
                 && listening.contains(&port)
                 && !is_agent_port(port)
                 && strict(port)

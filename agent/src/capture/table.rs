@@ -11,7 +11,7 @@ pub trait Store {
     /// As the programs read it.
     type Value: PartialEq + Copy;
     /// All entries.
-    fn entries(&self) -> Result<Vec<(Self::Key, Self::Value)>, String>;
+    fn entries(&self) -> Result<BTreeMap<Self::Key, Self::Value>, String>;
     /// Inserts or replaces one.
     fn insert(&mut self, key: &Self::Key, value: &Self::Value) -> Result<(), String>;
     /// Removes one; no error when it was not there.
@@ -60,9 +60,9 @@ pub fn difference<K: Ord + Copy, V: PartialEq + Copy>(
 impl<S: Store> Table<S> {
     /// Reads what the map holds.
     pub fn new(name: &'static str, capacity: usize, store: S) -> Result<Self, CaptureError> {
-        let entries =
+        let mirror =
             store.entries().map_err(|reason| CaptureError::Bpf { action: format!("read map {name}"), reason })?;
-        Ok(Self { name, capacity, store, mirror: entries.into_iter().collect() })
+        Ok(Self { name, capacity, store, mirror })
     }
 
     /// What the map holds.

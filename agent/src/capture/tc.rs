@@ -42,9 +42,8 @@ impl Method {
     pub fn choose(mode: TcMode) -> Result<Self, CaptureError> {
         let tcx = KernelVersion::current().is_ok_and(|v| v.code() >= KernelVersion::new(6, 6, 0).code());
         match mode {
-            TcMode::Auto if tcx => Ok(Self::Tcx),
+            TcMode::Auto | TcMode::Tcx if tcx => Ok(Self::Tcx),
             TcMode::Auto | TcMode::Clsact => Ok(Self::Clsact),
-            TcMode::Tcx if tcx => Ok(Self::Tcx),
             TcMode::Tcx => Err(CaptureError::Bpf {
                 action: "attach tc programs as tcx links".to_owned(),
                 reason: "this kernel is older than 6.6; use clsact".to_owned(),

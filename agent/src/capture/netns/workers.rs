@@ -42,6 +42,13 @@ impl Workers {
         if let Some(workers) = *shared {
             return Ok(workers);
         }
+        let workers = Self::start()?;
+        *shared = Some(workers);
+        Ok(workers)
+    }
+
+    /// Starts threads of their own, which run as long as the process.
+    pub(super) fn start() -> io::Result<&'static Self> {
         let homes = (0..THREADS).map(|_| File::open(OWN)).collect::<io::Result<Vec<_>>>()?;
         let workers: &'static Self =
             Box::leak(Box::new(Self { queue: Mutex::new(VecDeque::new()), wake: Condvar::new() }));
@@ -53,7 +60,6 @@ impl Workers {
                 Err(error) => error!(%error, started, "fewer namespace worker threads than wanted"),
             }
         }
-        *shared = Some(workers);
         Ok(workers)
     }
 

@@ -16,7 +16,7 @@ use std::{
 
 use socket2::{Domain, Socket, Type};
 
-use super::Netns;
+use super::{Netns, workers::Workers};
 use crate::{
     capture::{
         EnrollError,
@@ -49,6 +49,12 @@ impl TestNamespace {
 
     pub(in crate::capture) fn open(&self) -> Arc<Netns> {
         Netns::open(&self.path()).expect("a namespace that was just made")
+    }
+
+    /// Opens it on workers that no other test uses.
+    fn open_apart(&self, workers: &'static Workers) -> Arc<Netns> {
+        let shared = self.open();
+        Arc::new(Netns { workers, ..(*shared).clone() })
     }
 
     /// Runs `ip -n NAME ...`.
@@ -173,7 +179,8 @@ async fn a_panic_reaches_the_caller_and_the_workers_live_on() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_pod_holds_up_itself_only() {
     let (slow, other) = (TestNamespace::new(), TestNamespace::new());
-    let (slow, other) = (slow.open(), other.open());
+    let workers = Workers::start().expect("workers");
+    let (slow, other) = (slow.open_apart(workers), other.open_apart(workers));
     let (release, blocked) = mpsc::channel::<()>();
     let blocked = Arc::new(std::sync::Mutex::new(blocked));
     let jobs: Vec<_> = (0..8)
@@ -213,12 +220,11 @@ async fn an_idle_worker_does_not_keep_a_namespace_alive() {
     let client = (client.open(), client);
     let mut watch = interfaces::watch(&client.0).await.expect("watch");
     let Some(Change::New(eth0)) = watch.next().await else { panic!("eth0 is there") };
-    let netns = pod.open();
+    let netns = pod.open_apart(Workers::start().expect("workers"));
     netns.run(cookie_here).await;
     drop((netns, pod));
     // The other end of the pod's interface goes when the kernel really ends the namespace.
     let change = tokio::time::timeout(PATIENCE, watch.next()).await.expect("the namespace ended");
-    // The carrier goes first.
     assert_eq!(change, Some(Change::Gone(eth0.index)));
 }
 
@@ -226,7 +232,8 @@ async fn an_idle_worker_does_not_keep_a_namespace_alive() {
 async fn a_run_costs_far_less_than_a_handshake() {
     const RUNS: u32 = 2000;
     let (first, second) = (TestNamespace::new(), TestNamespace::new());
-    let (first, second) = (first.open(), second.open());
+    let workers = Workers::start().expect("workers");
+    let (first, second) = (first.open_apart(workers), second.open_apart(workers));
     let started = Instant::now();
     for _ in 0..RUNS {
         first.run(|| ()).await;

@@ -11,7 +11,7 @@ use socket2::{Domain, SockRef, Socket};
 use super::*;
 use crate::capture::{
     netns::tests::{PATIENCE, counting_mark, pod_and_client},
-    routes, sockets,
+    routes, sockets as agent_sockets,
 };
 
 /// Both ends of a connection.
@@ -61,8 +61,8 @@ async fn from_agent(name: &'static str, pod: &Netns, source: &str, to: &str, lis
     let (source, to): (IpAddr, SocketAddr) = (source.parse().expect("address"), to.parse().expect("address"));
     let (mark, _) = counting_mark();
     let dialled = pod.run(move || {
-        let socket = sockets::application(Domain::for_address(to), &*mark)?;
-        sockets::bind_to_client(&socket, source)?;
+        let socket = agent_sockets::application(Domain::for_address(to), &*mark)?;
+        agent_sockets::bind_to_client(&socket, source)?;
         socket.set_nonblocking(false)?;
         socket.connect_timeout(&to.into(), PATIENCE).map(|()| TcpStream::from(socket))
     });
@@ -159,6 +159,38 @@ async fn a_list_of_many_datagrams_is_read_whole() {
     assert_eq!(dialled.as_ref().map(Vec::len).expect("connect"), MANY);
     assert_eq!(destroy_plaintext(&pod, |port| port == 80).await.expect("destroy"), MANY);
     drop(listener);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handshake_under_way_does_not_slip_through() {
+    let (pod_namespace, client_namespace) = pod_and_client();
+    client_namespace.ip(&["addr", "add", "10.77.0.9/24", "dev", "eth0"]);
+    // The pod's answers go to nobody, so the connection stays half open.
+    pod_namespace.ip(&["neigh", "add", "10.77.0.9", "lladdr", "02:00:00:00:00:99", "dev", "eth0"]);
+    let (pod, client) = (pod_namespace.open(), client_namespace.open());
+    let _listener = listen(&pod, "0.0.0.0:80").await;
+    let dialling = client
+        .run(|| {
+            let socket = Socket::new(Domain::IPV4, socket2::Type::STREAM.nonblocking(), None)?;
+            socket.bind(&SocketAddr::from(([10, 77, 0, 9], 0)).into())?;
+            match socket.connect(&SocketAddr::from(([10, 77, 0, 2], 80)).into()) {
+                Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+                _ => Ok(socket),
+            }
+        })
+        .await
+        .expect("connect");
+    let half_open = || async {
+        pod.run(|| {
+            let states = StateFlags::SYN_RECV;
+            sockets(&mut Channel::open(NETLINK_SOCK_DIAG).expect("channel"), &states).expect("list").len()
+        })
+        .await
+    };
+    assert_eq!(half_open().await, 1, "the kernel handles the SYN while it sends it");
+    assert_eq!(destroy_plaintext(&pod, |_| true).await.expect("destroy"), 1);
+    drop(dialling);
+    assert_eq!(half_open().await, 0);
 }
 
 #[tokio::test]

@@ -1,1 +1,33 @@
+//! Tests of the whole: pure ones, and ones with real programs in cgroups, pin directories and namespaces of their own. These need root.
 
+mod cleanup;
+mod desired;
+mod enrol;
+mod lab;
+mod pins;
+mod restart;
+mod scene;
+mod start;
+mod table;
+
+use crate::mesh::{Exclusions, InboundMode, LocalPod, Protocol, Workload, WorkloadKey};
+
+/// A workload with one address; local when it has a namespace.
+fn workload(name: &str, address: &str, netns: Option<&str>) -> Workload {
+    Workload {
+        key: WorkloadKey { namespace: "default".into(), name: name.into() },
+        identity: format!("spiffe://cluster.local/ns/default/sa/{name}").parse().unwrap(),
+        node: "node".into(),
+        addresses: vec![address.parse().unwrap()],
+        protocol: Protocol::Underpass,
+        mode: InboundMode::Permissive,
+        port_modes: Vec::new(),
+        local: netns.map(|netns| LocalPod {
+            netns: netns.into(),
+            cgroup: None,
+            exclude: Exclusions::default(),
+            capture_all: false,
+            files: None,
+        }),
+    }
+}
