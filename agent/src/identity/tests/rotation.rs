@@ -21,7 +21,7 @@ async fn no_handshake_fails_while_everything_is_replaced() {
     // Two agents that share the directory.
     let mut agents = Vec::new();
     for name in ["client", "server"] {
-        let issuer = Arc::new(LocalIssuer::open(&ca, &domain(), Duration::from_secs(2)).unwrap());
+        let issuer = Arc::new(LocalIssuer::open(&ca, &domain(), Duration::from_secs(3)).unwrap());
         let store = CertificateStore::new(Arc::clone(&issuer) as _);
         store.want(set(&[name]));
         let run = tokio::spawn(Arc::clone(&store).run());
