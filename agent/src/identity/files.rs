@@ -3,7 +3,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -13,7 +16,7 @@ use rustls::pki_types::{
     pem::{self, PemObject},
 };
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
-use tokio::{task::spawn_blocking, time::sleep};
+use tokio::{task::spawn_blocking, time::timeout};
 use tracing::warn;
 use zeroize::Zeroizing;
 
@@ -29,6 +32,7 @@ const MAX_FILE: u64 = 1024 * 1024;
 pub struct FilesIssuer {
     files: Mutex<BTreeMap<SpiffeId, CertificateFiles>>,
     watch: Watch,
+    all_watched: AtomicBool,
 }
 
 impl FilesIssuer {
@@ -39,7 +43,7 @@ impl FilesIssuer {
             path: "certificate files".into(),
             reason: format!("{e}; raise fs.inotify.max_user_instances if it is exhausted"),
         })?;
-        let issuer = Self { files: Mutex::new(files), watch };
+        let issuer = Self { files: Mutex::new(files), watch, all_watched: AtomicBool::new(false) };
         issuer.watch_directories(true);
         Ok(issuer)
     }
@@ -71,6 +75,7 @@ impl FilesIssuer {
                 warn!(directory = %directory.display(), %error, "cannot watch for changes; reading every 10 s instead");
             }
         }
+        self.all_watched.store(failed.is_empty(), Relaxed);
         failed.is_empty()
     }
 }
@@ -97,16 +102,15 @@ impl Issuer for FilesIssuer {
 
     fn changed(&self) -> BoxFuture<'_, ()> {
         Box::pin(async move {
-            while !self.watch_directories(false) {
-                tokio::select! {
-                    () = self.watch.changed() => return,
-                    () = sleep(RETRY_WATCH) => {
-                        self.watch_directories(false);
-                        return;
-                    }
+            let before = self.all_watched.load(Relaxed);
+            match (before, self.watch_directories(false)) {
+                // What happened before the watch began is not known.
+                (false, true) => {}
+                (true, true) => self.watch.changed().await,
+                (_, false) => {
+                    let _ = timeout(RETRY_WATCH, self.watch.changed()).await;
                 }
             }
-            self.watch.changed().await;
         })
     }
 }

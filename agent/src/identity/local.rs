@@ -27,11 +27,11 @@ use super::{
 use crate::mesh::{SpiffeId, TrustDomain};
 
 /// Validity of a root.
-const ROOT_VALIDITY: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+const ROOT_VALIDITY: Duration = Duration::from_hours(10 * 365 * 24);
 /// A root is replaced when less than this is left of it.
-const ROOT_REPLACED_BEFORE: Duration = Duration::from_secs(365 * 24 * 3600);
+const ROOT_REPLACED_BEFORE: Duration = Duration::from_hours(365 * 24);
 /// Certificates start this long before they are issued, so that a peer whose clock is a little behind accepts them.
-const BACKDATE: Duration = Duration::from_secs(60);
+const BACKDATE: Duration = Duration::from_mins(1);
 /// Shortest lifetime: dates in certificates have a resolution of a second.
 const MIN_LIFETIME: Duration = Duration::from_secs(2);
 
@@ -265,9 +265,9 @@ impl Ca {
         let serial = serial();
         let mut name = DistinguishedName::new();
         // Unique, so that a chain is never tried with a root that only has the same name.
-        let id: String = serial.to_bytes().iter().take(4).map(|b| format!("{b:02x}")).collect();
+        let id = rand::random::<u32>();
         name.push(DnType::OrganizationName, "Underpass local CA");
-        name.push(DnType::CommonName, format!("{} {id}", self.trust_domain));
+        name.push(DnType::CommonName, format!("{} {id:08x}", self.trust_domain));
         let now = SystemTime::now();
         let mut params = CertificateParams::default();
         params.serial_number = Some(serial);

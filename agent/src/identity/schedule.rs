@@ -5,9 +5,9 @@ use std::time::{Duration, SystemTime};
 use super::Svid;
 
 /// First and longest pause after a failed attempt, for certificates that live for hours.
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(1));
 /// Longest pause until a certificate that is already past its half-life is looked at again.
-const MAX_RECHECK: Duration = Duration::from_secs(600);
+const MAX_RECHECK: Duration = Duration::from_mins(10);
 /// The half-life is varied by this fraction both ways, so that a node's certificates do not all renew at once.
 const JITTER: f64 = 0.1;
 

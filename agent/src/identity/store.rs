@@ -22,7 +22,7 @@ const MAX_ISSUING: usize = 8;
 /// One attempt may take this long.
 const ISSUE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest sleep: due times are wall-clock times, and the wall clock may be set or the machine suspended.
-const MAX_SLEEP: Duration = Duration::from_secs(60);
+const MAX_SLEEP: Duration = Duration::from_mins(1);
 
 /// Current certificates by identity. Renewed at half-life with jitter; a failed renewal keeps the old one while it is
 /// valid and is retried with backoff.

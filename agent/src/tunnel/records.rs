@@ -25,7 +25,7 @@ pub const MAX_RECORD: usize = HEADER + MAX_PLAINTEXT + 256;
 /// Bytes of a record's header: content type, version, length.
 pub(super) const HEADER: usize = 5;
 
-/// Consecutive records without application data that are put up with; the same bound as BoringSSL's `kMaxKeyUpdates`.
+/// Consecutive records without application data that are put up with; `kMaxKeyUpdates` of other implementations.
 const MAX_QUIET_RECORDS: u8 = 32;
 /// Largest post-handshake message kept while it is incomplete: a ticket of 2^16-1 bytes with nonce and extensions.
 const MAX_HANDSHAKE_MESSAGE: usize = 4 + 0xffff + 512;

@@ -295,4 +295,31 @@ proptest! {
         };
         prop_assert!(!matches!(server.open(&mut wire), Ok(Some(_))));
     }
+
+    #[test]
+    fn whatever_an_authenticated_peer_sends_is_survived(
+        messages in proptest::collection::vec(
+            (prop_oneof![Just(21_u8), Just(22), Just(23), any::<u8>()], prop_oneof![
+                proptest::collection::vec(any::<u8>(), 0..60),
+                // Something like a handshake message.
+                (prop_oneof![Just(4_u8), Just(24)], 0..40_u8, proptest::collection::vec(any::<u8>(), 0..40))
+                    .prop_map(|(typ, length, body)| [vec![typ, 0, 0, length], body].concat()),
+            ]),
+            1..8,
+        ),
+    ) {
+        let (mut client, mut server) = pair();
+        for (typ, message) in messages {
+            let mut wire = server.seal_as(typ.into(), &message).unwrap();
+            match client.open(&mut wire) {
+                Ok(Some((Opened::Data(range), length))) => {
+                    prop_assert_eq!(length, wire.len());
+                    prop_assert_eq!(&wire[range], &message[..]);
+                }
+                Ok(Some((Opened::CloseNotify | Opened::Alert(_), _))) | Err(_) => break,
+                Ok(Some((Opened::Control, length))) => prop_assert_eq!(length, wire.len()),
+                Ok(None) => prop_assert!(false, "a whole record was taken for a part"),
+            }
+        }
+    }
 }

@@ -141,7 +141,7 @@ pub(super) fn unchecked(
         roots_id: [0; 32],
         serial: "00".into(),
         not_before: std::time::SystemTime::UNIX_EPOCH,
-        not_after: std::time::SystemTime::now() + Duration::from_secs(3600),
+        not_after: std::time::SystemTime::now() + Duration::from_hours(1),
     }
 }
 
