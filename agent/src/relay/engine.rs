@@ -111,9 +111,7 @@ impl Relay {
     pub fn submit(&self, job: Job) {
         let Job { application, upstream, connection, guard } = job;
         let (upstream, path) = match upstream {
-            Upstream::Plain(socket) => {
-                (socket, Path::Plain { outward: Plain::default(), inward: Plain::default() })
-            }
+            Upstream::Plain(socket) => (socket, Path::Plain { outward: Plain::default(), inward: Plain::default() }),
             Upstream::Tunnel(session) => match session.into_parts() {
                 Ok((socket, records, unread, plaintext, _)) => {
                     connection.received.store(plaintext.len() as u64, Relaxed);

@@ -128,7 +128,7 @@ fn a_reset_under_load_crosses() {
         let mut client = ends.client;
         let sender = thread::spawn(move || {
             for _ in 0..200 {
-                client.write_all(&[7; 32 << 10]).expect("sending");
+                client.write_all(&vec![7; 32 << 10]).expect("sending");
             }
             reset(client);
         });
