@@ -289,3 +289,19 @@ fn a_reset_behind_the_end_is_noticed() {
     reset(half.tunnel);
     assert_eq!(half.watched.ended(), CloseReason::UpstreamReset);
 }
+
+/// A socket that was reset before the relay got it.
+#[test]
+fn a_reset_before_the_hand_over_crosses() {
+    let node = Node::new();
+    for application in [true, false] {
+        let ((client, inner), (outer, server)) = (sockets(), sockets());
+        let (resetting, other) = if application { (client, server) } else { (server, client) };
+        reset(resetting);
+        let path = Path::Plain { outward: Plain::default(), inward: Plain::default() };
+        let watched = node.place(node.add(Direction::Outbound, DataPath::Plain), inner, outer, path);
+        assert_reset(&other);
+        let expected = if application { CloseReason::ApplicationReset } else { CloseReason::UpstreamReset };
+        assert_eq!(watched.ended(), expected);
+    }
+}
