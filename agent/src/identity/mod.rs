@@ -4,11 +4,14 @@
 //! no type here that holds one derives `Debug`.
 
 mod certificate;
+mod directory;
 mod files;
 mod local;
+mod schedule;
 mod store;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use futures_util::future::BoxFuture;
 

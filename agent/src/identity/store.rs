@@ -1,48 +1,201 @@
 //! Keeps a valid certificate for every local identity.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
 
-use tokio::sync::watch;
+use arc_swap::ArcSwap;
+use tokio::{
+    sync::watch,
+    task::{Id, JoinSet},
+    time::{sleep, timeout},
+};
+use tracing::{debug, warn};
 
-use super::{Issuer, Svid};
+use super::{IssueError, Issuer, Svid, schedule::Slot};
 use crate::mesh::SpiffeId;
+
+/// Certificates issued at the same time.
+const MAX_ISSUING: usize = 8;
+/// One attempt may take this long.
+const ISSUE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest sleep: due times are wall-clock times, and the wall clock may be set or the machine suspended.
+const MAX_SLEEP: Duration = Duration::from_mins(1);
 
 /// Current certificates by identity. Renewed at half-life with jitter; a failed renewal keeps the old one while it is
 /// valid and is retried with backoff.
-pub struct CertificateStore {}
+pub struct CertificateStore {
+    issuer: Arc<dyn Issuer>,
+    wanted: watch::Sender<BTreeSet<SpiffeId>>,
+    current: ArcSwap<HashMap<SpiffeId, Arc<Svid>>>,
+    /// Held while `wanted` or `current` change, so that no certificate appears for an identity that is dropped meanwhile.
+    writing: Mutex<()>,
+    version: watch::Sender<u64>,
+}
 
 impl CertificateStore {
     /// A store fed by `issuer`.
     pub fn new(issuer: Arc<dyn Issuer>) -> Arc<Self> {
-        let _ = issuer;
-        todo!()
+        Arc::new(Self {
+            issuer,
+            wanted: watch::Sender::default(),
+            current: ArcSwap::default(),
+            writing: Mutex::default(),
+            version: watch::Sender::default(),
+        })
     }
 
     /// Sets which identities are kept; new ones are issued at once, others dropped.
     pub fn want(&self, identities: BTreeSet<SpiffeId>) {
-        let _ = identities;
-        todo!()
+        let _guard = self.write();
+        if self.current.load().keys().any(|id| !identities.contains(id)) {
+            let mut kept = HashMap::clone(&self.current.load());
+            kept.retain(|id, _| identities.contains(id));
+            self.replace(kept);
+        }
+        self.wanted.send_if_modified(|wanted| {
+            let changed = *wanted != identities;
+            *wanted = identities;
+            changed
+        });
     }
 
     /// The current certificate, if there is one that is valid now.
     pub fn current(&self, identity: &SpiffeId) -> Option<Arc<Svid>> {
-        let _ = identity;
-        todo!()
+        self.current.load().get(identity).filter(|s| s.valid_at(SystemTime::now())).cloned()
     }
 
     /// Waits until `identity` has a certificate, at most `limit`.
     pub async fn wait_for(&self, identity: &SpiffeId, limit: Duration) -> Option<Arc<Svid>> {
-        let _ = (identity, limit);
-        todo!()
+        let mut changes = self.subscribe();
+        timeout(limit, async {
+            loop {
+                if let Some(svid) = self.current(identity) {
+                    return Some(svid);
+                }
+                changes.changed().await.ok()?;
+            }
+        })
+        .await
+        .ok()?
     }
 
     /// Counts up whenever any certificate changed.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
-        todo!()
+        self.version.subscribe()
     }
 
     /// Issues and renews until cancelled (dropped).
     pub async fn run(self: Arc<Self>) {
-        todo!()
+        let mut wanted = self.wanted.subscribe();
+        wanted.mark_changed();
+        let mut changed = self.issuer.changed();
+        let mut slots: BTreeMap<SpiffeId, Slot> = BTreeMap::new();
+        let mut issuing: JoinSet<Result<Svid, IssueError>> = JoinSet::new();
+        let mut tasks: HashMap<Id, SpiffeId> = HashMap::new();
+        loop {
+            let pause = self.start_due(&mut slots, &mut issuing, &mut tasks);
+            tokio::select! {
+                _ = wanted.changed() => {
+                    let wanted = wanted.borrow_and_update();
+                    slots.retain(|id, _| wanted.contains(id));
+                    for id in wanted.iter() {
+                        slots.entry(id.clone()).or_default();
+                    }
+                }
+                () = &mut changed => {
+                    debug!(issuer = self.issuer.name(), "material changed, every certificate is issued again");
+                    changed = self.issuer.changed();
+                    slots.values_mut().for_each(Slot::at_once);
+                }
+                Some(done) = issuing.join_next_with_id() => {
+                    let (task, outcome) = match done {
+                        Ok((task, outcome)) => (task, Some(outcome)),
+                        Err(panicked) => (panicked.id(), None),
+                    };
+                    if let Some(id) = tasks.remove(&task)
+                        && let Some(slot) = slots.get_mut(&id)
+                    {
+                        self.finish(&id, slot, outcome);
+                    }
+                }
+                () = sleep(pause) => {}
+            }
+        }
+    }
+
+    /// Starts what is due and returns how long nothing else will be.
+    fn start_due(
+        &self,
+        slots: &mut BTreeMap<SpiffeId, Slot>,
+        issuing: &mut JoinSet<Result<Svid, IssueError>>,
+        tasks: &mut HashMap<Id, SpiffeId>,
+    ) -> Duration {
+        let now = SystemTime::now();
+        let mut pause = MAX_SLEEP;
+        for (id, slot) in slots {
+            let Some(wait) = slot.wait(now) else { continue };
+            if !wait.is_zero() {
+                pause = pause.min(wait);
+            } else if issuing.len() < MAX_ISSUING {
+                slot.start();
+                let (issuer, identity) = (Arc::clone(&self.issuer), id.clone());
+                let task = issuing.spawn(async move {
+                    timeout(ISSUE_TIMEOUT, issuer.issue(&identity)).await.unwrap_or_else(|_| {
+                        Err(IssueError::Signing { identity: identity.clone(), reason: "no answer within 10 s".into() })
+                    })
+                });
+                tasks.insert(task.id(), id.clone());
+            }
+        }
+        pause
+    }
+
+    fn finish(&self, id: &SpiffeId, slot: &mut Slot, outcome: Option<Result<Svid, IssueError>>) {
+        let now = SystemTime::now();
+        let old = self.current.load().get(id).cloned();
+        let outcome = outcome
+            .unwrap_or_else(|| Err(IssueError::Signing { identity: id.clone(), reason: "the issuer panicked".into() }));
+        match outcome {
+            Ok(svid) if svid.valid_at(now) && svid.identity == *id => {
+                slot.issued(&svid, now);
+                let same = old.is_some_and(|o| {
+                    o.serial == svid.serial && o.roots_id == svid.roots_id && o.certified.cert == svid.certified.cert
+                });
+                debug!(identity = %id, serial = svid.serial, renewed = !same, "certificate");
+                if !same {
+                    self.put(svid);
+                }
+            }
+            Ok(svid) => {
+                let retry = slot.failed(old.as_deref(), now);
+                warn!(identity = %id, got = %svid.identity, ?retry, "issuer returned a certificate that is of somebody else or not valid now");
+            }
+            Err(error) => {
+                let retry = slot.failed(old.as_deref(), now);
+                let still_valid = old.is_some_and(|o| o.valid_at(now));
+                warn!(identity = %id, issuer = self.issuer.name(), %error, ?retry, still_valid, "no new certificate");
+            }
+        }
+    }
+
+    fn put(&self, svid: Svid) {
+        let _guard = self.write();
+        if self.wanted.borrow().contains(&svid.identity) {
+            let mut certificates = HashMap::clone(&self.current.load());
+            certificates.insert(svid.identity.clone(), Arc::new(svid));
+            self.replace(certificates);
+        }
+    }
+
+    fn replace(&self, certificates: HashMap<SpiffeId, Arc<Svid>>) {
+        self.current.store(Arc::new(certificates));
+        self.version.send_modify(|v| *v += 1);
+    }
+
+    fn write(&self) -> MutexGuard<'_, ()> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

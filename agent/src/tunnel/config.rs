@@ -40,7 +40,7 @@ const TICKETS_PER_PAIR: usize = 8;
 /// Tickets a server sends: one to use and one for a second connection at the same time.
 const TICKETS_SENT: usize = 2;
 /// Pairs whose configurations are kept; beyond that they are built anew.
-const MAX_CLIENTS: usize = 16 * 1024;
+const MAX_CLIENTS: usize = 4096;
 /// Local identities whose configurations are kept; more than a node has pods.
 const MAX_SERVERS: usize = 4096;
 
@@ -188,10 +188,13 @@ fn built<T>(config: Result<T, Error>, local: &SpiffeId) -> Option<T> {
     config.inspect_err(|error| tracing::error!(identity = %local, %error, "TLS configuration cannot be built")).ok()
 }
 
+/// The certificate, and what was built from it.
+type Built<V> = (Arc<Svid>, Arc<V>);
+
 /// Values built from a certificate, until it is replaced.
 struct Cache<K, V> {
     capacity: usize,
-    entries: Mutex<HashMap<K, (Arc<Svid>, Arc<V>)>>,
+    entries: Mutex<HashMap<K, Built<V>>>,
 }
 
 impl<K: Eq + Hash, V> Cache<K, V> {
@@ -204,7 +207,7 @@ impl<K: Eq + Hash, V> Cache<K, V> {
         &self,
         key: K,
         svid: &Arc<Svid>,
-        build: impl FnOnce(Option<&(Arc<Svid>, Arc<V>)>) -> Result<Arc<V>, Error>,
+        build: impl FnOnce(Option<&Built<V>>) -> Result<Arc<V>, Error>,
     ) -> Result<Arc<V>, Error> {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         let old = entries.get(&key);

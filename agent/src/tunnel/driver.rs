@@ -130,7 +130,6 @@ impl<C: Unbuffered> Driver<C> {
     }
 
     fn process(&mut self) -> Next {
-        let handshaking = self.connection.common().is_handshaking();
         let UnbufferedStatus { discard, state, .. } = self.connection.process(&mut self.incoming[..self.shown]);
         let next = match state {
             Ok(ConnectionState::EncodeTlsData(mut data)) => match encode(&mut data, &mut self.outgoing) {
@@ -143,14 +142,17 @@ impl<C: Unbuffered> Driver<C> {
                 Next::Again
             }
             Ok(ConnectionState::BlockedHandshake) => Next::Receive,
-            Ok(ConnectionState::WriteTraffic(_)) if handshaking => Next::Again,
             Ok(ConnectionState::WriteTraffic(_)) => Next::Done,
             Ok(other) => Next::Failed(unexpected(&format!("{other:?}"))),
             Err(error) => Next::Failed(error),
         };
         self.incoming.drain(..discard);
         self.shown -= discard;
-        next
+        match next {
+            // Data could already be sent, but the peer has not proved itself yet.
+            Next::Done if self.connection.common().is_handshaking() => Next::Receive,
+            next => next,
+        }
     }
 
     /// Shows rustls one more record, or says how many bytes are missing for that.

@@ -57,7 +57,8 @@ async fn handshake<C: Unbuffered>(
 ) -> Result<Session, TunnelError> {
     loop {
         let step = driver.advance();
-        if !driver.outgoing.is_empty() {
+        let sending = !driver.outgoing.is_empty();
+        if sending {
             let sent = stream.write_all(&driver.outgoing).await;
             driver.outgoing.clear();
             match (&step, sent) {
@@ -78,12 +79,15 @@ async fn handshake<C: Unbuffered>(
                 Ok(_) => {}
                 Err(source) => return Err(TunnelError::Io { action: "receiving the TLS handshake", source }),
             },
-            // No answer: whoever speaks something else would not understand it. Unread bytes make the close a reset.
+            // A reset is the only answer that every protocol understands.
             Err(DriverError::NotTls(detail)) => {
+                let _ = stream.set_zero_linger();
                 return Err(TunnelError::Refused { reason: RefusalReason::NotTls, detail });
             }
             Err(DriverError::Tls(error)) => {
-                drain(stream).await;
+                if sending {
+                    drain(stream).await;
+                }
                 return Err(refusal(&error));
             }
         }

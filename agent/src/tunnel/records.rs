@@ -25,13 +25,17 @@ pub const MAX_RECORD: usize = HEADER + MAX_PLAINTEXT + 256;
 /// Bytes of a record's header: content type, version, length.
 pub(super) const HEADER: usize = 5;
 
-/// Consecutive records without application data that are put up with; the same bound as BoringSSL's `kMaxKeyUpdates`.
+/// Consecutive records without application data that are put up with; `kMaxKeyUpdates` of other implementations.
 const MAX_QUIET_RECORDS: u8 = 32;
 /// Largest post-handshake message kept while it is incomplete: a ticket of 2^16-1 bytes with nonce and extensions.
 const MAX_HANDSHAKE_MESSAGE: usize = 4 + 0xffff + 512;
 /// Rekeying starts this many records before the cipher's confidentiality limit, so that everything already under way
 /// still fits (half of AES-GCM's 2^24 records of RFC 8446, section 5.5).
 const REKEY_MARGIN: u64 = 1 << 23;
+/// `KeyUpdateRequest` (RFC 8446, section 4.6.3).
+const UPDATE_NOT_REQUESTED: u8 = 0;
+/// The sender wants our next keys too.
+pub(super) const UPDATE_REQUESTED: u8 = 1;
 
 /// A record that cannot be accepted; the connection is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -154,19 +158,30 @@ impl Records {
         if !self.update_requested && self.tx_sequence < self.rekey_at {
             return None;
         }
-        // RFC 8446, section 4.6.3. The peer need not answer: its own keys age with its own records.
-        const UPDATE_NOT_REQUESTED: u8 = 0;
-        let message = [u8::from(HandshakeType::KeyUpdate), 0, 0, 1, UPDATE_NOT_REQUESTED];
-        // A failure leaves the old keys in place; `seal` stops at their limit.
-        let (sequence, next) = self.next_tx()?;
-        let record = self.seal_as(ContentType::Handshake, &message).ok()?;
+        // The peer need not answer: its own keys age with its own records.
+        self.update_tx(UPDATE_NOT_REQUESTED)
+    }
+
+    /// Seals a key update and goes on with the next keys. A failure leaves the old ones in place; sealing stops at their limit.
+    pub(super) fn update_tx(&mut self, request: u8) -> Option<Vec<u8>> {
+        if self.tx_sequence >= self.tx_limit {
+            return None;
+        }
+        let next = match &mut self.schedule {
+            Schedule::Client(c) => c.update_tx_secret(),
+            Schedule::Server(s) => s.update_tx_secret(),
+        };
+        let (sequence, secrets) = next.ok()?;
+        let next = encrypter(self.suite.aead_alg, secrets, sequence).ok()?;
+        let record = self.seal_as(ContentType::Handshake, &[HandshakeType::KeyUpdate.into(), 0, 0, 1, request]).ok()?;
         self.tx = next;
         self.tx_sequence = sequence;
         self.update_requested = false;
         Some(record)
     }
 
-    fn seal_as(&mut self, typ: ContentType, plaintext: &[u8]) -> Result<Vec<u8>, RecordError> {
+    /// Protects a message of any type, unchecked.
+    pub(super) fn seal_as(&mut self, typ: ContentType, plaintext: &[u8]) -> Result<Vec<u8>, RecordError> {
         if plaintext.len() > MAX_PLAINTEXT {
             return Err(RecordError::Header);
         }
@@ -285,8 +300,8 @@ impl Records {
 
     fn key_update(&mut self, request: u8) -> Result<(), RecordError> {
         self.update_requested |= match request {
-            0 => false,
-            1 => true,
+            UPDATE_NOT_REQUESTED => false,
+            UPDATE_REQUESTED => true,
             _ => return Err(RecordError::Unexpected),
         };
         let next = match &mut self.schedule {
@@ -297,18 +312,6 @@ impl Records {
         self.rx = decrypter(self.suite.aead_alg, secrets).map_err(|_| RecordError::Exhausted)?;
         self.rx_sequence = sequence;
         Ok(())
-    }
-
-    fn next_tx(&mut self) -> Option<(u64, Box<dyn MessageEncrypter>)> {
-        if self.tx_sequence >= self.tx_limit {
-            return None;
-        }
-        let next = match &mut self.schedule {
-            Schedule::Client(c) => c.update_tx_secret(),
-            Schedule::Server(s) => s.update_tx_secret(),
-        };
-        let (sequence, secrets) = next.ok()?;
-        Some((sequence, encrypter(self.suite.aead_alg, secrets, sequence).ok()?))
     }
 
     /// Lowers the limits so that a test reaches them.

@@ -1,6 +1,6 @@
 //! An established tunnel before it goes to the relay.
 
-use std::{os::fd::OwnedFd, time::Duration};
+use std::{io::ErrorKind, os::fd::OwnedFd, time::Duration};
 
 use rustls::AlertDescription;
 use tokio::{
@@ -115,6 +115,7 @@ impl Session {
     }
 
     /// Takes it apart for the relay: the descriptor deregistered from tokio, still non-blocking.
+    #[expect(clippy::type_complexity, reason = "taken apart once, into variables of these names")]
     pub fn into_parts(self) -> std::io::Result<(OwnedFd, Records, Vec<u8>, Vec<u8>, SessionInfo)> {
         let fd = OwnedFd::from(self.stream.into_std()?);
         Ok((fd, self.records, self.unread, self.plaintext, self.info))
@@ -139,6 +140,9 @@ impl Session {
                 detail: "peer closed the tunnel without close_notify".into(),
             }),
             Ok(_) => Ok(()),
+            Err(e) if e.kind() == ErrorKind::ConnectionReset => {
+                Err(TunnelError::Refused { reason: RefusalReason::Truncated, detail: "peer reset the tunnel".into() })
+            }
             Err(source) => Err(TunnelError::Io { action: "receiving from the tunnel", source }),
         }
     }

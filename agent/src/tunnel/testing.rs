@@ -39,8 +39,8 @@ impl TestCa {
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         let now = OffsetDateTime::now_utc();
-        params.not_before = now - Duration::from_secs(60);
-        params.not_after = now + Duration::from_secs(3600);
+        params.not_before = now - Duration::from_mins(1);
+        params.not_after = now + Duration::from_hours(1);
         params
     }
 

@@ -1,1 +1,6 @@
+mod handshakes;
+mod native;
+mod openssl;
 mod records;
+mod refusals;
+mod support;
