@@ -6,6 +6,7 @@ mod endings;
 mod handover;
 mod load;
 mod measure;
+mod session;
 mod stall;
 
 use std::{
