@@ -86,7 +86,7 @@ impl Ranges {
             }
             let mut taken = to.write(&slices[..count])?;
             if taken == 0 {
-                return Ok(self.remainder(bytes, rest, done));
+                return Ok(hold(bytes, rest, done));
             }
             while let Some(first) = rest.first() {
                 let left = first.len() - done;
@@ -101,15 +101,15 @@ impl Ranges {
         }
         Ok(Held::default())
     }
+}
 
-    fn remainder(&self, bytes: &[u8], rest: &[Range<usize>], done: usize) -> Held {
-        let mut held = Vec::with_capacity(rest.iter().map(ExactSizeIterator::len).sum::<usize>() - done);
-        for range in rest {
-            held.extend_from_slice(&bytes[range.clone()]);
-        }
-        held.drain(..done);
-        Held::from(held)
+/// Copies the pieces, without the first `done` bytes, which were taken.
+fn hold(bytes: &[u8], pieces: &[Range<usize>], done: usize) -> Held {
+    let mut held = Vec::with_capacity(pieces.iter().map(ExactSizeIterator::len).sum());
+    for piece in pieces {
+        held.extend_from_slice(&bytes[piece.clone()]);
     }
+    Held { bytes: held, start: done }
 }
 
 /// Bytes that a peer has not taken yet.

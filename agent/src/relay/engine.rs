@@ -111,9 +111,7 @@ impl Relay {
     pub fn submit(&self, job: Job) {
         let Job { application, upstream, connection, guard } = job;
         let (upstream, path) = match upstream {
-            Upstream::Plain(socket) => {
-                (socket, Path::Plain { outward: Plain::default(), inward: Plain::default() })
-            }
+            Upstream::Plain(socket) => (socket, Path::Plain { outward: Plain::default(), inward: Plain::default() }),
             Upstream::Tunnel(session) => match session.into_parts() {
                 Ok((socket, records, unread, plaintext, _)) => {
                     connection.received.store(plaintext.len() as u64, Relaxed);
@@ -136,12 +134,22 @@ impl Relay {
 
     /// Puts a connection on the thread that has the fewest.
     pub(super) fn place(&self, slot: Box<Slot>) {
-        let least = self.threads.iter().min_by_key(|thread| thread.load.load(Relaxed));
-        let thread = least.expect("a relay has at least one thread");
-        thread.load.fetch_add(1, Relaxed);
-        slot.connection.owned_by(Arc::clone(&thread.inbox));
-        if let Err(Message::Adopt(slot)) = thread.inbox.send(Message::Adopt(slot)) {
+        let mut threads: Vec<&Thread> = self.threads.iter().collect();
+        threads.sort_by_key(|thread| thread.load.load(Relaxed));
+        let mut message = Message::Adopt(slot);
+        for thread in threads {
+            if let Message::Adopt(slot) = &message {
+                slot.connection.owned_by(Arc::clone(&thread.inbox));
+            }
+            thread.load.fetch_add(1, Relaxed);
+            match thread.inbox.send(message) {
+                Ok(()) => return,
+                // That thread has stopped.
+                Err(back) => message = back,
+            }
             thread.load.fetch_sub(1, Relaxed);
+        }
+        if let Message::Adopt(slot) = message {
             self.shared.end(*slot, CloseReason::Shutdown.into());
         }
     }

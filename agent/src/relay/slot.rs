@@ -159,11 +159,11 @@ impl Slot {
             // Inward first: an alert explains the failure of a write.
             let inward = match self.inward(scratch) {
                 Ok(step) => step,
-                Err(fault) => return Turn::Over(self.inward_failed(fault)),
+                Err(fault) => return Turn::Over(self.inward_failed(&fault)),
             };
             let outward = match self.outward(scratch) {
                 Ok(step) => step,
-                Err(fault) => return Turn::Over(self.outward_failed(fault, scratch)),
+                Err(fault) => return Turn::Over(self.outward_failed(&fault, scratch)),
             };
             let mut moved = 0;
             if let Step::Moved(bytes) = inward {
@@ -221,24 +221,22 @@ impl Slot {
         }
     }
 
-    fn inward_failed(&mut self, fault: Fault) -> End {
+    fn inward_failed(&mut self, fault: &Fault) -> End {
         let detail = Some(fault.to_string());
         match fault {
             Fault::Read(_) => End { reason: CloseReason::UpstreamReset, refusal: None, detail },
             Fault::Write(_) => End { reason: CloseReason::ApplicationGone, refusal: None, detail },
-            Fault::Truncated => {
-                End { reason: CloseReason::Truncated, refusal: Some(RefusalReason::Truncated), detail }
-            }
-            Fault::Alert(alert) => denied(alert),
-            Fault::Record(error) => self.bad_record(error),
+            Fault::Truncated => End { reason: CloseReason::Truncated, refusal: Some(RefusalReason::Truncated), detail },
+            Fault::Alert(alert) => denied(*alert),
+            Fault::Record(error) => self.bad_record(*error),
         }
     }
 
-    fn outward_failed(&mut self, fault: Fault, scratch: &mut Scratch) -> End {
+    fn outward_failed(&mut self, fault: &Fault, scratch: &mut Scratch) -> End {
         let detail = Some(fault.to_string());
         match fault {
             Fault::Read(_) => End { reason: CloseReason::ApplicationReset, refusal: None, detail },
-            Fault::Record(error) => self.bad_record(error),
+            Fault::Record(error) => self.bad_record(*error),
             // Only `inward` has the others.
             Fault::Write(_) | Fault::Truncated | Fault::Alert(_) => {
                 let alert = match &mut self.path {
@@ -267,11 +265,7 @@ impl Slot {
             // The connection is over whether this arrives or not.
             let _ = self.upstream.write(&[io::IoSlice::new(&record)]);
         }
-        End {
-            reason: CloseReason::BadRecord,
-            refusal: Some(RefusalReason::BadRecord),
-            detail: Some(error.to_string()),
-        }
+        End { reason: CloseReason::BadRecord, refusal: Some(RefusalReason::BadRecord), detail: Some(error.to_string()) }
     }
 
     /// Closes both sockets: clean ends leave what is queued to the kernel to deliver, all others are resets. What is left is the guard.

@@ -35,6 +35,7 @@ pub(super) enum Read {
 
 /// A connected, non-blocking socket under edge-triggered epoll. Events are hints: they only allow an attempt, and the
 /// attempt's result is what counts, so a stale or repeated event does no harm.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, as epoll reports them")]
 pub(super) struct Side {
     socket: Socket,
     /// A read may give something.
@@ -61,7 +62,15 @@ impl Side {
 
     /// A socket that is about to be registered: `EPOLL_CTL_ADD` reports what is already there.
     pub(super) fn new(socket: OwnedFd) -> Self {
-        Self { socket: socket.into(), readable: false, writable: true, marked: false, failed: false, undelivered: false, user_timeout: 0 }
+        Self {
+            socket: socket.into(),
+            readable: false,
+            writable: true,
+            marked: false,
+            failed: false,
+            undelivered: false,
+            user_timeout: 0,
+        }
     }
 
     /// Takes note of an event.

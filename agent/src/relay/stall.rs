@@ -15,13 +15,34 @@ use nix::{
 
 use super::socket::Side;
 
+/// The start of the kernel's `struct tcp_info`, as far as Linux 5.4 has it. The kernel fills as much as is asked for, so newer fields, which
+/// `libc::tcp_info` has, would come out differently from kernel to kernel.
+#[repr(C)]
+pub struct TcpState {
+    before_unacked: [u32; 6],
+    /// Segments on their way.
+    pub unacked: u32,
+    before_last_ack_recv: [u32; 7],
+    /// Milliseconds since the peer's kernel last acknowledged anything.
+    pub last_ack_recv: u32,
+    before_bytes_acked: [u32; 15],
+    /// Bytes acknowledged so far.
+    pub bytes_acked: u64,
+    before_notsent_bytes: [u32; 4],
+    /// Bytes not sent yet.
+    pub notsent_bytes: u32,
+    before_snd_wnd: [u32; 20],
+    /// The peer's window.
+    pub snd_wnd: u32,
+}
+
 sockopt_impl!(
     /// State of a TCP socket.
     TcpInfo,
     GetOnly,
     libc::IPPROTO_TCP,
     libc::TCP_INFO,
-    libc::tcp_info
+    TcpState
 );
 
 /// How often: ten times within the user timeout of a tunnel.
@@ -56,21 +77,24 @@ impl Watch {
         // A failed socket shows it elsewhere.
         let Ok(info) = getsockopt(side.socket(), TcpInfo) else { return true };
         let before = std::mem::replace(&mut self.looked, now);
-        if std::mem::replace(&mut self.acknowledged, info.tcpi_bytes_acked) != info.tcpi_bytes_acked {
+        if std::mem::replace(&mut self.acknowledged, info.bytes_acked) != info.bytes_acked {
             self.open = before;
         }
-        let closed = info.tcpi_notsent_bytes > 0 && info.tcpi_unacked == 0;
+        let waiting = info.notsent_bytes > 0 || info.unacked > 0;
+        // Too small for the next segment, or, with segments on their way, taken back by a kernel short of memory, which then
+        // drops and acknowledges their repetitions.
+        let closed = waiting && (info.unacked == 0 || info.snd_wnd == 0);
         if !closed {
             self.open = now;
             if self.moved {
                 self.moved = !set(side, side.user_timeout());
             }
-            if info.tcpi_notsent_bytes == 0 && info.tcpi_unacked == 0 {
+            if !waiting {
                 side.delivered();
             }
             return true;
         }
-        if info.tcpi_last_ack_recv >= side.user_timeout() {
+        if info.last_ack_recv >= side.user_timeout() {
             return false;
         }
         // The kernel counts from its first probe of the closed window.

@@ -187,10 +187,7 @@ struct Control {
 
 impl fmt::Debug for Control {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Control")
-            .field("reason", &self.reason)
-            .field("submitted", &self.owner.is_some())
-            .finish()
+        f.debug_struct("Control").field("reason", &self.reason).field("submitted", &self.owner.is_some()).finish()
     }
 }
 

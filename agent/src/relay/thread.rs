@@ -42,7 +42,14 @@ pub(super) struct Shared {
 
 impl Shared {
     /// Closes a connection's sockets and settles it; its guard goes last.
-    pub(super) fn end(&self, slot: Slot, mut end: End) {
+    pub(super) fn end(&self, slot: Slot, end: End) {
+        // Guards are the proxy's. One that panics must not take the connections of a whole thread with it.
+        if catch_unwind(AssertUnwindSafe(|| self.settle(slot, end))).is_err() {
+            tracing::error!("what was to live as long as a connection panicked when dropped");
+        }
+    }
+
+    fn settle(&self, slot: Slot, mut end: End) {
         let connection = Arc::clone(&slot.connection);
         // Somebody's wish goes before what it caused or coincided with.
         end.reason = connection.settle(end.reason);
@@ -195,7 +202,6 @@ impl Worker {
             // Bytes from the hand-over cause no event.
             Ok(()) => self.queue(key),
             Err((action, error)) => {
-                // A socket that was reset on its way here may refuse options; anything else is the agent's trouble.
                 let end = End::internal(Some(RefusalReason::Resources), format!("{action}: {error}"));
                 self.end(key, end);
             }
@@ -269,15 +275,11 @@ impl Worker {
             let _ = self.epoll.delete(side);
         }
         self.load.fetch_sub(1, Relaxed);
-        // Guards are the proxy's, and may panic.
-        let settled = catch_unwind(AssertUnwindSafe(|| self.shared.end(*slot, end)));
-        if settled.is_err() {
-            tracing::error!("ending a connection panicked");
-        }
+        self.shared.end(*slot, end);
     }
 
     /// Ends everything, including what still arrives while stopping.
-    fn stop(mut self, mut messages: Vec<Message>) {
+    fn stop(&mut self, mut messages: Vec<Message>) {
         self.inbox.stop();
         self.inbox.take(&mut messages);
         for message in messages.drain(..) {
@@ -290,5 +292,12 @@ impl Worker {
         for key in keys {
             self.end(key, CloseReason::Shutdown.into());
         }
+    }
+}
+
+impl Drop for Worker {
+    /// A thread that ends, for whatever reason, takes no more connections: they go to others.
+    fn drop(&mut self) {
+        self.inbox.stop();
     }
 }

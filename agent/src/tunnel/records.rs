@@ -35,7 +35,7 @@ const REKEY_MARGIN: u64 = 1 << 23;
 /// `KeyUpdateRequest` (RFC 8446, section 4.6.3).
 const UPDATE_NOT_REQUESTED: u8 = 0;
 /// The sender wants our next keys too.
-pub(super) const UPDATE_REQUESTED: u8 = 1;
+pub(crate) const UPDATE_REQUESTED: u8 = 1;
 
 /// A record that cannot be accepted; the connection is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -163,7 +163,7 @@ impl Records {
     }
 
     /// Seals a key update and goes on with the next keys. A failure leaves the old ones in place; sealing stops at their limit.
-    pub(super) fn update_tx(&mut self, request: u8) -> Option<Vec<u8>> {
+    pub(crate) fn update_tx(&mut self, request: u8) -> Option<Vec<u8>> {
         if self.tx_sequence >= self.tx_limit {
             return None;
         }

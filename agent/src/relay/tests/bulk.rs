@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::*;
-use crate::tunnel::records::{MAX_PLAINTEXT, Opened};
+use crate::tunnel::records::{MAX_PLAINTEXT, Opened, UPDATE_REQUESTED};
 
 #[test]
 fn bulk_both_ways_at_once() {
@@ -140,21 +140,29 @@ fn key_updates_in_the_middle() {
     assert_eq!(ends.reasons(), [CloseReason::Finished; 2]);
 }
 
-/// A key update that asks for ours is answered at once, before any data.
+/// A key update that asks for ours is answered at once, though the application sends nothing; then data flows under the new
+/// keys both ways.
 #[test]
-fn requested_key_update_is_answered() {
+fn a_requested_key_update_is_answered() {
     let node = Node::new();
     let (ours, mut theirs) = testing::pair();
     let (a, b) = sockets();
     let (application, watched) = node.tunnel(Direction::Outbound, a, ours);
-    theirs.limit_for_tests(0, u64::MAX);
-    let update = theirs.take_control().expect("an update");
-    theirs.limit_for_tests(u64::MAX, u64::MAX);
+    let update = theirs.update_tx(UPDATE_REQUESTED).expect("an update");
     let data = theirs.seal(b"under new keys").expect("a record");
     write_all(&b, &[&update, &data]);
     let mut got = [0; 14];
     (&application).read_exact(&mut got).expect("receiving");
     assert_eq!(&got, b"under new keys");
+    // The answer is a whole record of its own: header, a message of five bytes, content type and tag.
+    let mut answer = [0; 5 + 5 + 17];
+    (&b).read_exact(&mut answer).expect("an answer");
+    assert_eq!(theirs.open(&mut answer), Ok(Some((Opened::Control, answer.len()))));
+    (&application).write_all(b"so are these").expect("sending");
+    let mut record = [0; 5 + 12 + 17];
+    (&b).read_exact(&mut record).expect("a record");
+    let Ok(Some((Opened::Data(range), _))) = theirs.open(&mut record) else { panic!("no data record") };
+    assert_eq!(&record[range], b"so are these");
     drop(b);
     assert_eq!(watched.ended(), CloseReason::Truncated);
 }

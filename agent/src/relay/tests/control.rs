@@ -31,7 +31,7 @@ fn close_reaches_a_busy_connection() {
     let (near, far) = (Node::new(), Node::new());
     let ends = tunnelled(&near, &far);
     let mut client = ends.client.try_clone().expect("a descriptor");
-    let sender = thread::spawn(move || while client.write_all(&[1; 64 << 10]).is_ok() {});
+    let sender = thread::spawn(move || while client.write_all(&vec![1; 64 << 10]).is_ok() {});
     eventually("backpressure", || ends.relayed[0].connection.held.load(Relaxed) > 0);
     assert_eq!(near.table.close_where(CloseReason::Unenrolled, |c| c.what.pod_id == 2), 0);
     assert_eq!(near.table.close_where(CloseReason::Unenrolled, |c| c.what.pod_id == 1), 1);
@@ -90,7 +90,8 @@ fn shutdown_resets_everything() {
 /// The last reference to a relay may go away on one of its own threads.
 #[test]
 fn a_guard_may_own_the_relay() {
-    struct Guard(#[expect(dead_code, reason = "held for its drop")] Arc<Relay>, mpsc::Sender<()>);
+    #[expect(dead_code, reason = "held for their drop")]
+    struct Guard(Arc<Relay>, mpsc::Sender<()>);
     let Node { relay, table, counters } = Node::new();
     let node = Node { relay: Arc::clone(&relay), table, counters };
     let ((client, inner), (outer, server)) = (sockets(), sockets());
@@ -149,4 +150,38 @@ fn the_table_lists_the_oldest_first() {
     drop(all);
     assert_eq!(node.table.list(10).1, 0);
     assert!(node.table.is_empty());
+}
+
+/// What operators read in the access log.
+#[test]
+fn the_access_log_line() {
+    #[derive(Clone, Default)]
+    struct Sink(Arc<std::sync::Mutex<Vec<u8>>>);
+    impl Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().expect("a lock").write(bytes)
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let (node, sink) = (Node::new(), Sink::default());
+    let connection = node.add(Direction::Outbound, DataPath::User);
+    connection.sent.store(12, Relaxed);
+    let writer = sink.clone();
+    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+    tracing::subscriber::with_default(subscriber, || {
+        crate::relay::access::log(&connection, &CloseReason::Truncated.into());
+    });
+    let line = String::from_utf8(sink.0.lock().expect("a lock").clone()).expect("text");
+    assert_eq!(line.lines().count(), 1);
+    for part in [
+        "access: closed id=1 direction=Outbound workload=default/test source=127.0.0.1:1",
+        "source_identity=spiffe://td.test/ns/default/sa/client",
+        "destination_identity=spiffe://td.test/ns/default/sa/server",
+        "service=- data_path=User sent=12 received=0 duration_ms=",
+        "reason=\"truncated\" refusal=- detail=-",
+    ] {
+        assert!(line.contains(part), "{part:?} is not in {line:?}");
+    }
 }

@@ -128,7 +128,7 @@ fn a_reset_under_load_crosses() {
         let mut client = ends.client;
         let sender = thread::spawn(move || {
             for _ in 0..200 {
-                client.write_all(&[7; 32 << 10]).expect("sending");
+                client.write_all(&vec![7; 32 << 10]).expect("sending");
             }
             reset(client);
         });
@@ -288,4 +288,20 @@ fn a_reset_behind_the_end_is_noticed() {
     assert_end(&half.application);
     reset(half.tunnel);
     assert_eq!(half.watched.ended(), CloseReason::UpstreamReset);
+}
+
+/// A socket that was reset before the relay got it.
+#[test]
+fn a_reset_before_the_hand_over_crosses() {
+    let node = Node::new();
+    for application in [true, false] {
+        let ((client, inner), (outer, server)) = (sockets(), sockets());
+        let (resetting, other) = if application { (client, server) } else { (server, client) };
+        reset(resetting);
+        let path = Path::Plain { outward: Plain::default(), inward: Plain::default() };
+        let watched = node.place(node.add(Direction::Outbound, DataPath::Plain), inner, outer, path);
+        assert_reset(&other);
+        let expected = if application { CloseReason::ApplicationReset } else { CloseReason::UpstreamReset };
+        assert_eq!(watched.ended(), expected);
+    }
 }

@@ -66,7 +66,7 @@ fn greedy_connections_leave_turns_to_others() {
         let stop = Arc::clone(&stop);
         work.push(thread::spawn(move || {
             while !stop.load(Relaxed) {
-                client.write_all(&[3; 256 << 10]).expect("sending");
+                client.write_all(&vec![3; 256 << 10]).expect("sending");
             }
             client.shutdown(Shutdown::Write).expect("ending");
         }));

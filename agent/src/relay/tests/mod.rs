@@ -5,6 +5,8 @@ mod control;
 mod endings;
 mod handover;
 mod load;
+mod measure;
+mod session;
 mod stall;
 
 use std::{
@@ -34,7 +36,7 @@ use crate::{
 };
 
 /// Longer than anything takes on a busy machine; a test that waits this long has failed.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A seed, printed so that a failure can be repeated with `UNDERPASS_TEST_SEED`.
 fn seed() -> u64 {
@@ -115,11 +117,8 @@ impl Node {
     ) -> (TcpStream, Watched) {
         let (application, inner) = sockets();
         let connection = self.add(direction, DataPath::User);
-        let path = Path::Tls {
-            records: Box::new(records),
-            outward: TlsOut::default(),
-            inward: TlsIn::new(unread, plaintext),
-        };
+        let path =
+            Path::Tls { records: Box::new(records), outward: TlsOut::default(), inward: TlsIn::new(unread, plaintext) };
         (application, self.place(connection, inner, tunnel, path))
     }
 }

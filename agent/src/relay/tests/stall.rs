@@ -55,7 +55,7 @@ fn a_paused_reader_is_waited_for_also_by_the_kernel() {
     let (ours, mut theirs) = testing::pair();
     let (mut client, one) = near.tunnel(Direction::Outbound, a, ours);
     drop(far);
-    client.write_all(&[9; 60_000]).expect("sending");
+    client.write_all(&vec![9; 60_000]).expect("sending");
     client.shutdown(Shutdown::Write).expect("ending");
     eventually("the relay's part", || one.connection.sent.load(Relaxed) == 60_000);
     thread::sleep(USER_TIMEOUT * 3);
@@ -89,7 +89,7 @@ fn a_vanished_node_behind_a_closed_window() {
         let ends = timed(&near, &far);
         let _sender = {
             let mut client = ends.client.try_clone().expect("a descriptor");
-            thread::spawn(move || while client.write_all(&[1; 64 << 10]).is_ok() {})
+            thread::spawn(move || while client.write_all(&vec![1; 64 << 10]).is_ok() {})
         };
         eventually("backpressure", || ends.relayed.iter().all(|w| w.connection.held.load(Relaxed) > 0));
         // Long enough that the timeout has been moved.
@@ -102,4 +102,19 @@ fn a_vanished_node_behind_a_closed_window() {
     })
     .join()
     .expect("the thread in the namespace");
+}
+
+#[test]
+fn tcp_state_has_the_kernels_layout() {
+    use std::mem::{offset_of, size_of};
+
+    use crate::relay::stall::TcpState;
+
+    assert_eq!(offset_of!(TcpState, unacked), offset_of!(libc::tcp_info, tcpi_unacked));
+    assert_eq!(offset_of!(TcpState, last_ack_recv), offset_of!(libc::tcp_info, tcpi_last_ack_recv));
+    assert_eq!(offset_of!(TcpState, bytes_acked), offset_of!(libc::tcp_info, tcpi_bytes_acked));
+    assert_eq!(offset_of!(TcpState, notsent_bytes), offset_of!(libc::tcp_info, tcpi_notsent_bytes));
+    assert_eq!(offset_of!(TcpState, snd_wnd), offset_of!(libc::tcp_info, tcpi_snd_wnd));
+    // Padding would be uninitialised, and more than Linux 5.4 fills.
+    assert_eq!(size_of::<TcpState>(), offset_of!(libc::tcp_info, tcpi_snd_wnd) + 4);
 }
