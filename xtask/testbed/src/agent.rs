@@ -118,8 +118,8 @@ impl Agent {
         let mut seen = 0;
         loop {
             let process = self.process()?;
-            if let Some(status) = process.status() {
-                bail!("it has ended ({status}): {}", log());
+            if process.status().is_some() {
+                bail!("it has ended ({}): {}", process.wait(Duration::ZERO)?, log());
             }
             let latest = self.status();
             if let Ok(status) = &latest
