@@ -106,11 +106,27 @@ impl Agent {
                 bail!("{} was refused: {}", refused["workload"], refused["reason"]);
             }
             Ok(pods.len() >= expected && pods.iter().all(|pod| pod["state"] == "enrolled"))
-        })
+        })?;
+        Ok(())
     }
 
     /// Waits until `accept` says that the agent's status is what it should be; an error of it ends the waiting.
-    pub fn wait_status(&self, within: Duration, accept: impl Fn(&Value) -> Result<bool>) -> Result<()> {
+    pub fn wait_status(&self, within: Duration, accept: impl Fn(&Value) -> Result<bool>) -> Result<Value> {
+        self.wait_answer(&["status"], within, accept)
+    }
+
+    /// Waits until `accept` says that the agent's list of connections is what it should be.
+    pub fn wait_connections(&self, within: Duration, accept: impl Fn(&[Value]) -> bool) -> Result<Vec<Value>> {
+        let list = |answer: &Value| answer["connections"].as_array().cloned().unwrap_or_default();
+        self.wait_answer(&["connections"], within, |answer| Ok(accept(&list(answer)))).map(|answer| list(&answer))
+    }
+
+    fn wait_answer(
+        &self,
+        question: &[&str],
+        within: Duration,
+        accept: impl Fn(&Value) -> Result<bool>,
+    ) -> Result<Value> {
         /// The agent need not log what it is waited for, so it is asked again after this long.
         const ASK_AGAIN: Duration = Duration::from_millis(100);
         let log = || format!("agent of node {}; its log:\n{}", self.node.name(), self.log());
@@ -121,14 +137,14 @@ impl Agent {
             if process.status().is_some() {
                 bail!("it has ended ({}): {}", process.wait(Duration::ZERO)?, log());
             }
-            let latest = self.status();
-            if let Ok(status) = &latest
-                && accept(status).with_context(log)?
+            let latest = self.ask(question);
+            if let Ok(answer) = &latest
+                && accept(answer).with_context(log)?
             {
-                return Ok(());
+                return latest;
             }
             if Instant::now() >= deadline {
-                bail!("not after {within:?}, the last answer was {latest:?}: {}", log());
+                bail!("not after {within:?}, the last answer to {question:?} was {latest:?}: {}", log());
             }
             process.wait_activity(&mut seen, ASK_AGAIN);
         }
