@@ -1,1 +1,57 @@
-fn main() {}
+//! The developers' commands: `cargo xtask --help`.
+
+#![forbid(unsafe_code)]
+
+mod check;
+mod demo;
+mod exec;
+mod fuzz;
+mod places;
+mod setup;
+mod test;
+mod ui;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use ui::Ui;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Underpass' developer commands")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what building and testing need; says what and why. Does nothing when all is there.
+    Setup,
+    /// Show mutual TLS between two nodes full of unmodified programs (root).
+    Demo(demo::Options),
+    /// Run every test, then every fuzz target for a short time (root).
+    Test(test::Options),
+    /// Formatting, lints, documentation links, licences and advisories.
+    Check,
+    /// Run the fuzz targets.
+    Fuzz(fuzz::Options),
+}
+
+fn main() -> ExitCode {
+    let ui = Ui::new();
+    let result = match Cli::parse().command {
+        Command::Setup => setup::run(&ui),
+        Command::Demo(options) => demo::run(&ui, &options),
+        Command::Test(options) => test::run(&ui, &options),
+        Command::Check => check::run(&ui),
+        Command::Fuzz(options) => fuzz::run(&ui, &options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            ui.failure(&error);
+            ExitCode::FAILURE
+        }
+    }
+}

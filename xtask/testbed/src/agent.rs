@@ -96,41 +96,63 @@ impl Agent {
         fs::rename(&new, &self.config).with_context(|| format!("replacing {}", self.config.display()))
     }
 
-    /// Waits until the agent answers and all its pods are enrolled.
+    /// Waits until the agent answers and all its pods are enrolled. A pod that is refused is an error at once.
     pub fn wait_ready(&self, within: Duration) -> Result<()> {
+        let expected = self.enrolled_in_config().len();
         self.wait_status(within, |status| {
-            let pods = pods(status)?;
-            let waiting: Vec<_> = pods.iter().filter(|pod| pod["state"] != "enrolled").collect();
-            anyhow::ensure!(waiting.is_empty(), "not enrolled: {waiting:?}");
-            Ok(())
-        })
+            let pods =
+                status["pods"].as_array().with_context(|| format!("the status has no list of pods: {status}"))?;
+            if let Some(refused) = pods.iter().find(|pod| pod["state"] == "refused") {
+                bail!("{} was refused: {}", refused["workload"], refused["reason"]);
+            }
+            Ok(pods.len() >= expected && pods.iter().all(|pod| pod["state"] == "enrolled"))
+        })?;
+        Ok(())
     }
 
-    /// Waits until `accept` likes the agent's status; its last objection is the error.
-    pub fn wait_status(&self, within: Duration, accept: impl Fn(&Value) -> Result<()>) -> Result<()> {
+    /// Waits until `accept` says that the agent's status is what it should be; an error of it ends the waiting.
+    pub fn wait_status(&self, within: Duration, accept: impl Fn(&Value) -> Result<bool>) -> Result<Value> {
+        self.wait_answer(&["status"], within, accept)
+    }
+
+    /// Waits until `accept` says that the agent's list of connections is what it should be.
+    pub fn wait_connections(&self, within: Duration, accept: impl Fn(&[Value]) -> bool) -> Result<Vec<Value>> {
+        let list = |answer: &Value| answer["connections"].as_array().cloned().unwrap_or_default();
+        self.wait_answer(&["connections"], within, |answer| Ok(accept(&list(answer)))).map(|answer| list(&answer))
+    }
+
+    fn wait_answer(
+        &self,
+        question: &[&str],
+        within: Duration,
+        accept: impl Fn(&Value) -> Result<bool>,
+    ) -> Result<Value> {
         /// The agent need not log what it is waited for, so it is asked again after this long.
         const ASK_AGAIN: Duration = Duration::from_millis(100);
+        let log = || format!("agent of node {}; its log:\n{}", self.node.name(), self.log());
         let deadline = Instant::now() + within;
         let mut seen = 0;
         loop {
             let process = self.process()?;
-            if let Some(status) = process.status() {
-                bail!("the agent of node {} has ended ({status}); its log:\n{}", self.node.name(), self.log());
+            if process.status().is_some() {
+                bail!("it has ended ({}): {}", process.wait(Duration::ZERO)?, log());
             }
-            let result = self.status().and_then(|status| accept(&status));
-            match result {
-                Ok(()) => return Ok(()),
-                Err(error) if Instant::now() >= deadline => {
-                    let place = format!(
-                        "the agent of node {} is not ready after {within:?}; its log:\n{}",
-                        self.node.name(),
-                        self.log()
-                    );
-                    return Err(error.context(place));
-                }
-                Err(_) => process.wait_activity(&mut seen, ASK_AGAIN),
+            let latest = self.ask(question);
+            if let Ok(answer) = &latest
+                && accept(answer).with_context(log)?
+            {
+                return latest;
             }
+            if Instant::now() >= deadline {
+                bail!("not after {within:?}, the last answer to {question:?} was {latest:?}: {}", log());
+            }
+            process.wait_activity(&mut seen, ASK_AGAIN);
         }
+    }
+
+    /// Waits for a line in the log that contains `text`, also among those already written.
+    pub fn wait_log(&self, text: &str, within: Duration) -> Result<String> {
+        self.process()?.wait_line(text, within)
     }
 
     /// Ends the agent with SIGTERM.
@@ -182,9 +204,9 @@ impl Agent {
         self.ask(&["status"])
     }
 
-    /// Its counters (`underpass counters`).
+    /// Its counters: `agent` and `bpf` in its status.
     pub fn counters(&self) -> Result<Value> {
-        self.ask(&["counters"])
+        Ok(self.status()?["counters"].take())
     }
 
     /// Runs a command of the CLI against this agent with `-o json`.
@@ -199,7 +221,18 @@ impl Agent {
     pub fn cleanup(&self) -> Result<Output> {
         let mut command = self.node.command(&self.binary);
         command.args(["cleanup", "--force", "--pin-root"]).arg(self.pin_root());
+        for namespace in self.enrolled_in_config() {
+            command.arg("--netns").arg(namespace);
+        }
         Process::spawn(&mut command)?.output(CLI)
+    }
+
+    /// Network namespaces that the configuration file enrols; empty when it is not JSON.
+    fn enrolled_in_config(&self) -> Vec<PathBuf> {
+        let text = fs::read_to_string(&self.config).unwrap_or_default();
+        let config: Value = serde_json::from_str(&text).unwrap_or_default();
+        let workloads = config["workloads"].as_array().cloned().unwrap_or_default();
+        workloads.iter().filter_map(|workload| workload["enroll"]["netns"].as_str()).map(PathBuf::from).collect()
     }
 }
 
@@ -216,9 +249,4 @@ impl Drop for Agent {
             eprintln!("cleaning up after the agent of node {}: {error:#}", self.node.name());
         }
     }
-}
-
-/// The list of pods in a status.
-fn pods(status: &Value) -> Result<&Vec<Value>> {
-    status["pods"].as_array().with_context(|| format!("the status has no list of pods: {status}"))
 }

@@ -153,8 +153,16 @@ impl Process {
         *seen = count(&state);
     }
 
-    /// Waits for its end.
+    /// Waits for its end and for what it printed last.
     pub fn wait(&self, within: Duration) -> Result<ExitStatus> {
+        let status = self.wait_end(within)?;
+        let state = self.shared.lock();
+        // A child of it may hold the streams open for longer.
+        drop(self.shared.changed.wait_timeout_while(state, DRAIN, |state| state.streams_open > 0));
+        Ok(status)
+    }
+
+    fn wait_end(&self, within: Duration) -> Result<ExitStatus> {
         let state = self.shared.lock();
         let (state, _) = self
             .shared
@@ -170,7 +178,6 @@ impl Process {
     pub fn output(mut self, within: Duration) -> Result<Output> {
         self.close_stdin();
         let status = self.wait(within)?;
-        self.drain();
         let (stdout, stderr) = (self.text(Stream::Stdout), self.text(Stream::Stderr));
         Ok(Output { name: self.name.clone(), status, stdout, stderr })
     }
@@ -186,12 +193,7 @@ impl Process {
     pub fn kill(&self) -> Result<ExitStatus> {
         // It may end by itself in between.
         let _ = self.signal(Signal::SIGKILL);
-        self.wait(Duration::from_secs(10))
-    }
-
-    fn drain(&self) {
-        let state = self.shared.lock();
-        drop(self.shared.changed.wait_timeout_while(state, DRAIN, |state| state.streams_open > 0));
+        self.wait_end(Duration::from_secs(10))
     }
 
     fn wait_for<T>(&self, within: Duration, mut find: impl FnMut(&State) -> Option<T>) -> Result<T> {

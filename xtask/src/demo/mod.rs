@@ -1,0 +1,82 @@
+//! `cargo xtask demo`: the same running programs without and with Underpass, side by side.
+
+mod report;
+mod scene;
+mod signals;
+
+use std::{path::PathBuf, process::Command};
+
+use anyhow::{Context, Result, ensure};
+use nix::unistd::geteuid;
+use testbed::Testbed;
+
+use crate::{exec, places, setup, ui::Ui};
+use report::Report;
+use scene::Scene;
+
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// End with one line of JSON on standard output instead of a table.
+    #[arg(long)]
+    json: bool,
+    /// Seconds of each throughput measurement.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=60))]
+    seconds: u32,
+    /// Use this agent instead of building one.
+    #[arg(long, value_name = "FILE")]
+    agent: Option<PathBuf>,
+}
+
+pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
+    let result = perform(ui, options);
+    let ok = result.as_ref().is_ok_and(Report::ok);
+    if options.json {
+        let line = match &result {
+            Ok(report) => report.json(),
+            Err(error) => serde_json::json!({ "ok": false, "error": format!("{error:#}") }),
+        };
+        println!("{line}");
+    } else if let Ok(report) = &result {
+        print!("{}", report.table());
+    }
+    let report = result?;
+    ensure!(ok, "not shown: {}", report.failed().join("; "));
+    Ok(())
+}
+
+fn perform(ui: &Ui, options: &Options) -> Result<Report> {
+    ensure!(
+        geteuid().is_root(),
+        "the demo makes network namespaces and loads BPF programs: run it as root (sudo -E cargo xtask demo)"
+    );
+    signals::clean_up_when_interrupted()?;
+    setup::run(ui)?;
+    let agent = match &options.agent {
+        Some(file) => file.canonicalize().with_context(|| format!("looking for the agent {}", file.display()))?,
+        None => build(ui)?,
+    };
+    Testbed::sweep()?;
+
+    let mut scene = ui.step("two nodes, five pods: nginx, redis, iperf3, curl", |_| Scene::set())?;
+    let without = ui.step("without Underpass", |step| scene.observe(step, options.seconds))?;
+    let agents = ui.step("enrolling the running pods", |_| scene.start_agents(&agent))?;
+    let with = ui.step("with Underpass", |step| scene.observe(step, options.seconds))?;
+    let tunnel = ui.step("who talks to whom", |_| scene.look_at_tunnel(&agents))?;
+    let unchanged = scene.programs_unchanged();
+    let left = ui.step("taking everything down", |_| {
+        drop(agents);
+        let id = scene.end();
+        Testbed::leftovers(&id)
+    })?;
+    Ok(Report { without, with, tunnel, programs_unchanged: unchanged, left })
+}
+
+/// Builds the agent as it would be shipped.
+fn build(ui: &Ui) -> Result<PathBuf> {
+    ui.step("building the agent (release)", |step| {
+        let mut cargo = Command::new("cargo");
+        cargo.args(["build", "--release", "--locked", "--package", "underpass", "--bin", "underpass"]);
+        exec::quietly(cargo.current_dir(places::repository()), step)
+    })?;
+    Ok(places::target().join("release/underpass"))
+}

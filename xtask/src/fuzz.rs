@@ -1,0 +1,150 @@
+//! `cargo xtask fuzz`: libFuzzer with the address sanitizer, on the stable compiler.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::{exec, places, setup, ui::Ui};
+
+/// Package with the targets.
+const PACKAGE: &str = "underpass-fuzz";
+/// How long a target runs by default.
+const DEFAULT_SECONDS: u64 = 60;
+/// What cargo-fuzz would pass: coverage for libFuzzer, and the sanitizer.
+const FLAGS: &[&str] = &[
+    "--cfg=fuzzing",
+    "-Cpasses=sancov-module",
+    "-Cllvm-args=-sanitizer-coverage-level=4",
+    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
+    "-Cllvm-args=-sanitizer-coverage-pc-table",
+    "-Cllvm-args=-sanitizer-coverage-trace-compares",
+    "-Zsanitizer=address",
+    "-Ccodegen-units=1",
+    "-Cdebug-assertions",
+];
+
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Only targets whose name contains this.
+    filter: Option<String>,
+    /// Seconds per target.
+    #[arg(long, default_value_t = DEFAULT_SECONDS)]
+    seconds: u64,
+}
+
+/// Which targets held and which did not.
+#[derive(Default)]
+pub(crate) struct Outcome {
+    pub(crate) passed: usize,
+    pub(crate) failed: Vec<String>,
+}
+
+pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
+    setup::run(ui)?;
+    let outcome = run_all(ui, options.filter.as_deref(), Duration::from_secs(options.seconds))?;
+    ensure!(
+        outcome.passed + outcome.failed.len() > 0,
+        "no fuzz target's name contains {:?}",
+        options.filter.as_deref().unwrap_or("")
+    );
+    ensure!(outcome.failed.is_empty(), "fuzz targets failed: {}", outcome.failed.join(", "));
+    Ok(())
+}
+
+/// Builds the targets and runs each for `time`.
+pub(crate) fn run_all(ui: &Ui, filter: Option<&str>, time: Duration) -> Result<Outcome> {
+    let mut outcome = Outcome::default();
+    let mut targets = targets()?;
+    targets.retain(|target| filter.is_none_or(|text| target.contains(text)));
+    if targets.is_empty() {
+        return Ok(outcome);
+    }
+    let host = host()?;
+    let target_dir = places::target().join("fuzz");
+    ui.step("building the fuzz targets", |step| {
+        let mut cargo = Command::new("cargo");
+        cargo.current_dir(places::repository()).args([
+            "build",
+            "--locked",
+            "--release",
+            "--package",
+            PACKAGE,
+            "--target",
+            &host,
+        ]);
+        cargo.args(targets.iter().flat_map(|target| ["--bin", target]));
+        cargo.arg("--target-dir").arg(&target_dir);
+        // Options that a stable compiler keeps for nightly. With --target they do not reach build scripts and macros.
+        cargo.env("RUSTC_BOOTSTRAP", "1").env_remove("RUSTFLAGS").env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"));
+        cargo.env("CARGO_PROFILE_RELEASE_LTO", "off").env("CARGO_PROFILE_RELEASE_DEBUG", "line-tables-only");
+        exec::quietly(&mut cargo, step)
+    })?;
+    for target in targets {
+        let binary = target_dir.join(&host).join("release").join(&target);
+        match ui.step(&format!("fuzzing {target}"), |step| one(&binary, &target, &target_dir, time, step)) {
+            Ok(()) => outcome.passed += 1,
+            Err(error) => {
+                ui.failure(&error);
+                outcome.failed.push(target);
+            }
+        }
+    }
+    Ok(outcome)
+}
+
+/// Runs one target. The corpus grows below the target directory; seeds from the repository are read only.
+fn one(binary: &Path, name: &str, target_dir: &Path, time: Duration, step: &crate::ui::Step) -> Result<()> {
+    let corpus = directory(target_dir.join("corpus").join(name))?;
+    let artifacts = directory(target_dir.join("artifacts").join(name))?;
+    let seeds = places::repository().join("agent/fuzz/seeds").join(name);
+    let mut fuzzer = Command::new(binary);
+    fuzzer.arg(&corpus).args(seeds.is_dir().then_some(&seeds));
+    fuzzer.arg(format!("-max_total_time={}", time.as_secs())).args([
+        "-rss_limit_mb=4096",
+        "-timeout=10",
+        "-print_final_stats=1",
+    ]);
+    fuzzer.arg(format!("-artifact_prefix={}/", artifacts.display()));
+    // What the target links never frees at exit is not what is looked for.
+    fuzzer.env("ASAN_OPTIONS", "detect_leaks=0");
+    let result = exec::quietly(&mut fuzzer, step);
+    result.with_context(|| {
+        format!(
+            "fuzz target {name} failed; the input is in {}: run it with {} FILE",
+            artifacts.display(),
+            binary.display()
+        )
+    })
+}
+
+fn directory(path: PathBuf) -> Result<PathBuf> {
+    fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
+    Ok(path)
+}
+
+/// Names of the targets: the package's programs.
+fn targets() -> Result<Vec<String>> {
+    let mut cargo = Command::new("cargo");
+    cargo.current_dir(places::repository()).args(["metadata", "--no-deps", "--format-version=1"]);
+    let metadata: serde_json::Value =
+        serde_json::from_str(&exec::output(&mut cargo)?).context("reading cargo's metadata")?;
+    let packages = metadata["packages"].as_array().context("cargo's metadata has no packages")?;
+    let Some(package) = packages.iter().find(|package| package["name"] == PACKAGE) else {
+        bail!("there is no package {PACKAGE}")
+    };
+    let targets = package["targets"].as_array().context("a package has targets")?;
+    let programs =
+        targets.iter().filter(|target| target["kind"].as_array().is_some_and(|k| k.iter().any(|k| k == "bin")));
+    Ok(programs.filter_map(|target| target["name"].as_str()).map(str::to_owned).collect())
+}
+
+fn host() -> Result<String> {
+    let text = exec::output(Command::new("rustc").arg("-vV"))?;
+    let host = text.lines().find_map(|line| line.strip_prefix("host: "));
+    Ok(host.context("rustc does not say its host")?.to_owned())
+}
