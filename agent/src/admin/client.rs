@@ -25,7 +25,9 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens.
-    #[error("no agent is running: nobody listens on {path} ({source}); start it with `underpass run`, or name its directory with --run-dir")]
+    #[error(
+        "no agent is running: nobody listens on {path}; start it with `underpass run`, or name its directory with --run-dir"
+    )]
     NotRunning {
         /// The socket.
         path: PathBuf,
@@ -33,7 +35,7 @@ pub enum ClientError {
         source: std::io::Error,
     },
     /// Not allowed, or another failure to connect.
-    #[error("connecting to {path}: {source}; only root and the agent's own user may")]
+    #[error("connecting to {path} failed; only root and the agent's own user may")]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -55,7 +57,9 @@ pub enum ClientError {
         error: String,
     },
     /// Not an answer of an agent of this version.
-    #[error("answer of the agent on {path}: {reason}; use the command line of the agent's own version, as root or the agent's user")]
+    #[error(
+        "answer of the agent on {path}: {reason}; use the command line of the agent's own version, as root or the agent's user"
+    )]
     Answer {
         /// The socket.
         path: PathBuf,

@@ -193,9 +193,14 @@ pub fn router(source: Arc<dyn Source>) -> Router {
         .route("/v1/connections", get(connections))
         .route("/v1/connections/{id}/close", post(close))
         .route("/v1/counters", get(counters))
-        .fallback(async || refuse(StatusCode::NOT_FOUND, "no such resource; there are /v1/status, /v1/connections and /v1/counters"))
+        .fallback(async || {
+            refuse(StatusCode::NOT_FOUND, "no such resource; there are /v1/status, /v1/connections and /v1/counters")
+        })
         .method_not_allowed_fallback(async || {
-            refuse(StatusCode::METHOD_NOT_ALLOWED, "wrong method; resources are read with GET, connections closed with POST")
+            refuse(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "wrong method; resources are read with GET, connections closed with POST",
+            )
         })
         .layer(middleware::from_fn(without_body))
         .with_state(source)
@@ -226,11 +231,11 @@ async fn answer<T: serde::Serialize + Send + 'static>(
 }
 
 async fn status(State(source): State<Arc<dyn Source>>) -> Response {
-    answer(source, |s| s.status()).await
+    answer(source, Source::status).await
 }
 
 async fn counters(State(source): State<Arc<dyn Source>>) -> Response {
-    answer(source, |s| s.counters()).await
+    answer(source, Source::counters).await
 }
 
 #[derive(Deserialize)]
@@ -239,10 +244,7 @@ struct Limit {
     limit: Option<usize>,
 }
 
-async fn connections(
-    State(source): State<Arc<dyn Source>>,
-    limit: Result<Query<Limit>, QueryRejection>,
-) -> Response {
+async fn connections(State(source): State<Arc<dyn Source>>, limit: Result<Query<Limit>, QueryRejection>) -> Response {
     match limit.map(|Query(q)| q.limit.unwrap_or(DEFAULT_LIMIT)) {
         Ok(limit @ 1..=MAX_LIMIT) => answer(source, move |s| s.connections(limit)).await,
         _ => refuse(StatusCode::BAD_REQUEST, format!("the query may only be limit=N, with N from 1 to {MAX_LIMIT}")),

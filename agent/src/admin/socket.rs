@@ -104,9 +104,10 @@ fn check_stale(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
         Err(e) => Err(e),
-        Ok(m) if !m.file_type().is_socket() => {
-            Err(io::Error::new(ErrorKind::AlreadyExists, format!("{} exists and is no socket; remove it", path.display())))
-        }
+        Ok(m) if !m.file_type().is_socket() => Err(io::Error::new(
+            ErrorKind::AlreadyExists,
+            format!("{} exists and is no socket; remove it", path.display()),
+        )),
         Ok(_) => match UnixStream::connect(path) {
             Err(e) if matches!(e.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound) => Ok(()),
             Err(e) => Err(e),

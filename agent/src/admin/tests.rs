@@ -154,7 +154,10 @@ async fn every_request_is_answered() {
 
     assert_eq!(client.close(ConnectionId(3)).await.unwrap().closed, ConnectionId(3));
     let error = client.close(ConnectionId(4)).await.unwrap_err();
-    assert!(matches!(&error, ClientError::Refused { status: 404, error } if error.contains("no connection 4")), "{error}");
+    assert!(
+        matches!(&error, ClientError::Refused { status: 404, error } if error.contains("no connection 4")),
+        "{error}"
+    );
     assert_eq!(*server.source.closed.lock().unwrap(), [3, 4]);
 
     let counters = client.counters().await.unwrap();
@@ -197,8 +200,12 @@ async fn oversized_requests_are_refused() {
         format!("GET /{} HTTP/1.1\r\nhost: x\r\n\r\n", "a".repeat(200_000)),
         format!("GET /v1/status HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n", "a".repeat(200_000)),
         format!("GET /v1/status HTTP/1.1\r\nhost: x\r\n{}\r\n", "x: y\r\n".repeat(1000)),
-        format!("POST /v1/connections/1/close HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n{}", "a".repeat(1000)),
-        "POST /v1/connections/1/close HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\naaaaa\r\n0\r\n\r\n".into(),
+        format!(
+            "POST /v1/connections/1/close HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n{}",
+            "a".repeat(1000)
+        ),
+        "POST /v1/connections/1/close HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\naaaaa\r\n0\r\n\r\n"
+            .into(),
     ] {
         let answer = server.raw(request.as_bytes()).await;
         let refused = ["HTTP/1.1 431 ", "HTTP/1.1 414 ", "HTTP/1.1 413 "].iter().any(|s| answer.starts_with(s));

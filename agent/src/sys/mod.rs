@@ -1,2 +1,4 @@
 //! System calls that no crate wraps. One small function each, with its invariant; nothing else in the agent's
 //! user-space path is `unsafe`.
+
+pub mod bpf_probe;
