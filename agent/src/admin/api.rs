@@ -1,1 +1,130 @@
-//! api
+//! What goes over the socket. A public interface: fields are added, never renamed or removed.
+
+use std::{collections::BTreeMap, time::SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    relay::{ConnectionId, ConnectionInfo, DataPath},
+    sources::file::ReloadStatus,
+    telemetry::CountersSnapshot,
+};
+
+/// Connections listed when the request names no limit.
+pub const DEFAULT_LIMIT: usize = 1000;
+/// Most connections listed at once.
+pub const MAX_LIMIT: usize = 100_000;
+
+/// Answer to `GET /v1/status`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the agent.
+    pub version: String,
+    /// The node's name.
+    pub node: String,
+    /// The node's trust domain.
+    pub trust_domain: String,
+    /// Number of the configuration in force, see [`crate::mesh::Snapshot::generation`].
+    pub generation: u64,
+    /// What new tunnels use.
+    pub data_path: DataPath,
+    /// This node's workloads that the configuration enrols.
+    pub pods: Vec<PodStatus>,
+    /// What happened to the configuration file.
+    pub reload: ReloadStatus,
+}
+
+impl Status {
+    /// A status without what the server knows itself (version, node, trust domain, generation): it fills those in.
+    pub fn new(data_path: DataPath, pods: Vec<PodStatus>, reload: ReloadStatus) -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: String::new(),
+            trust_domain: String::new(),
+            generation: 0,
+            data_path,
+            pods,
+            reload,
+        }
+    }
+}
+
+/// One workload that is to be enrolled here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodStatus {
+    /// `namespace/name`.
+    pub workload: String,
+    /// SPIFFE ID.
+    pub identity: String,
+    /// Path of its network namespace.
+    pub netns: String,
+    /// Number in the BPF maps; absent while it is not enrolled.
+    pub pod_id: Option<u32>,
+    /// In the mesh or not.
+    pub state: PodState,
+    /// Why it was refused, and what to do.
+    pub reason: Option<String>,
+    /// Its certificate, when it has one.
+    pub certificate: Option<CertificateStatus>,
+}
+
+/// Is a pod in the mesh?
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PodState {
+    /// Its traffic is captured.
+    Enrolled,
+    /// It could not be enrolled; its traffic is not touched.
+    Refused,
+}
+
+/// A certificate, without anything secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateStatus {
+    /// Serial number, hexadecimal.
+    pub serial: String,
+    /// Start of validity, RFC 3339, UTC.
+    pub not_before: String,
+    /// End of validity, RFC 3339, UTC.
+    pub not_after: String,
+}
+
+impl CertificateStatus {
+    /// With times as the certificate has them: whole seconds.
+    pub fn new(serial: &str, not_before: SystemTime, not_after: SystemTime) -> Self {
+        let text = |t| humantime::format_rfc3339_seconds(t).to_string();
+        Self { serial: serial.to_owned(), not_before: text(not_before), not_after: text(not_after) }
+    }
+}
+
+/// Answer to `GET /v1/connections`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Connections {
+    /// Live connections in all; more than are listed when the limit was reached.
+    pub total: usize,
+    /// The oldest ones.
+    pub connections: Vec<ConnectionInfo>,
+}
+
+/// Answer to `POST /v1/connections/{id}/close`: the reset was asked for; the connection is gone a moment later.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Closed {
+    /// Which connection.
+    pub closed: ConnectionId,
+}
+
+/// Answer to `GET /v1/counters`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AllCounters {
+    /// Counted by the agent.
+    pub agent: CountersSnapshot,
+    /// Counted by the BPF programs.
+    pub bpf: BTreeMap<String, u64>,
+}
+
+/// Body of every answer that is not a success.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// What was wrong with the request, and what to send instead.
+    pub error: String,
+}

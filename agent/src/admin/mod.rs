@@ -1,5 +1,17 @@
 //! The agent's own interface on a unix socket (0600): HTTP/1.1 with JSON bodies.
+//!
+//! | Request | Answer |
+//! |---|---|
+//! | `GET /v1/status` | [`api::Status`] |
+//! | `GET /v1/connections?limit=N` | [`api::Connections`], oldest first, `N` from 1 to 100000, 1000 by default |
+//! | `POST /v1/connections/{id}/close` | [`api::Closed`], or 404 when there is no such connection |
+//! | `GET /v1/counters` | [`api::AllCounters`] |
+//!
+//! Whatever is refused is answered with [`api::Problem`].
 
 pub mod api;
 pub mod client;
 pub mod server;
+mod socket;
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,10 @@
 //! TCP connections from inside a pod's namespace.
 
-use std::{io, net::{IpAddr, SocketAddr}, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -8,7 +12,12 @@ use crate::capture::Pod;
 
 /// Connects to `to` from the pod, as the pod: from `from` when the application had bound that address, else from the
 /// address the pod's routes choose.
-pub(super) async fn upstream(pod: &Pod, from: Option<IpAddr>, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+pub(super) async fn upstream(
+    pod: &Pod,
+    from: Option<IpAddr>,
+    to: SocketAddr,
+    limit: Duration,
+) -> io::Result<TcpStream> {
     let socket = pod.upstream_socket(to.ip()).await?;
     if let Some(from) = from {
         // Only the address is wanted: connect() then picks the port by the whole 4-tuple.
@@ -19,7 +28,12 @@ pub(super) async fn upstream(pod: &Pod, from: Option<IpAddr>, to: SocketAddr, li
 }
 
 /// Connects to the pod's application as the original client.
-pub(super) async fn application(pod: &Pod, as_client: IpAddr, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+pub(super) async fn application(
+    pod: &Pod,
+    as_client: IpAddr,
+    to: SocketAddr,
+    limit: Duration,
+) -> io::Result<TcpStream> {
     connect(pod.application_socket(as_client).await?, to, limit).await
 }
 

@@ -32,7 +32,8 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
         );
     };
     let _ = proxy.certificates.wait_for(&pod.identity, proxy.limits.handshake).await;
-    let mut session = match timeout(proxy.limits.handshake, handshake::accept(stream, &proxy.tls, &pod.identity)).await {
+    let mut session = match timeout(proxy.limits.handshake, handshake::accept(stream, &proxy.tls, &pod.identity)).await
+    {
         Ok(Ok(session)) => session,
         Ok(Err(e)) => return refused(e.reason(), &e, None),
         Err(_) => return refused(RefusalReason::Deadline, &"TLS handshake", None),
@@ -51,7 +52,9 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
     };
     let mesh = proxy.mesh.load();
     let checked = match mesh.workload(&pod.key) {
-        Some(me) => native::check(&preamble, peer.ip(), me, &mesh).map(|port| (own_address(&preamble, &me.addresses), port)),
+        Some(me) => {
+            native::check(&preamble, peer.ip(), me, &mesh).map(|port| (own_address(&preamble, &me.addresses), port))
+        }
         None => Err(RefusalReason::ProxyDestination),
     };
     let to = match checked {
@@ -66,7 +69,8 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
             return session.refuse(AlertDescription::AccessDenied).await;
         }
     };
-    let application = match dial::application(pod, preamble.source.ip().to_canonical(), to, proxy.limits.connect).await {
+    let application = match dial::application(pod, preamble.source.ip().to_canonical(), to, proxy.limits.connect).await
+    {
         Ok(stream) => stream,
         Err(e) => {
             refused(RefusalReason::UpstreamUnreachable, &format!("application at {to}: {e}"), Some(&identity));
@@ -89,7 +93,9 @@ async fn read_preamble(session: &mut Session) -> Result<Preamble, (RefusalReason
         }
         // A record may bring application bytes behind the header, so the limit is one record beyond the longest header.
         match session.receive(MAX_HEADER + crate::tunnel::records::MAX_PLAINTEXT).await {
-            Ok(0) => return Err((RefusalReason::ProxyHeader, "the peer ended before its PROXY header was complete".into())),
+            Ok(0) => {
+                return Err((RefusalReason::ProxyHeader, "the peer ended before its PROXY header was complete".into()));
+            }
             Ok(_) => {}
             Err(e) => return Err((e.reason(), e.to_string())),
         }

@@ -1,12 +1,16 @@
 //! A connection an enrolled pod makes: from the captured socket to the relay.
 
-use std::{net::{IpAddr, SocketAddr}, sync::atomic::Ordering::Relaxed};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::atomic::Ordering::Relaxed,
+};
 
 use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, time::timeout};
 use tracing::{debug, info};
 
 use super::{
-    Held, PodContext, accept::reset,
+    Held, PodContext,
+    accept::reset,
     dial,
     route::{self, Plan, Target},
 };
@@ -112,7 +116,10 @@ async fn connect(
         }
         Target::Tunnel { identity, destination } => {
             if context.proxy.certificates.wait_for(&pod.identity, limits.handshake).await.is_none() {
-                return Err(Refusal::new(RefusalReason::NoCertificate, format!("{} has no valid certificate", pod.identity)));
+                return Err(Refusal::new(
+                    RefusalReason::NoCertificate,
+                    format!("{} has no valid certificate", pod.identity),
+                ));
             }
             let to = SocketAddr::new(destination.ip(), underpass_abi::TUNNEL_PORT);
             let from = bound_source(client, to);
@@ -160,11 +167,9 @@ fn hand_over(
 ) {
     let counters = &context.proxy.counters;
     let (peer, to, data_path) = match target {
-        Target::Tunnel { identity, destination } => (
-            Some(identity.clone()),
-            SocketAddr::new(destination.ip(), underpass_abi::TUNNEL_PORT),
-            DataPath::User,
-        ),
+        Target::Tunnel { identity, destination } => {
+            (Some(identity.clone()), SocketAddr::new(destination.ip(), underpass_abi::TUNNEL_PORT), DataPath::User)
+        }
         Target::Plain(to) => (None, *to, DataPath::Plain),
     };
     let (cipher, resumed) = match &upstream {

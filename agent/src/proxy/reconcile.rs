@@ -92,7 +92,9 @@ impl Reconciler {
         }
         self.remove_stale(&snapshot).await;
         let workloads: Vec<Arc<Workload>> = snapshot.local_workloads().cloned().collect();
-        stream::iter(workloads).for_each_concurrent(ENROL_PARALLEL, |workload| async move { self.enrol(&workload).await }).await;
+        stream::iter(workloads)
+            .for_each_concurrent(ENROL_PARALLEL, |workload| async move { self.enrol(&workload).await })
+            .await;
     }
 
     /// Gives every pod plain traffic back.
@@ -105,9 +107,9 @@ impl Reconciler {
 
     async fn remove_stale(&self, snapshot: &Snapshot) {
         for pod in self.proxy.capture.pods() {
-            let kept = snapshot.workload(&pod.key).is_some_and(|w| {
-                w.identity == pod.identity && w.local.as_ref().is_some_and(|l| l.netns == pod.netns)
-            });
+            let kept = snapshot
+                .workload(&pod.key)
+                .is_some_and(|w| w.identity == pod.identity && w.local.as_ref().is_some_and(|l| l.netns == pod.netns));
             if !kept {
                 info!(pod = %pod.key, "un-enrolling");
                 self.proxy.capture.unenroll(&pod.key).await;
@@ -139,7 +141,9 @@ impl Reconciler {
                 PodState::Enrolled { pod_id } => {
                     info!(pod = %workload.key, identity = %workload.identity, pod_id, "enrolled");
                 }
-                PodState::Refused { reason } => warn!(pod = %workload.key, %reason, "not enrolled; will be tried again"),
+                PodState::Refused { reason } => {
+                    warn!(pod = %workload.key, %reason, "not enrolled; will be tried again")
+                }
             }
         }
     }

@@ -2,4 +2,5 @@
 //! user-space path is `unsafe`.
 
 pub mod bpf;
+pub mod bpf_probe;
 pub mod net;

@@ -6,6 +6,7 @@
 use std::{
     borrow::Cow,
     io::{self, Write},
+    sync::OnceLock,
 };
 
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
@@ -45,15 +46,15 @@ pub enum LogError {
 /// Keeps the writer running; dropping it writes what is queued.
 #[must_use = "dropping it stops logging"]
 pub struct LogGuard {
-    dropped: ErrorCounter,
     _writer: WorkerGuard,
 }
 
-impl LogGuard {
-    /// Lines dropped because the queue was full.
-    pub fn dropped_lines(&self) -> u64 {
-        self.dropped.dropped_lines() as u64
-    }
+/// Counts for the one writer of the process.
+static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
+
+/// Log lines dropped because the queue was full.
+pub fn dropped_lines() -> u64 {
+    DROPPED.get().map_or(0, |d| d.dropped_lines() as u64)
 }
 
 /// Starts logging to standard error.
@@ -66,7 +67,8 @@ pub fn init(filter: &str, format: LogFormat) -> Result<LogGuard, LogError> {
         .with(layer(format, writer).with_filter(filter))
         .try_init()
         .map_err(|e| LogError::Twice(e.to_string()))?;
-    Ok(LogGuard { dropped, _writer: guard })
+    DROPPED.get_or_init(|| dropped);
+    Ok(LogGuard { _writer: guard })
 }
 
 fn queue(to: impl Write + Send + 'static) -> (NonBlocking, WorkerGuard) {
@@ -183,6 +185,33 @@ mod tests {
     fn plain_text_is_not_copied() {
         assert!(matches!(printable("spiffe://cluster.local/ns/ä/sa/ß"), Cow::Borrowed(_)));
         assert_eq!(printable("a\tb\u{1b}"), "a\\tb\\u{1b}");
+    }
+
+    /// A standard error that takes nothing: events return at once, and what does not fit is counted.
+    #[test]
+    fn a_blocked_writer_drops_lines_and_counts_them() {
+        struct Blocked(std::sync::mpsc::Receiver<()>);
+        impl Write for Blocked {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                let _ = self.0.recv(); // until the sender is dropped
+                Ok(bytes.len())
+            }
+
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+
+        let (release, blocked) = std::sync::mpsc::channel();
+        let (writer, guard) = queue(Blocked(blocked));
+        let dropped = writer.error_counter();
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer(LogFormat::Text, writer)), || {
+            (0..QUEUED_LINES + 100).for_each(|n| tracing::info!(n, "line"));
+        });
+        // The writer thread may have taken one line out of the queue.
+        assert!((99..=100).contains(&dropped.dropped_lines()), "{}", dropped.dropped_lines());
+        drop(release);
+        drop(guard);
     }
 
     #[test]

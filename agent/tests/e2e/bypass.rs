@@ -6,7 +6,9 @@ use std::{path::Path, time::Duration};
 use anyhow::{Result, ensure};
 use testbed::{Mode, Pod, Process, app_path};
 
-use crate::world::{MARKER, Stage, World, app, app_error, assert_plaintext_seen, at, counter, eventually, serve, sniff, wait_counter};
+use crate::world::{
+    MARKER, Stage, World, app, app_error, assert_plaintext_seen, at, counter, eventually, serve, sniff, wait_counter,
+};
 
 /// How long a client waits whose SYN is dropped.
 const DROPPED: &str = "3";
@@ -128,7 +130,12 @@ fn a_pod_that_holds_the_agents_ports_is_refused_clearly() -> Result<()> {
     let (mesh, bed) = (stage.mesh, stage.bed);
     for (node, pod, port) in [("a", "client", "15001"), ("b", "server", "15008")] {
         let options = testbed::AgentOptions { ready_within: None, ..Default::default() };
-        let agent = testbed::Agent::start(bed.node(node), &testbed::underpass_path()?, &mesh.document(bed.node(node)), options)?;
+        let agent = testbed::Agent::start(
+            bed.node(node),
+            &testbed::underpass_path()?,
+            &mesh.document(bed.node(node)),
+            options,
+        )?;
         eventually(Duration::from_secs(20), || {
             let status = agent.status()?;
             let text = status["pods"].to_string();
@@ -150,7 +157,10 @@ fn a_pod_outside_of_the_attach_point_is_refused_clearly() -> Result<()> {
     let agent = testbed::Agent::start(node, &testbed::underpass_path()?, &stage.mesh.document(node), options)?;
     eventually(Duration::from_secs(20), || {
         let text = agent.status()?["pods"].to_string();
-        ensure!(text.contains("refused") && text.contains("cgroup") && text.contains(&outside.pid().to_string()), "{text}");
+        ensure!(
+            text.contains("refused") && text.contains("cgroup") && text.contains(&outside.pid().to_string()),
+            "{text}"
+        );
         Ok(())
     })?;
     // And it is taken in as soon as the reason is gone.

@@ -9,7 +9,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    SanType,
 };
 use testbed::{Pod, Process, Testbed};
 use time::OffsetDateTime;
@@ -87,7 +88,11 @@ impl Forge {
             fs::write(&path, text)?;
             Ok(path)
         };
-        Ok(Files { certificate: write("crt", &certificate)?, key: write("key", &key.serialize_pem())?, roots: write("roots", &self.certificate)? })
+        Ok(Files {
+            certificate: write("crt", &certificate)?,
+            key: write("key", &key.serialize_pem())?,
+            roots: write("roots", &self.certificate)?,
+        })
     }
 }
 
@@ -95,7 +100,8 @@ impl Forge {
 pub fn s_client(from: &Pod, server: &Pod, files: &Files, arguments: &[&str]) -> Result<Process> {
     let to = at(server.ipv4(), 15008);
     let (certificate, key) = (files.certificate.display().to_string(), files.key.display().to_string());
-    let mut command = vec!["openssl", "s_client", "-connect", &to, "-tls1_3", "-quiet", "-cert", &certificate, "-key", &key];
+    let mut command =
+        vec!["openssl", "s_client", "-connect", &to, "-tls1_3", "-quiet", "-cert", &certificate, "-key", &key];
     command.extend(arguments);
     from.spawn(&command)
 }
@@ -115,7 +121,8 @@ fn files_issuer_serves_and_an_expired_certificate_fails_closed() -> Result<()> {
         }
         let files = forge.leaf(&leaf)?;
         let enroll = stage.mesh.workload(name).enroll.as_mut().context("enrolled")?;
-        enroll.certificate = Some(testbed::CertificateFiles { chain: files.certificate, key: files.key, roots: files.roots });
+        enroll.certificate =
+            Some(testbed::CertificateFiles { chain: files.certificate, key: files.key, roots: files.roots });
     }
     let world = stage.start()?;
     app(&world.client, &["request", &to])?;

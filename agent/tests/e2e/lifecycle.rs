@@ -5,7 +5,9 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use testbed::{Agent, AgentOptions, Testbed, underpass_path};
 
-use crate::world::{MARKER, Stage, World, app, app_error, assert_encrypted, assert_plaintext_seen, at, serve, sniff, start_agent};
+use crate::world::{
+    MARKER, Stage, World, app, app_error, assert_encrypted, assert_plaintext_seen, at, serve, sniff, start_agent,
+};
 
 #[test]
 fn open_connections_survive_enrolment_and_un_enrolment() -> Result<()> {
@@ -33,7 +35,10 @@ fn open_connections_survive_enrolment_and_un_enrolment() -> Result<()> {
     let sniffer = world.sniff()?;
     app(&world.client, &["request", &to, "--line", MARKER])?;
     assert_plaintext_seen(&sniffer.stop()?)?;
-    ensure!(tunnelled.output(Duration::from_secs(20))?.last_json()?["alive"] == 3, "tunnelled connections died at un-enrolment");
+    ensure!(
+        tunnelled.output(Duration::from_secs(20))?.last_json()?["alive"] == 3,
+        "tunnelled connections died at un-enrolment"
+    );
     Ok(())
 }
 
@@ -78,7 +83,11 @@ fn a_restarted_agent_takes_over_without_a_moment_of_plaintext() -> Result<()> {
         app(&stage.client, &["request", &to, "--line", MARKER])?;
         let live = stage.client.app(&["expect-reset", &to])?;
         live.wait_json("established", Duration::from_secs(10))?;
-        if round % 2 == 0 { a.kill()? } else { a.stop()? }
+        if round % 2 == 0 {
+            a.kill()?
+        } else {
+            a.stop()?
+        }
         let output = live.output(Duration::from_secs(10))?;
         ensure!(output.status.success(), "a live connection did not see a reset: {}", output.stdout);
         // No agent: new connections are refused, also while programs keep trying.

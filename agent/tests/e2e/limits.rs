@@ -21,7 +21,16 @@ fn a_flooded_pod_does_not_delay_another() -> Result<()> {
     let _other = world.serve(&other, 8080, &[])?;
     // Half a ClientHello: a record header that promises 512 bytes, and a few of them. 10,000 times.
     let tunnel = at(world.server.ipv4(), 15008);
-    let _flood = rogue.app(&["hold", &tunnel, "--count", "10000", "--concurrency", "10000", "--send-hex", "1603010200010001fc0303"])?;
+    let _flood = rogue.app(&[
+        "hold",
+        &tunnel,
+        "--count",
+        "10000",
+        "--concurrency",
+        "10000",
+        "--send-hex",
+        "1603010200010001fc0303",
+    ])?;
     wait_counter(&world.b, "refused.deadline", 1)?;
     let start = Instant::now();
     let (mut slowest, mut count) = (0.0_f64, 0);
@@ -30,7 +39,10 @@ fn a_flooded_pod_does_not_delay_another() -> Result<()> {
         slowest = slowest.max(report["first_answer_ms"].as_f64().context("first_answer_ms")?);
         count += 1;
     }
-    println!("{count} connections to the other pod, slowest {slowest:.1} ms, under {} half-open handshakes refused so far", counter(&world.b, "refused.deadline")?);
+    println!(
+        "{count} connections to the other pod, slowest {slowest:.1} ms, under {} half-open handshakes refused so far",
+        counter(&world.b, "refused.deadline")?
+    );
     ensure!(slowest < BOUND.as_secs_f64() * 1e3, "a connection to another pod took {slowest} ms");
     Ok(())
 }
@@ -68,7 +80,17 @@ fn thousands_of_concurrent_connections_to_two_destinations() -> Result<()> {
         servers.push(world.serve(pod, 8080, &[])?);
         let count = each.to_string();
         let to = at(pod.ipv4(), 8080);
-        holders.push(world.client.app(&["hold", &to, "--count", &count, "--concurrency", "200", "--exchange", "--timeout", "200"])?);
+        holders.push(world.client.app(&[
+            "hold",
+            &to,
+            "--count",
+            &count,
+            "--concurrency",
+            "200",
+            "--exchange",
+            "--timeout",
+            "200",
+        ])?);
     }
     for holder in &holders {
         let report = holder.wait_json("held", Duration::from_secs(220))?;

@@ -107,7 +107,10 @@ fn peers_without_certificate_alpn_or_tls() -> Result<()> {
     ensure!(!plain.status.success(), "{}", plain.stdout);
     wait_counter(&s.world.b, "refused.not-tls", 1)?;
     let before = total_refused(&s.world)?;
-    let _ = s.rogue.app(&["connect", &to, "--send-hex", "16030100050102030405", "--read", "--timeout", "15"])?.output(Duration::from_secs(20))?;
+    let _ = s
+        .rogue
+        .app(&["connect", &to, "--send-hex", "16030100050102030405", "--read", "--timeout", "15"])?
+        .output(Duration::from_secs(20))?;
     ensure!(total_refused(&s.world)? > before, "garbage was not counted: {}", s.world.b.counters()?);
     Ok(())
 }
@@ -155,8 +158,17 @@ fn a_truncated_proxy_header_is_refused() -> Result<()> {
 #[test]
 fn a_server_with_another_identity_or_trust_domain_is_not_believed() -> Result<()> {
     for (label, change, server_reason) in [
-        ("imposter", &(|m: &mut testbed::MeshConfig| m.workload("server").service_account = "imposter".into()) as &dyn Fn(&mut testbed::MeshConfig), None),
-        ("othertd", &|m: &mut testbed::MeshConfig| m.trust_domain = "other.domain".into(), Some("refused.wrong-trust-domain")),
+        (
+            "imposter",
+            &(|m: &mut testbed::MeshConfig| m.workload("server").service_account = "imposter".into())
+                as &dyn Fn(&mut testbed::MeshConfig),
+            None,
+        ),
+        (
+            "othertd",
+            &|m: &mut testbed::MeshConfig| m.trust_domain = "other.domain".into(),
+            Some("refused.wrong-trust-domain"),
+        ),
     ] {
         let stage = Stage::new(label)?;
         let _echo = crate::world::serve(&stage.server, 8080, &[])?;

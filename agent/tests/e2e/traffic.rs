@@ -5,7 +5,10 @@ use std::{fs, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use testbed::{Nginx, Redis, Sniffer, SnifferOptions};
 
-use crate::world::{MARKER, Stage, World, app, app_error, assert_encrypted, assert_plaintext_seen, at, eventually, live, sniff, wait_counter};
+use crate::world::{
+    MARKER, Stage, World, app, app_error, assert_encrypted, assert_plaintext_seen, at, eventually, live, sniff,
+    wait_counter,
+};
 
 #[test]
 fn http_with_keep_alive_over_addresses_and_vips_of_both_families() -> Result<()> {
@@ -20,7 +23,12 @@ fn http_with_keep_alive_over_addresses_and_vips_of_both_families() -> Result<()>
     let world = stage.start()?;
     let sniffer = world.sniff()?;
     let [vip4, vip6] = testbed::addresses::vips(1);
-    for url in [format!("http://{v4}:8080/"), format!("http://[{v6}]:8080/"), format!("http://{vip4}/"), format!("http://[{vip6}]/")] {
+    for url in [
+        format!("http://{v4}:8080/"),
+        format!("http://[{v6}]:8080/"),
+        format!("http://{vip4}/"),
+        format!("http://[{vip6}]/"),
+    ] {
         // Five requests on one connection; %{num_connects} says how many connections each took.
         let mut command = vec!["curl", "-sS", "-w", " %{num_connects} %{remote_ip} %{http_code}\n"];
         command.extend([url.as_str(); 5]);
@@ -31,8 +39,15 @@ fn http_with_keep_alive_over_addresses_and_vips_of_both_families() -> Result<()>
             ensure!(line.starts_with(MARKER) && line.ends_with("200"), "{line}");
             ensure!(line.contains(if i == 0 { " 1 " } else { " 0 " }), "keep-alive was not kept: {text}");
             // getpeername answers what was dialled.
-            let dialled = url.trim_start_matches("http://").trim_end_matches('/').trim_end_matches(":8080").trim_matches(['[', ']']);
-            ensure!(line.contains(&format!(" {dialled} ")), "curl thinks it is connected to something else than {dialled}: {line}");
+            let dialled = url
+                .trim_start_matches("http://")
+                .trim_end_matches('/')
+                .trim_end_matches(":8080")
+                .trim_matches(['[', ']']);
+            ensure!(
+                line.contains(&format!(" {dialled} ")),
+                "curl thinks it is connected to something else than {dialled}: {line}"
+            );
         }
     }
     assert_encrypted(&sniffer.stop()?)?;
@@ -40,7 +55,10 @@ fn http_with_keep_alive_over_addresses_and_vips_of_both_families() -> Result<()>
     ensure!(log.len() == 21, "{log:?}");
     for line in &log {
         let source = line.split(' ').next().unwrap_or_default().trim_start_matches("::ffff:");
-        ensure!(source == world.client.ipv4().to_string() || source == world.client.ipv6().to_string(), "nginx saw {line}");
+        ensure!(
+            source == world.client.ipv4().to_string() || source == world.client.ipv6().to_string(),
+            "nginx saw {line}"
+        );
     }
     Ok(())
 }
@@ -56,7 +74,8 @@ fn v4_mapped_clients_and_address_answers() -> Result<()> {
     ensure!(answer["peer"] == to, "getpeername: {answer}");
     let local = answer["local"].as_str().context("local")?;
     ensure!(local.starts_with(&format!("[::ffff:{client}]:")), "getsockname: {answer}");
-    for (to, local) in [(at(server, 8080), at(client, 0)), (at(world.server.ipv6(), 8080), at(world.client.ipv6(), 0))] {
+    for (to, local) in [(at(server, 8080), at(client, 0)), (at(world.server.ipv6(), 8080), at(world.client.ipv6(), 0))]
+    {
         let answer = app(&world.client, &["request", &to, "--line", MARKER])?;
         ensure!(answer["peer"] == to.as_str(), "getpeername: {answer}");
         let got = answer["local"].as_str().context("local")?;
@@ -74,7 +93,10 @@ fn two_hundred_megabytes_both_ways_at_once_with_checksums() -> Result<()> {
     let _bulk = world.serve(&world.server, 8080, &["--mode", "bulk"])?;
     let sniffer = world.sniff()?;
     let bytes = (200_u64 << 20).to_string();
-    let report = app(&world.client, &["bulk", &at(world.server.ipv4(), 8080), "--up", &bytes, "--down", &bytes, "--timeout", "85"])?;
+    let report = app(
+        &world.client,
+        &["bulk", &at(world.server.ipv4(), 8080), "--up", &bytes, "--down", &bytes, "--timeout", "85"],
+    )?;
     ensure!(report["up"] == 200 << 20, "{report}");
     let capture = sniffer.stop()?;
     ensure!(capture.tcp_15008_payload > 0 && capture.plaintext_payload == 0 && capture.marker_hits == 0, "{capture:?}");
@@ -87,8 +109,18 @@ fn slow_reader_is_backpressure_not_memory() -> Result<()> {
     let world = World::new("slow")?;
     let _bulk = world.serve(&world.server, 8080, &["--mode", "bulk"])?;
     let before = rss_kib(world.a.process()?.pid())?;
-    let arguments =
-        ["bulk", &at(world.server.ipv4(), 8080), "--up", "1000", "--down", "12000000", "--chunk", "65536", "--pause-ms", "20"];
+    let arguments = [
+        "bulk",
+        &at(world.server.ipv4(), 8080),
+        "--up",
+        "1000",
+        "--down",
+        "12000000",
+        "--chunk",
+        "65536",
+        "--pause-ms",
+        "20",
+    ];
     app(&world.client, &arguments)?;
     let after = rss_kib(world.a.process()?.pid())?;
     ensure!(after < before + 8 * 1024, "the agent grew from {before} to {after} KiB for one slow reader");
@@ -111,7 +143,20 @@ fn redis_pipelines() -> Result<()> {
     let run = |arguments: &[&str]| world.client.check(&[&redis[..], arguments].concat());
     ensure!(run(&["set", "key", MARKER])?.trim() == "OK");
     ensure!(run(&["get", "key"])?.trim() == MARKER);
-    let bench = world.client.check(&["redis-benchmark", "-h", &host, "-t", "set,get", "-n", "20000", "-P", "16", "-c", "20", "--csv"])?;
+    let bench = world.client.check(&[
+        "redis-benchmark",
+        "-h",
+        &host,
+        "-t",
+        "set,get",
+        "-n",
+        "20000",
+        "-P",
+        "16",
+        "-c",
+        "20",
+        "--csv",
+    ])?;
     ensure!(bench.lines().filter(|l| l.contains("SET") || l.contains("GET")).count() == 2, "{bench}");
     assert_encrypted(&sniffer.stop()?)
 }
@@ -165,7 +210,8 @@ fn five_hundred_parallel_short_connections() -> Result<()> {
     let world = World::new("many")?;
     let _echo = world.serve(&world.server, 8080, &[])?;
     let sniffer = world.sniff()?;
-    let report = app(&world.client, &["parallel", &at(world.server.ipv4(), 8080), "--count", "500", "--concurrency", "100"])?;
+    let report =
+        app(&world.client, &["parallel", &at(world.server.ipv4(), 8080), "--count", "500", "--concurrency", "100"])?;
     ensure!(report["ok"] == 500, "{report}");
     assert_encrypted(&sniffer.stop()?)?;
     // Nothing stays behind.

@@ -33,7 +33,8 @@ fn excluded_ports_and_networks_and_foreign_addresses_are_not_captured() -> Resul
     stage.mesh.exclude.outbound_ports = vec![9000];
     let cidr = format!("{}/32", spared.ipv4());
     let enroll = stage.mesh.workload("client").enroll.as_mut().expect("enrolled");
-    enroll.exclude = Some(testbed::Exclude { outbound_ports: vec![9001], outbound_cidrs: vec![cidr], inbound_ports: vec![] });
+    enroll.exclude =
+        Some(testbed::Exclude { outbound_ports: vec![9001], outbound_cidrs: vec![cidr], inbound_ports: vec![] });
     let world = stage.start()?;
     let mut servers = Vec::new();
     for port in [8080, 9000, 9001] {
@@ -42,7 +43,12 @@ fn excluded_ports_and_networks_and_foreign_addresses_are_not_captured() -> Resul
     servers.push(world.serve(&outsider, 8080, &[])?);
     servers.push(world.serve(&spared, 8080, &[])?);
     let sniffer = world.sniff()?;
-    for to in [at(world.server.ipv4(), 9000), at(world.server.ipv6(), 9001), at(outsider.ipv4(), 8080), at(spared.ipv4(), 8080)] {
+    for to in [
+        at(world.server.ipv4(), 9000),
+        at(world.server.ipv6(), 9001),
+        at(outsider.ipv4(), 8080),
+        at(spared.ipv4(), 8080),
+    ] {
         app(&world.client, &["request", &to, "--line", MARKER])?;
     }
     assert_plaintext_seen(&sniffer.stop()?)?;

@@ -7,7 +7,9 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use testbed::{Agent, AgentOptions, Capture, MeshConfig, Node, Pod, Process, Sniffer, SnifferOptions, Testbed, underpass_path};
+use testbed::{
+    Agent, AgentOptions, Capture, MeshConfig, Node, Pod, Process, Sniffer, SnifferOptions, Testbed, underpass_path,
+};
 
 /// Text that only occurs in plaintext; every test's payload carries it.
 pub const MARKER: &str = "plaintext-marker-7d1f";
@@ -54,7 +56,8 @@ impl Stage {
 }
 
 pub fn start_agent(mesh: &MeshConfig, node: &Node, arguments: &[&str]) -> Result<Agent> {
-    let options = AgentOptions { arguments: arguments.iter().map(|s| (*s).to_owned()).collect(), ..AgentOptions::default() };
+    let options =
+        AgentOptions { arguments: arguments.iter().map(|s| (*s).to_owned()).collect(), ..AgentOptions::default() };
     Agent::start(node, &underpass_path()?, &mesh.document(node), options)
 }
 

@@ -19,7 +19,7 @@ const DEFAULT_LIFETIME: Duration = Duration::from_hours(24);
 /// Shortest lifetime: below it, renewal at half-life is faster than a handshake deadline allows.
 const MIN_LIFETIME: Duration = Duration::from_secs(1);
 /// Longest lifetime: one year of 365.25 days, as durations are written.
-const MAX_LIFETIME: Duration = Duration::from_secs(31_557_600);
+const MAX_LIFETIME: Duration = Duration::from_hours(8766);
 
 /// Checks a document and turns it into a model.
 pub(super) fn node_config(file: &str, document: &Document) -> Result<NodeConfig, ConfigError> {

@@ -118,6 +118,7 @@ pub(super) struct Enroll {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[allow(clippy::struct_field_names)] // the names of the document
 pub(super) struct Certificate {
     pub(super) certificate: Spanned<String>,
     pub(super) key: Spanned<String>,

@@ -1,6 +1,6 @@
 //! From text to the schema: limits, and errors that say where, which field, what was found and what to write.
 
-use std::cell::RefCell;
+use std::{cell::RefCell, fmt::Write as _};
 
 use serde::Deserialize;
 use serde_saphyr::{DuplicateKeyPolicy, Error, Location, MessageFormatter as _, Options, UserMessageFormatter};
@@ -62,7 +62,9 @@ fn field_path(path: &serde_path_to_error::Path) -> String {
     let mut text = String::new();
     for segment in path {
         match segment {
-            Segment::Seq { index } => text.push_str(&format!("[{index}]")),
+            Segment::Seq { index } => {
+                let _ = write!(text, "[{index}]");
+            }
             Segment::Map { key } if key != "value" => {
                 if !text.is_empty() {
                     text.push('.');

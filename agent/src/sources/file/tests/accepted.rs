@@ -1,6 +1,6 @@
 //! What valid documents mean.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{fmt::Write as _, net::SocketAddr, time::Duration};
 
 use proptest::prelude::*;
 
@@ -19,7 +19,7 @@ fn defaults() {
     let config = parse("n.yaml", BASE).unwrap();
     assert_eq!(
         config.issuer,
-        IssuerConfig::Local { ca_dir: "/run/underpass/ca".into(), lifetime: Duration::from_secs(24 * 3600) }
+        IssuerConfig::Local { ca_dir: "/run/underpass/ca".into(), lifetime: Duration::from_hours(24) }
     );
     let mesh = config.snapshot;
     assert_eq!((&*mesh.node, mesh.trust_domain.as_str(), mesh.generation), ("node-a", "cluster.local", 0));
@@ -127,7 +127,7 @@ fn a_node_with_many_workloads_is_within_the_limits() {
     );
     for i in 0..20_000_u32 {
         let ip = std::net::Ipv4Addr::from(0x0a00_0001 + i);
-        text.push_str(&format!("  - {{ name: w{i}, namespace: default, serviceAccount: s{i}, addresses: [{ip}] }}\n"));
+        writeln!(text, "  - {{ name: w{i}, namespace: default, serviceAccount: s{i}, addresses: [{ip}] }}").unwrap();
     }
     assert_eq!(parse("n.yaml", &text).unwrap().snapshot.workloads().count(), 20_000);
 }

@@ -1,5 +1,7 @@
 //! Documents that are refused, with the whole message.
 
+use std::fmt::Write as _;
+
 use super::{
     super::{MAX_DOCUMENT, parse},
     BASE,
@@ -433,7 +435,7 @@ fn bombs_are_refused_early() {
 
     let mut laughs = String::from("apiVersion: &a0 [x]\n");
     for i in 1..40 {
-        laughs.push_str(&format!("k{i}: &a{i} [*a{p}, *a{p}, *a{p}, *a{p}, *a{p}]\n", p = i - 1));
+        writeln!(laughs, "k{i}: &a{i} [*a{p}, *a{p}, *a{p}, *a{p}, *a{p}]", p = i - 1).unwrap();
     }
     let laughs = refusal(&laughs);
     assert!(laughs.len() < 1000, "{laughs}");
@@ -441,7 +443,7 @@ fn bombs_are_refused_early() {
     // The same through a field whose value is skipped by nothing: a list of addresses made of aliases.
     let mut lists = format!("{BASE}x: &a0 [10.0.0.1, 10.0.0.2]\n");
     for i in 1..30 {
-        lists.push_str(&format!("y{i}: &a{i} [*a{p}, *a{p}, *a{p}]\n", p = i - 1));
+        writeln!(lists, "y{i}: &a{i} [*a{p}, *a{p}, *a{p}]", p = i - 1).unwrap();
     }
     assert!(refusal(&lists).contains("unknown field"), "unknown fields end the parse before their value is expanded");
 

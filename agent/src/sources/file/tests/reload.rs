@@ -301,7 +301,7 @@ async fn node_trust_domain_and_issuer_need_a_restart() {
     assert_eq!(fs::read_to_string(place.copy()).unwrap(), BASE, "what is not in force is not kept as good");
 }
 
-/// A mounted ConfigMap: `node.yaml -> ..data/node.yaml`, `..data -> ..1`, updated by renaming a new link over `..data`.
+/// A mounted `ConfigMap`: `node.yaml -> ..data/node.yaml`, `..data -> ..1`, updated by renaming a new link over `..data`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_config_map_swap_is_applied() {
     let place = Place::new();

@@ -1,0 +1,189 @@
+//! Puts the agent together out of its parts, and takes it apart again.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use anyhow::Context as _;
+use nix::sys::{
+    prctl,
+    resource::{Resource, getrlimit, setrlimit},
+};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{info, warn};
+
+use super::RunArgs;
+use crate::{
+    admin::{
+        api::{self, CertificateStatus, Status},
+        server::{self, AdminState, StatusProvider},
+    },
+    capture::{Capture, CaptureOptions, cleanup},
+    identity::{CertificateStore, FilesIssuer, Issuer, LocalIssuer},
+    mesh::{CertificateFiles, MeshStore, Snapshot, SpiffeId},
+    proxy::{Limits, PodState, Proxy, Reconciler},
+    relay::{ConnectionTable, DataPath, Relay, RelayOptions},
+    sources::file::{FileSource, IssuerConfig, NodeConfig, ReloadStats},
+    telemetry::Counters,
+    tunnel::TlsConfigs,
+};
+
+/// Runs the agent until SIGTERM or SIGINT.
+pub(super) fn run(args: RunArgs) -> anyhow::Result<()> {
+    harden();
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("underpass")
+        .build()
+        .context("starting the runtime")?
+        .block_on(agent(args))
+}
+
+/// Keys must not reach a core file, and two descriptors per connection need a high limit. Neither failing is a reason not to run.
+fn harden() {
+    if let Err(e) = prctl::set_dumpable(false) {
+        warn!(error = %e, "core dumps stay possible (prctl PR_SET_DUMPABLE)");
+    }
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map(|()| hard));
+    match raised {
+        Ok(limit) => info!(limit, "descriptors"),
+        Err(e) => warn!(error = %e, "the descriptor limit stays as it is (RLIMIT_NOFILE)"),
+    }
+}
+
+async fn agent(args: RunArgs) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+
+    let cgroup = super::cgroup::attach_point(args.cgroup.as_deref())?;
+    let (source, config) = FileSource::open(&args.config, &args.state_dir)?;
+    let reload = source.stats();
+    let (issuer, prepare) = issuer(&config)?;
+    let trust_domain = config.snapshot.trust_domain.clone();
+    let mesh = Arc::new(MeshStore::new(Snapshot::empty(&config.snapshot.node, trust_domain.clone())));
+
+    let certificates = CertificateStore::new(issuer);
+    let table = ConnectionTable::new();
+    let counters = Arc::new(Counters::default());
+    let relay_options = RelayOptions { threads: args.relay_threads.unwrap_or(0).into(), ..RelayOptions::default() };
+    let relay =
+        Relay::start(&relay_options, Arc::clone(&table), Arc::clone(&counters)).context("starting the relay")?;
+    let capture =
+        Capture::start(CaptureOptions { cgroup, pin_root: args.pin_root.clone(), tc: args.tc, bpf_log: args.bpf_log })
+            .await
+            .context("starting capture")?;
+    let proxy = Arc::new(Proxy {
+        capture: Arc::clone(&capture),
+        mesh: Arc::clone(&mesh),
+        tls: TlsConfigs::new(Arc::clone(&certificates), trust_domain),
+        certificates: Arc::clone(&certificates),
+        relay: Arc::clone(&relay),
+        table: Arc::clone(&table),
+        counters: Arc::clone(&counters),
+        limits: Limits {
+            handshake: args.handshake_timeout,
+            connect: args.connect_timeout,
+            pending_per_pod: args.max_pending_per_pod as usize,
+            connections_per_pod: args.max_connections_per_pod as usize,
+        },
+    });
+    let reconciler = Reconciler::new(proxy, prepare);
+
+    mesh.replace(config.snapshot);
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(Arc::clone(&certificates).run());
+    reconciler.reconcile().await;
+    capture.collect_garbage().await;
+    tasks.spawn(Arc::clone(&reconciler).run());
+    let watched = Arc::clone(&mesh);
+    tasks.spawn(async move {
+        if let Err(e) = source.watch(watched).await {
+            warn!(error = %e, "the configuration is not watched any more; changes need a restart");
+        }
+    });
+    let provider = Arc::new(NodeStatus {
+        reconciler: Arc::clone(&reconciler),
+        certificates: Arc::clone(&certificates),
+        capture: Arc::clone(&capture),
+        reload,
+    });
+    let socket = super::admin_socket(&args.run_dir);
+    let admin = server::serve(&socket, AdminState { table, counters, mesh, provider })
+        .with_context(|| format!("opening the admin socket {}", socket.display()))?;
+    tasks.spawn(admin);
+    info!(version = env!("CARGO_PKG_VERSION"), "running");
+
+    tokio::select! {
+        _ = terminate.recv() => info!("SIGTERM"),
+        _ = interrupt.recv() => info!("SIGINT"),
+    }
+    // Nothing may be enrolled again from here on.
+    tasks.shutdown().await;
+    if args.cleanup_on_exit {
+        reconciler.unenrol_all().await;
+    }
+    tokio::task::spawn_blocking(move || relay.shutdown()).await.context("stopping the relay")?;
+    if args.cleanup_on_exit {
+        drop((reconciler, capture));
+        let report = cleanup::cleanup(&args.pin_root, &[], true).await.context("removing pins")?;
+        info!(?report, "pods have plain traffic again");
+    } else {
+        info!("pods stay captured: their connections are refused until an agent runs again (see `underpass cleanup`)");
+    }
+    Ok(())
+}
+
+type Prepare = Box<dyn Fn(&Snapshot) + Send + Sync>;
+
+/// The issuer, and what it has to see of every snapshot.
+fn issuer(config: &NodeConfig) -> anyhow::Result<(Arc<dyn Issuer>, Prepare)> {
+    match &config.issuer {
+        IssuerConfig::Local { ca_dir, lifetime } => {
+            let issuer = LocalIssuer::open(ca_dir, &config.snapshot.trust_domain, *lifetime)?;
+            Ok((Arc::new(issuer), Box::new(|_| {})))
+        }
+        IssuerConfig::Files => {
+            let issuer = Arc::new(FilesIssuer::new(certificate_files(&config.snapshot))?);
+            let configured = Arc::clone(&issuer);
+            Ok((issuer, Box::new(move |snapshot| configured.set(certificate_files(snapshot)))))
+        }
+    }
+}
+
+fn certificate_files(snapshot: &Snapshot) -> BTreeMap<SpiffeId, CertificateFiles> {
+    let files = |w: &Arc<crate::mesh::Workload>| Some((w.identity.clone(), w.local.as_ref()?.files.clone()?));
+    snapshot.local_workloads().filter_map(files).collect()
+}
+
+/// What the admin socket tells of the node.
+struct NodeStatus {
+    reconciler: Arc<Reconciler>,
+    certificates: Arc<CertificateStore>,
+    capture: Arc<Capture>,
+    reload: Arc<ReloadStats>,
+}
+
+impl StatusProvider for NodeStatus {
+    fn status(&self) -> Status {
+        let pods = self.reconciler.pods().into_iter().map(|pod| {
+            let svid = self.certificates.current(&pod.identity);
+            let (state, pod_id, reason) = match pod.state {
+                PodState::Enrolled { pod_id } => (api::PodState::Enrolled, Some(pod_id), None),
+                PodState::Refused { reason } => (api::PodState::Refused, None, Some(reason)),
+            };
+            api::PodStatus {
+                workload: pod.key.to_string(),
+                identity: pod.identity.to_string(),
+                netns: pod.netns.display().to_string(),
+                pod_id,
+                state,
+                reason,
+                certificate: svid.map(|s| CertificateStatus::new(&s.serial, s.not_before, s.not_after)),
+            }
+        });
+        Status::new(DataPath::User, pods.collect(), self.reload.status())
+    }
+
+    fn bpf_counters(&self) -> BTreeMap<String, u64> {
+        self.capture.counters()
+    }
+}

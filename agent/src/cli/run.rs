@@ -1,0 +1,70 @@
+//! `underpass run`.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::Args;
+
+use super::{DEFAULT_PIN_ROOT, DEFAULT_RUN_DIR, EXIT_CODES};
+use crate::capture::TcMode;
+
+/// Arguments of `underpass run`.
+#[derive(Debug, Args)]
+#[command(after_help = format!("{EXIT_CODES}
+
+The agent runs until SIGTERM or SIGINT. The pods' traffic stays captured afterwards:
+without an agent it is refused, not sent in plaintext, and the next agent takes over.
+Use --cleanup-on-exit, or `underpass cleanup` later, to end that.
+
+Examples:
+  underpass run --config /etc/underpass/node.yaml
+  underpass run --config node.yaml --cgroup /sys/fs/cgroup/pods --log debug"))]
+pub struct RunArgs {
+    /// The node's configuration (YAML, see docs/configuration.md). Watched for changes.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// cgroup v2 directory above the pods' cgroups, where the hooks attach [default: kubepods* in the cgroup v2 mount].
+    #[arg(long, value_name = "PATH", env = "UNDERPASS_CGROUP")]
+    pub cgroup: Option<PathBuf>,
+    /// Directory on bpffs for programs and maps; they outlive the agent.
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_PIN_ROOT)]
+    pub pin_root: PathBuf,
+    /// Directory for the last good configuration.
+    #[arg(long, value_name = "PATH", default_value = "/var/lib/underpass")]
+    pub state_dir: PathBuf,
+    /// Directory for the admin socket (PATH/admin.sock); one agent per directory.
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_RUN_DIR, env = "UNDERPASS_RUN_DIR")]
+    pub run_dir: PathBuf,
+    /// How tc programs attach: tcx needs Linux 6.6; auto takes it where it is, else clsact.
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    pub tc: TcMode,
+    /// Forward log lines of the BPF programs. Slower.
+    #[arg(long)]
+    pub bpf_log: bool,
+    /// Threads that move bytes [default: one per core].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub relay_threads: Option<u16>,
+    /// Give the pods plain traffic back on SIGTERM or SIGINT, instead of keeping capture in place (fail closed).
+    #[arg(long)]
+    pub cleanup_on_exit: bool,
+    /// Connections of one pod at once; more are refused.
+    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    pub max_connections_per_pod: u32,
+    /// Handshakes of one pod at once; more are refused.
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub max_pending_per_pod: u32,
+    /// Longest time for a TLS handshake and the header after it, e.g. 500ms, 10s.
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = limit)]
+    pub handshake_timeout: Duration,
+    /// Longest time for a TCP connect to a peer or an application, e.g. 500ms, 10s.
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = limit)]
+    pub connect_timeout: Duration,
+}
+
+/// A deadline: positive and at most an hour.
+fn limit(text: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(text).map_err(|e| format!("{e}; write a number and a unit, like 10s"))?;
+    if duration.is_zero() || duration > Duration::from_hours(1) {
+        return Err("must be more than 0s and at most 1h".to_owned());
+    }
+    Ok(duration)
+}
