@@ -56,10 +56,10 @@ impl Drop for Cgroup {
     fn drop(&mut self) {
         let mut users = USERS.lock().unwrap_or_else(PoisonError::into_inner);
         *users -= 1;
-        if *users == 0 {
-            if let Err(error) = leave() {
-                eprintln!("leaving the test's cgroup: {error:#}");
-            }
+        if *users == 0
+            && let Err(error) = leave()
+        {
+            eprintln!("leaving the test's cgroup: {error:#}");
         }
     }
 }

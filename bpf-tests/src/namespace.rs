@@ -57,7 +57,7 @@ impl Namespace {
     /// Waits until one of its IPv6 addresses is in use: the kernel goes on adding it after it was asked to.
     pub fn wait_for_address(&self, address: Ipv6Addr) -> Result<()> {
         const LOCAL: u32 = 0x8000_0000; // RTF_LOCAL
-        let address: String = address.octets().iter().map(|byte| format!("{byte:02x}")).collect();
+        let address = format!("{:032x}", u128::from(address));
         self.enter(|| {
             eventually("a local route to an IPv6 address", || {
                 let routes =

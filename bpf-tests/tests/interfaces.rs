@@ -45,6 +45,7 @@ fn start(socket: Socket, to: SocketAddr) -> Result<()> {
     socket.set_nonblocking(true)?;
     let error = socket.connect(&to.into()).err().context("the connection cannot be there yet")?;
     ensure!(error.raw_os_error() == Some(Errno::EINPROGRESS as i32), "connecting to {to}: {error}");
+    drop(socket);
     Ok(())
 }
 
