@@ -20,9 +20,9 @@ use crate::{
 };
 
 /// Application bytes after which a connection lets the others have a turn.
-const TURN_BYTES: usize = 512 * 1024;
+pub(super) const TURN_BYTES: usize = 512 * 1024;
 /// Steps after which it does so in any case: many small messages are work too.
-const TURN_STEPS: usize = 32;
+pub(super) const TURN_STEPS: usize = 32;
 
 /// Who moves and protects the bytes.
 pub(super) enum Path {

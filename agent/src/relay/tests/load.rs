@@ -5,9 +5,20 @@ use std::{
     sync::atomic::{AtomicBool, Ordering::Relaxed},
 };
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::{
+    epoll::EpollFlags,
+    resource::{Resource, getrlimit, setrlimit},
+    socket::{
+        setsockopt,
+        sockopt::{RcvBufForce, SndBufForce},
+    },
+};
 
 use super::*;
+use crate::relay::{
+    buffers::Scratch,
+    slot::{TURN_BYTES, TURN_STEPS, Turn},
+};
 
 fn many_descriptors() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit");
@@ -52,6 +63,50 @@ fn two_thousand_connections_on_two_threads() {
     }
     assert_eq!(node.table.len(), 0);
     assert_eq!(node.counters.closed_clean.load(Relaxed), 2 * CONNECTIONS as u64);
+}
+
+/// A turn ends although there is more to move and nothing in its way.
+#[test]
+fn a_turn_is_bounded() {
+    let (node, buffer) = (Node::new(), 64 << 10);
+    for piece in [TURN_BYTES, buffer / 64] {
+        let ((mut client, inner), (outer, server)) = (sockets(), sockets());
+        for socket in [&client, &inner, &outer, &server] {
+            setsockopt(socket, RcvBufForce, &(16 << 20)).expect("SO_RCVBUFFORCE (needs root)");
+            setsockopt(socket, SndBufForce, &(16 << 20)).expect("SO_SNDBUFFORCE (needs root)");
+        }
+        for socket in [&inner, &outer] {
+            socket.set_nonblocking(true).expect("non-blocking");
+        }
+        let total = 4 * TURN_BYTES;
+        client.write_all(&vec![1; total]).expect("sending");
+        let path = Path::Plain { outward: Plain::default(), inward: Plain::default() };
+        let connection = node.add(Direction::Outbound, DataPath::Plain);
+        let mut slot = Slot::new(inner.into(), outer.into(), path, Arc::clone(&connection), Box::new(()));
+        slot.application.note(EpollFlags::EPOLLIN);
+        let mut scratch = Scratch::new(buffer);
+        // With little room for each read, the number of steps is what ends the turn.
+        if piece < buffer {
+            scratch.bytes = vec![0; piece].into_boxed_slice();
+        }
+        let (mut turns, mut before) = (0, 0);
+        loop {
+            let turn = slot.turn(&mut scratch);
+            let sent = connection.sent.load(Relaxed) as usize;
+            let moved = sent - before;
+            before = sent;
+            assert!(moved < TURN_BYTES + buffer, "{moved} bytes in one turn");
+            assert!(moved <= TURN_STEPS * scratch.bytes.len(), "{moved} bytes in one turn");
+            turns += 1;
+            match turn {
+                Turn::More => {}
+                Turn::Idle => break,
+                Turn::Over(end) => panic!("{end:?}"),
+            }
+        }
+        assert_eq!(before, total, "something was in the way");
+        assert!(turns >= total / TURN_BYTES, "only {turns} turns");
+    }
 }
 
 /// Connections that never stop do not starve the others of their thread.
@@ -105,4 +160,10 @@ fn greedy_connections_leave_turns_to_others() {
     let bound = 10 * 2 * 16 * (4 << 20);
     assert!(meanwhile < bound, "greedy connections moved {meanwhile} bytes meanwhile, bound {bound}");
     assert!(meanwhile > 0, "the greedy connections were not busy");
+}
+
+/// What an idle connection costs besides its keys and its table entry.
+#[test]
+fn an_idle_connection_is_a_small_slot() {
+    assert!(size_of::<Slot>() <= 320, "{} bytes", size_of::<Slot>());
 }

@@ -1,5 +1,7 @@
 //! What the relay costs. Run with `cargo test --release -p underpass --lib relay::tests::measure -- --ignored --nocapture`.
 
+#![expect(clippy::cast_precision_loss, reason = "figures for people")]
+
 use std::{
     fs,
     io::Write,
@@ -70,7 +72,7 @@ fn measure(name: &str, unit: &str, done: &dyn Fn() -> f64) {
     let (start, used, before) = (Instant::now(), cpu(), done());
     thread::sleep(PHASE);
     let (count, time) = (done() - before, start.elapsed());
-    let each = (cpu() - used).as_secs_f64() * 1e6 / count;
+    let each = cpu().saturating_sub(used).as_secs_f64() * 1e6 / count;
     eprintln!("{name}: {:.0} {unit}/s, {each:.2} µs of relay CPU per {unit}", count / time.as_secs_f64());
     let (tracer, before) = (strace(), done());
     thread::sleep(PHASE);

@@ -11,7 +11,7 @@ mod stall;
 
 use std::{
     io::{ErrorKind, IoSlice, Read, Write},
-    net::{Shutdown, TcpListener, TcpStream},
+    net::{Ipv4Addr, Shutdown, TcpListener, TcpStream},
     os::fd::OwnedFd,
     sync::{
         Arc,
@@ -173,9 +173,11 @@ fn plain(node: &Node) -> Ends {
     Ends { client, server, relayed: vec![watched] }
 }
 
-/// Both ends of a TCP connection over loopback.
+/// Both ends of a TCP connection over loopback. Spread over 127.0.0.0/8: with thousands of connections the kernel would search
+/// long for free ports of one address.
 fn sockets() -> (TcpStream, TcpStream) {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let address = Ipv4Addr::from(rand::random_range(0x7f00_0001_u32..0x7fff_fffe));
+    let listener = TcpListener::bind((address, 0)).expect("a listener");
     let a = TcpStream::connect(listener.local_addr().expect("its address")).expect("a connection");
     // Only ours: another test may have hit a port that it remembered.
     let b = loop {

@@ -6,8 +6,10 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::*;
 
-const USER_TIMEOUT: Duration = Duration::from_secs(2);
-const INTERVAL: Duration = Duration::from_millis(200);
+/// Short enough for a test, and long enough that a relay thread on a busy machine looks at its sockets in time: it may be late by twice
+/// the interval.
+const USER_TIMEOUT: Duration = Duration::from_secs(4);
+const INTERVAL: Duration = Duration::from_millis(700);
 
 fn nodes() -> (Node, Node) {
     let options = RelayOptions { threads: 1, buffer: 64 << 10 };
@@ -37,7 +39,7 @@ fn a_paused_reader_is_waited_for() {
     let total = 64 << 20;
     let sender = fill(&ends, total, seed);
     // The pause is what is tested.
-    thread::sleep(USER_TIMEOUT * 3);
+    thread::sleep(USER_TIMEOUT * 2);
     receive(&ends.server, seed, total, 64 << 10, true).join().expect("every byte");
     sender.join().expect("sending");
     ends.server.shutdown(Shutdown::Write).expect("ending");
@@ -58,7 +60,7 @@ fn a_paused_reader_is_waited_for_also_by_the_kernel() {
     client.write_all(&vec![9; 60_000]).expect("sending");
     client.shutdown(Shutdown::Write).expect("ending");
     eventually("the relay's part", || one.connection.sent.load(Relaxed) == 60_000);
-    thread::sleep(USER_TIMEOUT * 3);
+    thread::sleep(USER_TIMEOUT * 2);
     assert_eq!(one.connection.close_reason(), None, "given up on a reader that only paused");
     let mut wire = Vec::new();
     (&b).read_to_end(&mut wire).expect("everything");
