@@ -27,10 +27,7 @@ fn open_connections_survive_enrolment_and_un_enrolment() -> Result<()> {
     }
     world.reload()?;
     for agent in [&world.a, &world.b] {
-        agent.wait_status(Duration::from_secs(10), |s| {
-            ensure!(s["pods"].as_array().is_some_and(Vec::is_empty), "{s}");
-            Ok(())
-        })?;
+        agent.wait_status(Duration::from_secs(10), |s| Ok(s["pods"].as_array().is_some_and(Vec::is_empty)))?;
     }
     let sniffer = world.sniff()?;
     app(&world.client, &["request", &to, "--line", MARKER])?;
@@ -52,10 +49,7 @@ fn invalid_configuration_keeps_the_old_one_and_a_restart_uses_the_last_good() ->
     let node = stage.bed.node("a").clone();
     let mut a = Agent::start(&node, &underpass_path()?, &stage.mesh.document(&node), options)?;
     a.write_config("workloads: [{ nmae: x }]")?;
-    a.wait_status(Duration::from_secs(10), |s| {
-        ensure!(s["reload"]["rejected"].as_u64() >= Some(1), "{s}");
-        Ok(())
-    })?;
+    a.wait_status(Duration::from_secs(10), |s| Ok(s["reload"]["rejected"].as_u64() >= Some(1)))?;
     app(&stage.client, &["request", &to])?;
     a.stop()?;
     // Stopped without --cleanup-on-exit: fail closed.
