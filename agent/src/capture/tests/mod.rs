@@ -1,4 +1,5 @@
-//! Tests of the whole: pure ones, and ones with real programs in cgroups, pin directories and namespaces of their own. These need root.
+//! Tests of the whole: pure ones, and ones with real programs in cgroups, pin directories and namespaces of their own.
+//! These need root.
 
 mod cleanup;
 mod desired;

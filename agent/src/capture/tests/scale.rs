@@ -85,7 +85,7 @@ async fn enrolment_takes_milliseconds() {
         capture.unenroll(&w.key).await;
     }
     step.end("un-enrol");
-    // 1,000 pods in 10 s on two processors. Wall time says little: attaching to an interface for the first time waits for
-    // two RCU grace periods in the kernel, with the RTNL lock held.
+    // 1,000 pods in 10 s on two processors. Wall time says little: attaching to an interface for the first time waits
+    // for two RCU grace periods in the kernel, with the RTNL lock held.
     assert!(each < Duration::from_millis(20), "{each:?}");
 }
