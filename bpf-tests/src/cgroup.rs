@@ -10,14 +10,19 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+/// Name of the inner cgroup.
+const INNER: &str = "pod";
+
 /// How many tests use the cgroup now.
 static USERS: Mutex<usize> = Mutex::new(0);
 
 /// The process's own cgroup. The process returns to where it was, and the cgroup goes, when the last one is dropped.
 ///
-/// Programs of all tests of a process attach side by side; each knows only its own test's namespace.
+/// Programs of all tests of a process attach side by side; each knows only its own test's namespace. The process is one level
+/// below the cgroup they attach to, as pods are.
 pub struct Cgroup {
     directory: File,
+    inner: File,
 }
 
 impl Cgroup {
@@ -26,17 +31,24 @@ impl Cgroup {
         let mut users = USERS.lock().unwrap_or_else(PoisonError::into_inner);
         let path = own_path()?;
         if *users == 0 {
-            fs::create_dir(&path).with_context(|| format!("creating {}", path.display()))?;
-            move_to(&path)?;
+            let inner = path.join(INNER);
+            fs::create_dir_all(&inner).with_context(|| format!("creating {}", inner.display()))?;
+            move_to(&inner)?;
         }
-        let directory = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
+        let open = |path: &Path| File::open(path).with_context(|| format!("opening {}", path.display()));
+        let (directory, inner) = (open(&path)?, open(&path.join(INNER))?);
         *users += 1;
-        Ok(Self { directory })
+        Ok(Self { directory, inner })
     }
 
     /// To attach to.
     pub fn directory(&self) -> &File {
         &self.directory
+    }
+
+    /// The cgroup below it, where the process is.
+    pub fn inner(&self) -> &File {
+        &self.inner
     }
 }
 
@@ -44,10 +56,10 @@ impl Drop for Cgroup {
     fn drop(&mut self) {
         let mut users = USERS.lock().unwrap_or_else(PoisonError::into_inner);
         *users -= 1;
-        if *users == 0 {
-            if let Err(error) = leave() {
-                eprintln!("leaving the test's cgroup: {error:#}");
-            }
+        if *users == 0
+            && let Err(error) = leave()
+        {
+            eprintln!("leaving the test's cgroup: {error:#}");
         }
     }
 }
@@ -55,9 +67,9 @@ impl Drop for Cgroup {
 /// Takes everyone out of the cgroup, children that other tests started included, and removes it.
 fn leave() -> Result<()> {
     let path = own_path()?;
-    let parent = path.parent().context("a cgroup has a parent")?;
+    let (parent, inner) = (path.parent().context("a cgroup has a parent")?, path.join(INNER));
     move_to(parent)?;
-    let members = fs::read_to_string(path.join("cgroup.procs")).context("reading the cgroup's members")?;
+    let members = fs::read_to_string(inner.join("cgroup.procs")).context("reading the cgroup's members")?;
     for member in members.lines() {
         // one that ended meanwhile is out as well
         let _ = fs::write(parent.join("cgroup.procs"), member);
@@ -71,7 +83,10 @@ fn leave() -> Result<()> {
         let changed = poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLPRI)], PollTimeout::from(10_000u16))?;
         ensure!(changed == 1, "{} did not get empty within 10 s", path.display());
     }
-    fs::remove_dir(&path).with_context(|| format!("removing {}", path.display()))
+    for directory in [&inner, &path] {
+        fs::remove_dir(directory).with_context(|| format!("removing {}", directory.display()))?;
+    }
+    Ok(())
 }
 
 fn own_path() -> Result<PathBuf> {

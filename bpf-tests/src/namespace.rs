@@ -1,10 +1,11 @@
 //! Network namespaces without a name: they vanish with the last thread and descriptor in them, however a test ends.
 
 use std::{
-    fs::File,
-    net::{TcpListener, TcpStream},
+    fs::{self, File},
+    net::{Ipv6Addr, TcpListener, TcpStream},
     os::fd::{AsFd as _, AsRawFd as _},
     process::{Command, id},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -51,6 +52,22 @@ impl Namespace {
             self.enter(|| Command::new("ip").args(arguments.split_whitespace()).output())?.context("running ip")?;
         ensure!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
         Ok(())
+    }
+
+    /// Waits until one of its IPv6 addresses is in use: the kernel goes on adding it after it was asked to.
+    pub fn wait_for_address(&self, address: Ipv6Addr) -> Result<()> {
+        const LOCAL: u32 = 0x8000_0000; // RTF_LOCAL
+        let address = format!("{:032x}", u128::from(address));
+        self.enter(|| {
+            eventually("a local route to an IPv6 address", || {
+                let routes =
+                    fs::read_to_string("/proc/thread-self/net/ipv6_route").context("reading the IPv6 routes")?;
+                Ok(routes.lines().map(|route| route.split_whitespace().collect::<Vec<_>>()).any(|route| {
+                    let flags = route.get(8).and_then(|flags| u32::from_str_radix(flags, 16).ok());
+                    route[0] == address && flags.is_some_and(|flags| flags & LOCAL != 0)
+                }))
+            })
+        })?
     }
 
     /// A path that names it for iproute2 while `self` lives.
@@ -103,4 +120,15 @@ pub fn accept(listeners: &[TcpListener]) -> Result<TcpStream> {
     let waiting = ready.iter().position(|ready| ready.any().unwrap_or(false));
     let waiting = waiting.with_context(|| format!("no connection arrived on {listeners:?}"))?;
     Ok(listeners[waiting].accept()?.0)
+}
+
+/// Waits until something holds that no event tells. Closing a socket is such a thing: a child that another test is starting
+/// has a copy of every descriptor for a moment.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !holds()? {
+        ensure!(Instant::now() < deadline, "not within 10 s: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
 }

@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use bpf_tests::{
     cgroup::Cgroup,
-    namespace::{Namespace, accept},
+    namespace::{Namespace, accept, eventually},
     object::{Loaded, POD, address},
 };
 use libbpf_rs::Link;
@@ -20,6 +20,16 @@ use underpass_abi::{
 
 const POD_V4: &str = "10.9.0.1";
 const POD_V6: &str = "fd09::1";
+
+const HOOKS: [&str; 7] = [
+    programs::SOCKOPS,
+    programs::GETPEERNAME4,
+    programs::GETPEERNAME6,
+    programs::GETSOCKNAME4,
+    programs::GETSOCKNAME6,
+    programs::CONNECT4,
+    programs::CONNECT6,
+];
 
 fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address in a test")
@@ -34,7 +44,7 @@ struct Pod {
     loaded: Loaded,
     cookie: u64,
     _links: Vec<Link>,
-    _cgroup: Cgroup,
+    cgroup: Cgroup,
 }
 
 impl Pod {
@@ -49,23 +59,18 @@ impl Pod {
         for network in ["fd09::1/128", "fd01::5/128", "fd02::5/128"] {
             namespace.ip(&format!("addr add {network} dev lo nodad"))?;
         }
+        for address in ["fd09::1", "fd01::5", "fd02::5"] {
+            namespace.wait_for_address(address.parse()?)?;
+        }
         loaded.mesh(ip("10.1.0.0"), 16, true)?;
         loaded.mesh(ip("fd01::"), 32, true)?;
         loaded.pod(cookie, 0, Some(ip(POD_V4)), Some(ip(POD_V6)))?;
         let cgroup = Cgroup::join()?;
         let mut links = Vec::new();
-        for program in [
-            programs::SOCKOPS,
-            programs::GETPEERNAME4,
-            programs::GETPEERNAME6,
-            programs::GETSOCKNAME4,
-            programs::GETSOCKNAME6,
-            programs::CONNECT4,
-            programs::CONNECT6,
-        ] {
+        for program in HOOKS {
             links.push(loaded.attach_cgroup(program, cgroup.directory())?);
         }
-        Ok(Self { loaded, cookie, _links: links, _cgroup: cgroup })
+        Ok(Self { loaded, cookie, _links: links, cgroup })
     }
 
     /// The key of an accepted connection, built from what `accept` and `getsockname` say.
@@ -257,6 +262,11 @@ fn capture_all_takes_every_destination_but_loopback() -> Result<()> {
             dial(address)?;
             accept(&[listener]).with_context(|| format!("accepting on {address}"))?;
         }
+        let unspecified = [TcpListener::bind("[::]:84")?];
+        for dst in ["0.0.0.0:84", "[::]:84", "[::ffff:0.0.0.0]:84"] {
+            dial(dst)?;
+            accept(&unspecified).with_context(|| format!("accepting what was dialled as {dst}"))?;
+        }
         // the pod has no IPv6 address to answer with
         let client = dial("[2001:db8::1]:80")?;
         assert_eq!(client.peer_addr()?, at("[2001:db8::1]:80"));
@@ -296,13 +306,25 @@ fn failed_connects_are_forgotten() -> Result<()> {
         }
 
         // a reset before the agent accepts
-        let _agent = agent()?;
+        let agent = agent()?;
         let client = Socket::from(dial("10.1.2.3:80")?);
         client.set_linger(Some(std::time::Duration::ZERO))?;
         assert_eq!(pod.loaded.flows()?.len(), 1);
         drop(client);
-        assert_eq!(pod.loaded.flows()?, []);
+        eventually("the flow is gone", || Ok(pod.loaded.flows()?.is_empty()))?;
         assert_eq!(pod.loaded.counter(FlowsAbandoned)?, 4);
+
+        // unless the entry has become another connection's
+        let client = Socket::from(dial("10.1.2.3:80")?);
+        client.set_linger(Some(std::time::Duration::ZERO))?;
+        let (key, mut flow) = pod.loaded.flows()?[0];
+        flow.cookie += 1;
+        pod.loaded.update("FLOWS", &key, &flow)?;
+        drop(client);
+        let server = accept(&agent)?;
+        let reset = (&server).read(&mut [0]).expect_err("the client has reset the connection");
+        assert_eq!(reset.kind(), ErrorKind::ConnectionReset);
+        assert_eq!(pod.loaded.flows()?, [(key, flow)]);
         Ok(())
     })
 }
@@ -313,7 +335,11 @@ fn a_closed_connection_in_the_accept_queue_keeps_its_destination() -> Result<()>
     in_pod(|pod| {
         let listeners = agent()?;
         for dst in ["10.1.2.3:80", "[fd01::5]:80"] {
-            dial(dst)?.write_all(b"fire and forget")?;
+            let mut client = dial(dst)?;
+            client.write_all(b"fire and forget")?;
+            let port = client.local_addr()?.port();
+            drop(client);
+            eventually("the agent's end has acknowledged everything", || is_time_wait(port))?;
             let mut server = accept(&listeners)?;
             assert_eq!(pod.original(&server)?, at(dst));
             let mut text = String::new();
@@ -326,6 +352,16 @@ fn a_closed_connection_in_the_accept_queue_keeps_its_destination() -> Result<()>
     })
 }
 
+/// Is of a connection with this local port only a TIME-WAIT entry left? Its state may still be called FIN-WAIT-2; its timer tells.
+fn is_time_wait(port: u16) -> Result<bool> {
+    let tables = ["tcp", "tcp6"].map(|table| std::fs::read_to_string(format!("/proc/thread-self/net/{table}")));
+    let local = format!(":{port:04X}");
+    Ok(tables.into_iter().collect::<std::io::Result<Vec<_>>>()?.iter().flat_map(|table| table.lines()).any(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        fields[1].ends_with(&local) && fields[5].starts_with("03:")
+    }))
+}
+
 /// A socket that connects again, elsewhere, has no memory of having been captured.
 #[test]
 fn a_socket_can_be_captured_and_then_not() -> Result<()> {
@@ -334,21 +370,38 @@ fn a_socket_can_be_captured_and_then_not() -> Result<()> {
         let refused = socket.connect(&at("10.1.2.3:80").into()).expect_err("no agent listens");
         assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
 
-        let plain = TcpListener::bind("127.0.0.1:15001")?;
-        socket.connect(&at("127.0.0.1:15001").into())?;
-        let plain = [plain];
+        // the agent's port number elsewhere is nothing special
+        let plain = [TcpListener::bind("10.2.2.3:15001")?];
+        socket.connect(&at("10.2.2.3:15001").into())?;
         let server = accept(&plain)?;
-        let peer = socket.peer_addr()?.as_socket();
-        assert_eq!(peer, Some(at("127.0.0.1:15001")), "the application dialled the port itself");
+        assert_eq!(socket.peer_addr()?.as_socket(), Some(at("10.2.2.3:15001")));
         assert_eq!(socket.local_addr()?.as_socket(), Some(server.peer_addr()?));
         assert_eq!(pod.loaded.flows()?, []);
         drop((socket, server, plain));
+        Ok(())
+    })
+}
 
-        // and back
+/// While an agent replaces another, or when it is attached at two levels, two copies of each hook run one after the other.
+#[test]
+fn two_copies_of_the_hooks_agree() -> Result<()> {
+    in_pod(|pod| {
+        let mut copies = Vec::new();
+        for program in HOOKS {
+            copies.push(pod.loaded.attach_cgroup(program, pod.cgroup.inner())?);
+        }
         let listeners = agent()?;
-        let client = dial("10.1.2.3:80")?;
-        assert_eq!(pod.original(&accept(&listeners)?)?, at("10.1.2.3:80"));
-        drop(client);
+        for (dst, own) in
+            [("10.1.2.3:80", POD_V4), ("[fd01::5]:80", POD_V6), ("[::ffff:10.1.2.3]:80", "::ffff:10.9.0.1")]
+        {
+            let client = dial(dst)?;
+            let server = accept(&listeners)?;
+            assert_eq!(pod.original(&server)?, SocketAddr::new(at(dst).ip().to_canonical(), 80));
+            assert_eq!(client.peer_addr()?, at(dst));
+            assert_eq!(client.local_addr()?.ip(), ip(own));
+            pod.loaded.delete("FLOWS", &pod.key(&server)?)?;
+        }
+        assert_eq!(pod.loaded.counter(Captured)?, 3);
         Ok(())
     })
 }

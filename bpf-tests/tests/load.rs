@@ -85,7 +85,7 @@ fn instructions_and_helpers_are_those_of_linux_6_1() -> Result<()> {
     Ok(())
 }
 
-/// Without CAP_PERFMON the verifier refuses reads of stack that was not written, which 6.1 refuses everyone.
+/// Without `CAP_PERFMON` the verifier refuses reads of stack that was not written, which 6.1 refuses everyone.
 #[test]
 fn nothing_reads_unwritten_stack() -> Result<()> {
     use caps::{CapSet, Capability};

@@ -117,8 +117,12 @@ fn decide(ctx: &SockAddrContext, dst: &Address, port: u16) -> Decision {
         && !socket::is_unspecified(dst)
         && pod.is_some_and(|pod| decide::is_captured(Some(pod), dst, Some(port)));
     if !captured {
-        if let Some(state) = state {
-            // an earlier connect() of this socket was captured, this one is not
+        // An earlier connect() of this socket was captured, this one is not. Or another copy of this program, attached higher up
+        // or about to be replaced, has just rewritten the destination: then the state is what it has stored.
+        let rewritten = socket::is_loopback(dst) && socket::is_outbound_port(port);
+        if let Some(state) = state
+            && !rewritten
+        {
             *state = SocketState::default();
         }
         return Decision::Leave;
