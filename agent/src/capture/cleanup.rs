@@ -1,14 +1,17 @@
 //! Removes everything the agent makes, with or without a living agent.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
 };
 
+use aya::maps::{HashMap, Map, MapData};
 use serde::Serialize;
+use underpass_abi::PodConfig;
 
 use super::{
-    CaptureError,
+    CaptureError, garbage,
     lock::PinLock,
     netns::Netns,
     pins::{self, Layout},
@@ -43,8 +46,9 @@ impl std::ops::AddAssign for Report {
     }
 }
 
-/// Removes links, pins and directories of every ABI version under `pin_root`, and filters and reply routes in these pods' namespaces. Pods get
-/// plain traffic back. Does nothing where there is nothing. Refused while an agent runs, unless `force`.
+/// Removes links, pins and directories of every ABI version under `pin_root`, and filters and reply routes in the pods'
+/// namespaces: these `pods`, and those that the pinned maps name and that can be found. Pods get plain traffic back. Does
+/// nothing where there is nothing. Refused while an agent runs, unless `force`.
 pub async fn cleanup(pin_root: &Path, pods: &[PathBuf], force: bool) -> Result<Report, CaptureError> {
     let lock = match PinLock::acquire(pin_root) {
         Ok(lock) => Some(lock),
@@ -52,20 +56,34 @@ pub async fn cleanup(pin_root: &Path, pods: &[PathBuf], force: bool) -> Result<R
         Err(e) => return Err(e),
     };
     let mut report = Report::default();
-    for layout in pins::versions(pin_root, None)? {
+    let versions = pins::versions(pin_root, None)?;
+    let mut captured: BTreeSet<u64> = versions.iter().flat_map(captured).collect();
+    for layout in versions {
         match remove_version(&layout) {
             Ok(removed) => report += removed,
             Err(e) => report.problems.push(e.to_string()),
         }
     }
+    let mut namespaces = Vec::new();
     for path in pods {
-        match restore(path).await {
-            Ok(filters) => {
-                report.filters += filters;
-                report.namespaces.push(path.clone());
+        match Netns::open(path) {
+            Ok(netns) => {
+                captured.remove(&netns.cookie());
+                namespaces.push(netns);
             }
-            Err(problem) => report.problems.push(problem),
+            Err(e) => report.problems.push(e.to_string()),
         }
+    }
+    if !captured.is_empty() {
+        namespaces.extend(super::blocking(move || garbage::find(&captured)).await);
+    }
+    for netns in namespaces {
+        match tc::detach_filters(&netns).await {
+            Ok(filters) => report.filters += filters,
+            Err(e) => report.problems.push(e.to_string()),
+        }
+        routes::remove(&netns).await;
+        report.namespaces.push(netns.path().to_owned());
     }
     // What others put there is theirs.
     if pins::list(pin_root)?.is_empty() {
@@ -77,11 +95,11 @@ pub async fn cleanup(pin_root: &Path, pods: &[PathBuf], force: bool) -> Result<R
     Ok(report)
 }
 
-async fn restore(path: &Path) -> Result<usize, String> {
-    let netns = Netns::open(path).map_err(|e| e.to_string())?;
-    let filters = tc::detach_filters(&netns).await.map_err(|e| e.to_string())?;
-    routes::remove(&netns).await;
-    Ok(filters)
+/// Namespaces that a version captures; none when its maps look different from ours.
+fn captured(layout: &Layout) -> Vec<u64> {
+    let pods = MapData::from_pin(layout.map("PODS")).and_then(Map::from_map_data);
+    let pods = pods.and_then(HashMap::<_, u64, PodConfig>::try_from);
+    pods.map(|pods| pods.keys().filter_map(Result::ok).collect()).unwrap_or_default()
 }
 
 /// Removes one version in the order of un-enrolment: capture off first, then guards, then what they need.

@@ -8,7 +8,8 @@ use underpass_abi::PodConfig;
 use super::{
     CaptureError, Inner, Marker,
     desired::{self, Strictness},
-    garbage, interfaces,
+    garbage,
+    interfaces::{self, Interface},
     netns::Netns,
     pod::{NewPod, Pod, PodListeners},
     processes,
@@ -20,8 +21,11 @@ use crate::mesh::{LocalPod, Workload, WorkloadKey};
 /// How often and how long to wait for the ports of a pod that is enrolled anew, until its old listeners are closed.
 const REBIND: (u32, Duration) = (40, Duration::from_millis(50));
 
-/// Why a pod is not enrolled; nothing of it is left behind, except that a pod which an earlier agent captured stays captured, so that its
-/// connections are refused and not sent in plaintext.
+/// How often to begin again when interfaces change while programs are attached to them.
+const ATTEMPTS: u32 = 5;
+
+/// Why a pod is not enrolled; nothing of it is left behind, except that a pod which an earlier agent captured stays
+/// captured, so that its connections are refused and not sent in plaintext.
 #[derive(Debug, thiserror::Error)]
 pub enum EnrollError {
     /// The namespace cannot be opened or is the host's own.
@@ -123,7 +127,8 @@ async fn enroll_in_slot(inner: &Arc<Inner>, workload: &Workload) -> Result<Arc<P
             update(inner, enrolled, workload).await?;
             return Ok(Arc::clone(&enrolled.pod));
         }
-        // Another identity needs another `Pod`; the namespace stays captured meanwhile. Another namespace is another pod.
+        // Another identity needs another `Pod`; the namespace stays captured meanwhile. Another namespace is another
+        // pod.
         let enrolled = slot.take().expect("checked above");
         rebind = same_namespace;
         release(inner, &workload.key, enrolled, same_namespace).await;
@@ -176,7 +181,7 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
         .await
         .map_err(|e| EnrollError::Setup { action: "watch interfaces", reason: e.to_string() })?;
     let present = watcher::present(&mut watch);
-    tc::attach(&inner.objects, netns, inner.method, id, present).await?;
+    attach(inner, netns, id, present).await?;
     if before.is_some_and(|before| after.tightens(&before)) {
         destroy_plaintext(netns, after).await?;
     }
@@ -185,6 +190,25 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
     let (stop, stopped) = oneshot::channel();
     let watcher = tokio::spawn(watcher::run(inner.attacher(netns, id), watch, stopped));
     Ok(Enrolled { pod, netns: Arc::clone(netns), watcher, stop })
+}
+
+/// Attaches to the interfaces of a pod. One that goes away meanwhile does not fail the others.
+async fn attach(inner: &Inner, netns: &Netns, id: u32, mut present: Vec<Interface>) -> Result<(), EnrollError> {
+    for _ in 0..ATTEMPTS {
+        let Err(e) = tc::attach(&inner.objects, netns, inner.method, id, present.clone()).await else { return Ok(()) };
+        let mut now = interfaces::list(netns)
+            .await
+            .map_err(|e| EnrollError::Setup { action: "list interfaces", reason: e.to_string() })?;
+        now.sort_by_key(|i| i.index);
+        if now == present {
+            return Err(e.into());
+        }
+        present = now;
+    }
+    Err(EnrollError::Setup {
+        action: "attach to the interfaces",
+        reason: format!("they changed {ATTEMPTS} times meanwhile; try again"),
+    })
 }
 
 /// Opens the listeners. When the pod was enrolled until now, its accept loops may need a moment to close the old ones.
@@ -243,8 +267,8 @@ async fn unenroll_slot(inner: &Inner, key: &WorkloadKey) {
     garbage::discard(inner, namespaces, ids).await;
 }
 
-/// Ends an enrolment: capture off first, guard and inbound program last. With `stay_captured` only the agent's side ends, and connections are
-/// refused until the namespace is enrolled again.
+/// Ends an enrolment: capture off first, guard and inbound program last. With `stay_captured` only the agent's side
+/// ends, and connections are refused until the namespace is enrolled again.
 async fn release(inner: &Inner, key: &WorkloadKey, enrolled: Enrolled, stay_captured: bool) {
     let Enrolled { pod, netns, watcher, stop } = enrolled;
     let failed = |what, e: &CaptureError| tracing::error!(workload = %key, error = %e, "{what}");

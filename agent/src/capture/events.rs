@@ -55,7 +55,8 @@ pub enum EventError {
     Kind(u32),
 }
 
-/// Reads a record of the `EVENTS` ring: the fields of `underpass_abi::Event` in its order, integers as this machine writes them.
+/// Reads a record of the `EVENTS` ring: the fields of `underpass_abi::Event` in its order, integers as this machine
+/// writes them.
 pub fn parse_event(record: &[u8]) -> Result<Event, EventError> {
     let record: &[u8; LENGTH] = record.try_into().map_err(|_| EventError::Length(record.len()))?;
     let [k0, k1, k2, k3, i0, i1, i2, i3, rest @ ..] = record;

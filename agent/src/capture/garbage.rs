@@ -72,8 +72,8 @@ fn remove_dead_links(inner: &Inner) -> Result<(), CaptureError> {
     Ok(())
 }
 
-/// Removes filters and reply routes in those of these namespaces that still can be found. A namespace that nothing names and no process is in
-/// cannot; it has no traffic either.
+/// Removes filters and reply routes in those of these namespaces that still can be found. A namespace that nothing
+/// names and no process is in cannot; it has no traffic either.
 async fn restore(wanted: BTreeSet<u64>) {
     let found = tokio::task::spawn_blocking(move || find(&wanted)).await.unwrap_or_default();
     for netns in found {
@@ -84,7 +84,8 @@ async fn restore(wanted: BTreeSet<u64>) {
     }
 }
 
-fn find(wanted: &BTreeSet<u64>) -> Vec<Arc<Netns>> {
+/// The namespaces with these cookies, among those that have a name or a process.
+pub fn find(wanted: &BTreeSet<u64>) -> Vec<Arc<Netns>> {
     let mut seen = BTreeSet::new();
     let mut found = Vec::new();
     for path in candidates() {

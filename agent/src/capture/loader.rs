@@ -30,7 +30,8 @@ use crate::sys::bpf::{self, LinkTarget};
 /// Map of aya-log, in the object built with it.
 pub const LOG_MAP: &str = "AYA_LOGS";
 
-/// Pin names and programs of the cgroup hooks, in the order in which they attach: nothing is captured before what capture relies on runs.
+/// Pin names and programs of the cgroup hooks, in the order in which they attach: nothing is captured before what
+/// capture relies on runs.
 pub const HOOKS: [(&str, &str); 7] = [
     ("sockops", programs::SOCKOPS),
     ("getpeername4", programs::GETPEERNAME4),
@@ -184,7 +185,8 @@ fn attach_hook(program: &mut Program, cgroup: &File, cgroup_id: u64, pin: &Path)
 }
 
 fn new_link(program: &mut Program, cgroup: &File) -> Result<FdLink, Box<dyn std::error::Error>> {
-    // No flags. A link always allows others beside it; `AllowMultiple` is for the older kind of attachment, and refused here.
+    // No flags. A link always allows others beside it; `AllowMultiple` is for the older kind of attachment, and refused
+    // here.
     let mode = CgroupAttachMode::Single;
     Ok(match program {
         Program::CgroupSockAddr(p) => {

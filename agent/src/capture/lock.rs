@@ -68,7 +68,8 @@ impl PinLock {
 
 impl Drop for PinLock {
     fn drop(&mut self) {
-        // Closing is not enough: a child that is just being spawned has the same open file until it executes its program.
+        // Closing is not enough: a child that is just being spawned has the same open file until it executes its
+        // program.
         if let Err(e) = self.file.unlock() {
             tracing::warn!(path = %self.path.display(), error = %e, "cannot unlock");
         }
@@ -108,7 +109,8 @@ fn is_current(file: &File, path: &Path) -> bool {
 }
 
 fn lock_path(what: &Path) -> PathBuf {
-    // A path has too many characters and too much length for a file name. FNV-1a: stable across builds, which the standard hasher is not.
+    // A path has too many characters and too much length for a file name. FNV-1a: stable across builds, which the
+    // standard hasher is not.
     let what = fs::canonicalize(what).unwrap_or_else(|_| what.into());
     let hash = what
         .as_os_str()

@@ -209,7 +209,8 @@ fn excluded_scope(pod_id: u32) -> RangeInclusive<Prefix<20>> {
     key(0, 0)..=key(0xff, u32::MAX)
 }
 
-/// Checks that the maps just loaded, which may be an earlier agent's, are what this agent expects, and that there is no other.
+/// Checks that the maps just loaded, which may be an earlier agent's, are what this agent expects, and that there is no
+/// other.
 pub fn check_pinned(bpf: &Ebpf, layout: &Layout) -> Result<(), CaptureError> {
     for (name, key, value, entries) in PINNED {
         let failed = |reason: String| CaptureError::Bpf {

@@ -113,7 +113,8 @@ pub enum CaptureError {
     },
 }
 
-/// The running capture. Dropping it leaves everything in place: pods stay captured, and their connections are refused until an agent is back.
+/// The running capture. Dropping it leaves everything in place: pods stay captured, and their connections are refused
+/// until an agent is back.
 pub struct Capture {
     inner: Arc<Inner>,
     /// Readers of what the programs report.
@@ -139,7 +140,8 @@ struct Inner {
 type Slot = Arc<tokio::sync::Mutex<Option<Enrolled>>>;
 
 impl Capture {
-    /// Loads, pins and attaches; adopts or atomically replaces what an earlier agent left. There is no moment without capture.
+    /// Loads, pins and attaches; adopts or atomically replaces what an earlier agent left. There is no moment without
+    /// capture.
     pub async fn start(options: CaptureOptions) -> Result<Arc<Self>, CaptureError> {
         let method = tc::Method::choose(options.tc)?;
         let (options, started) = blocking(move || {
@@ -165,8 +167,9 @@ impl Capture {
         Ok(Arc::new(Self { inner: Arc::new(inner), readers }))
     }
 
-    /// Projects mesh addresses, VIPs, CIDRs and mesh-wide exclusions into the maps (differences only; additions before removals).
-    /// Must be called within a Tokio runtime: ending plaintext connections that are not allowed any more goes on in the background.
+    /// Projects mesh addresses, VIPs, CIDRs and mesh-wide exclusions into the maps (differences only; additions before
+    /// removals). Must be called within a Tokio runtime: ending plaintext connections that are not allowed any more
+    /// goes on in the background.
     pub fn apply(&self, snapshot: &Snapshot) -> Result<(), CaptureError> {
         for (netns, strict) in self.inner.apply(snapshot)? {
             tokio::spawn(async move {
@@ -178,15 +181,15 @@ impl Capture {
         Ok(())
     }
 
-    /// Enrols a pod: listeners and routes first, then guard and inbound program on every interface, capture last. Fails whole.
-    /// For an already enrolled pod, applies what changed (mode, port rules, exclusions); switching to STRICT destroys plaintext
-    /// connections already admitted. Runs to its end even when the caller stops waiting.
+    /// Enrols a pod: listeners and routes first, then guard and inbound program on every interface, capture last. Fails
+    /// whole. For an already enrolled pod, applies what changed (mode, port rules, exclusions); switching to STRICT
+    /// destroys plaintext connections already admitted. Runs to its end even when the caller stops waiting.
     pub async fn enroll(&self, workload: &Workload) -> Result<Arc<Pod>, EnrollError> {
         run(enroll::enroll(Arc::clone(&self.inner), workload.clone())).await
     }
 
-    /// Gives the pod plain traffic back: capture off first, guard and inbound program last. Live connections go on; the reply
-    /// route stays until the returned pod is dropped by its last connection.
+    /// Gives the pod plain traffic back: capture off first, guard and inbound program last. Live connections go on; the
+    /// reply route stays until the returned pod is dropped by its last connection.
     pub async fn unenroll(&self, key: &WorkloadKey) {
         run(enroll::unenroll(Arc::clone(&self.inner), key.clone())).await;
     }
@@ -196,7 +199,8 @@ impl Capture {
         self.inner.registry().entries.values().map(|e| Arc::clone(&e.pod)).collect()
     }
 
-    /// Removes what earlier agents left for pods that are not enrolled now. Called once after the first configuration was applied.
+    /// Removes what earlier agents left for pods that are not enrolled now. Called once after the first configuration
+    /// was applied.
     pub async fn collect_garbage(&self) {
         let inner = Arc::clone(&self.inner);
         run(async move { garbage::collect(&inner).await }).await;
@@ -265,7 +269,8 @@ impl Inner {
         }
     }
 
-    /// Writes the mesh-wide part, and what it changes for every pod. Returns the namespaces in which more is refused than before.
+    /// Writes the mesh-wide part, and what it changes for every pod. Returns the namespaces in which more is refused
+    /// than before.
     fn apply(&self, snapshot: &Snapshot) -> Result<Vec<(Arc<Netns>, Strictness)>, CaptureError> {
         let state = desired::mesh(snapshot);
         let mut registry = self.registry();
@@ -292,7 +297,8 @@ impl Inner {
             .collect())
     }
 
-    /// Turns capture on for a pod, or applies a change to it. Returns what it refuses now when that is more than before.
+    /// Turns capture on for a pod, or applies a change to it. Returns what it refuses now when that is more than
+    /// before.
     fn capture(&self, entry: Entry) -> Result<Option<Strictness>, CaptureError> {
         let mut registry = self.registry();
         let mut tables = self.maps.tables();

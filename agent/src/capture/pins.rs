@@ -129,7 +129,8 @@ impl Layout {
     }
 }
 
-/// The path under which what shall replace the pin at `path` is pinned first. A leftover of an interrupted replacement is removed.
+/// The path under which what shall replace the pin at `path` is pinned first. A leftover of an interrupted replacement
+/// is removed.
 pub fn replacement(path: &Path) -> Result<PathBuf, CaptureError> {
     let mut name = path.as_os_str().to_owned();
     name.push(REPLACEMENT);
@@ -182,7 +183,8 @@ fn is_version(name: &str) -> bool {
     name.len() == 16 && name.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// Makes sure that `root` is a private directory on a bpffs, mounting one at `/sys/fs/bpf` when that is where it belongs.
+/// Makes sure that `root` is a private directory on a bpffs, mounting one at `/sys/fs/bpf` when that is where it
+/// belongs.
 pub fn prepare_root(root: &Path) -> Result<(), CaptureError> {
     if !on(root, BPF_FS_MAGIC)? {
         if root.parent() != Some(Path::new(BPFFS)) {

@@ -19,7 +19,8 @@ pub struct Registry {
     pub mesh: MeshState,
     /// Namespaces of enrolled pods and of those being enrolled.
     claims: HashMap<u64, Claim>,
-    /// Namespaces that an earlier agent captured and whose enrolment failed: they stay captured, so that nothing leaves in plaintext.
+    /// Namespaces that an earlier agent captured and whose enrolment failed: they stay captured, so that nothing leaves
+    /// in plaintext.
     kept: HashMap<u64, WorkloadKey>,
     /// Numbers that something in a map or a pin refers to.
     ids: BTreeSet<u32>,

@@ -18,8 +18,8 @@ pub trait Store {
     fn remove(&mut self, key: &Self::Key) -> Result<(), String>;
 }
 
-/// A map with a mirror of its contents, so that a change costs system calls only for what differs. Sound as long as nobody else writes the
-/// map, which the lock on the pin directory sees to.
+/// A map with a mirror of its contents, so that a change costs system calls only for what differs. Sound as long as
+/// nobody else writes the map, which the lock on the pin directory sees to.
 #[derive(Debug)]
 pub struct Table<S: Store> {
     name: &'static str,
@@ -83,7 +83,8 @@ impl<S: Store> Table<S> {
         Ok(())
     }
 
-    /// Makes the entries in `scope` those of `desired`: additions and changes before removals, as far as the map has room for both at once.
+    /// Makes the entries in `scope` those of `desired`: additions and changes before removals, as far as the map has
+    /// room for both at once.
     pub fn reconcile(
         &mut self,
         scope: RangeInclusive<S::Key>,

@@ -1,4 +1,5 @@
-//! The tc programs of a pod: guard and inbound program on its interfaces. Everything here runs inside the pod's namespace, except removing pins.
+//! The tc programs of a pod: guard and inbound program on its interfaces. Interfaces are looked up by name, so attaching
+//! happens inside the pod's namespace.
 
 use std::{io, os::fd::AsFd, path::Path, sync::Arc};
 
@@ -24,7 +25,8 @@ use super::{
 };
 use crate::sys::bpf::{self, LinkTarget};
 
-/// clsact filters of ours come first and have a handle that is not the kernel's first choice, so that a restarted agent finds them.
+/// clsact filters of ours come first and have a handle that is not the kernel's first choice, so that a restarted agent
+/// finds them.
 const PRIORITY: u16 = 1;
 const HANDLE: TcHandle = TcHandle::new(0, 0x5550);
 
@@ -62,8 +64,8 @@ fn programs_for(interface: &Interface) -> [(&'static str, Direction); 2] {
     }
 }
 
-/// Attaches to these interfaces, replacing in place what an earlier agent attached. On error, what was newly attached stays: the caller
-/// detaches the pod or tries again.
+/// Attaches to these interfaces, replacing in place what an earlier agent attached. On error, what was newly attached
+/// stays: the caller detaches the pod or tries again.
 pub async fn attach(
     objects: &Arc<Objects>,
     netns: &Netns,
@@ -111,7 +113,8 @@ async fn enter<T: Send + 'static>(
     })
 }
 
-/// Does this interface have its programs, as far as that is cheap to tell? An index is used again, so a pin alone says little.
+/// Does this interface have its programs, as far as that is cheap to tell? An index is used again, so a pin alone says
+/// little.
 pub fn is_attached(objects: &Objects, method: Method, pod_id: u32, interface: &Interface) -> bool {
     method == Method::Tcx
         && programs_for(interface).iter().all(|(_, direction)| {

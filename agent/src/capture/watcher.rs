@@ -47,7 +47,8 @@ pub fn present(watch: &mut Watch) -> Vec<Interface> {
     interfaces.into_values().collect()
 }
 
-/// Follows the pod's interfaces until `stopped`. A step that has begun is finished, so that after the end nothing more is attached.
+/// Follows the pod's interfaces until `stopped`. A step that has begun is finished, so that after the end nothing more
+/// is attached.
 pub async fn run(attacher: Attacher, mut watch: Watch, mut stopped: oneshot::Receiver<()>) {
     // Interfaces without programs, with the number of attempts made.
     let mut bare: BTreeMap<u32, (Interface, u32)> = BTreeMap::new();

@@ -1,7 +1,8 @@
-//! bpf(2) commands that aya keeps to itself: opening pinned links, replacing a link's program, reading what a link is attached to, and map
-//! access from many threads through a shared reference.
+//! bpf(2) commands that aya keeps to itself: opening pinned links, replacing a link's program, reading what a link is
+//! attached to, and map access from many threads through a shared reference.
 //!
-//! The attribute structures are the leading fields of `union bpf_attr` (linux/bpf.h); the kernel takes shorter ones and reads the rest as zero.
+//! The attribute structures are the leading fields of `union bpf_attr` (linux/bpf.h); the kernel takes shorter ones and
+//! reads the rest as zero.
 
 use std::{
     ffi::CString,
@@ -111,9 +112,11 @@ pub enum LinkTarget {
 }
 
 /// # Safety
-/// `attr` must be the layout of `command`'s part of `union bpf_attr`, and every pointer in it valid for what the command does with it.
+/// `attr` must be the layout of `command`'s part of `union bpf_attr`, and every pointer in it valid for what the
+/// command does with it.
 unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_long> {
-    // SAFETY: the kernel reads and writes at most `size_of::<T>()` bytes of `attr`; the pointers in it are the caller's promise.
+    // SAFETY: the kernel reads and writes at most `size_of::<T>()` bytes of `attr`; the pointers in it are the caller's
+    // promise.
     let r = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(r) }
 }
@@ -133,7 +136,8 @@ pub fn object_get(path: &Path) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Makes `link` run `program` from now on, without a moment in which it runs neither. `ENOLINK` when what it was attached to is gone.
+/// Makes `link` run `program` from now on, without a moment in which it runs neither. `ENOLINK` when what it was
+/// attached to is gone.
 pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = LinkUpdate { link_fd: raw(link), new_prog_fd: raw(program), flags: 0, old_prog_fd: 0 };
     // SAFETY: `attr` is BPF_LINK_UPDATE's layout and holds no pointer.
@@ -163,8 +167,8 @@ fn info_by_fd<T: Default>(fd: BorrowedFd<'_>) -> io::Result<T> {
     let mut info = T::default();
     let mut attr =
         InfoByFd { fd: raw(fd), info_len: size_of::<T>() as u32, info: std::ptr::from_mut(&mut info) as u64 };
-    // SAFETY: `attr` is BPF_OBJ_GET_INFO_BY_FD's layout; the kernel writes at most `info_len` bytes to `info`, whose fields (private to
-    // this module) are integers and take any bit pattern.
+    // SAFETY: `attr` is BPF_OBJ_GET_INFO_BY_FD's layout; the kernel writes at most `info_len` bytes to `info`, whose
+    // fields (private to this module) are integers and take any bit pattern.
     unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
     Ok(info)
 }
@@ -201,7 +205,8 @@ impl<K: Pod, V: Pod> SharedMap<K, V> {
             value: std::ptr::from_ref(value) as u64,
             flags: 0,
         };
-        // SAFETY: the layout is that of BPF_MAP_UPDATE_ELEM; `new` checked that the kernel reads `size_of` bytes from each pointer.
+        // SAFETY: the layout is that of BPF_MAP_UPDATE_ELEM; `new` checked that the kernel reads `size_of` bytes from
+        // each pointer.
         unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
     }
 
@@ -215,8 +220,8 @@ impl<K: Pod, V: Pod> SharedMap<K, V> {
             value: value.as_mut_ptr() as u64,
             flags: 0,
         };
-        // SAFETY: the layout is that of BPF_MAP_LOOKUP_AND_DELETE_ELEM; `new` checked that the kernel reads `size_of::<K>()` bytes and
-        // writes `size_of::<V>()`.
+        // SAFETY: the layout is that of BPF_MAP_LOOKUP_AND_DELETE_ELEM; `new` checked that the kernel reads
+        // `size_of::<K>()` bytes and writes `size_of::<V>()`.
         match unsafe { bpf(BPF_MAP_LOOKUP_AND_DELETE_ELEM, &mut attr) } {
             // SAFETY: the kernel filled the value, and a `Pod` takes any bit pattern.
             Ok(_) => Ok(Some(unsafe { value.assume_init() })),

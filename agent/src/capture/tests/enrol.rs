@@ -1,4 +1,5 @@
-//! Pods with real traffic: a shell in the pod dials, a listener on the pod's or the peer's side shows whether it arrived in plaintext.
+//! Pods with real traffic: a shell in the pod dials, a listener on the pod's or the peer's side shows whether it
+//! arrived in plaintext.
 
 use std::{
     io::{self, Read},
@@ -270,4 +271,32 @@ async fn another_identity_is_another_pod_and_nothing_gets_out_meanwhile() {
     assert!(accept(&capture, &after, &listeners, true).await.is_some());
     assert_eq!(scene.arrived(), 0);
     assert!(scene.has_rule(), "the reply route belongs to the new pod");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn interfaces_that_come_and_go_do_not_fail_an_enrolment() {
+    let scene = Scene::new().await;
+    let capture = scene.start(TcMode::Auto).await;
+    let flap = {
+        let (pod, peer) = (scene.net.pod.clone(), scene.net.peer.clone());
+        let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let task = tokio::task::spawn_blocking(move || {
+            while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+                ip(&format!("link add flap netns {pod} type veth peer name flap netns {peer}"));
+                // Not from within the pod, where a process outside the attach point has no business.
+                ip(&format!("-n {peer} link del flap"));
+            }
+        });
+        (stop, task)
+    };
+    for _ in 0..10 {
+        let pod = capture.enroll(&scene.web).await.unwrap();
+        capture.unenroll(&scene.web.key).await;
+        drop(pod);
+    }
+    flap.0.store(true, std::sync::atomic::Ordering::Relaxed);
+    flap.1.await.unwrap();
+    scene.no_rule().await;
+    scene.assert_plain().await;
 }

@@ -73,3 +73,12 @@ fn lines_are_limited_and_the_rest_counted() {
     assert!(limit.admit());
     assert_eq!(limit.roll(start + WINDOW), 0);
 }
+
+proptest::proptest! {
+    #[test]
+    fn no_bytes_are_too_strange(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..=2 * LENGTH)) {
+        let known = |k: u32| k < underpass_abi::COUNTERS;
+        let expected = bytes.len() == LENGTH && known(u32::from_ne_bytes(bytes[..4].try_into().unwrap()));
+        proptest::prop_assert_eq!(parse_event(&bytes).is_ok(), expected);
+    }
+}

@@ -1,11 +1,14 @@
-//! Tests of the whole: pure ones, and ones with real programs in cgroups, pin directories and namespaces of their own. These need root.
+//! Tests of the whole: pure ones, and ones with real programs in cgroups, pin directories and namespaces of their own.
+//! These need root.
 
 mod cleanup;
 mod desired;
 mod enrol;
 mod lab;
+mod logs;
 mod pins;
 mod restart;
+mod scale;
 mod scene;
 mod start;
 mod table;

@@ -209,7 +209,8 @@ async fn an_older_version_captures_until_the_new_one_does() {
     assert_eq!(scene.dial(true).await, Connected::Refused, "the old hooks");
     let pod = capture.enroll(&scene.web).await.unwrap();
     let listeners = pod.take_listeners().unwrap();
-    // Both versions' hooks run. The old ones come first and rewrite; their maps are not this agent's, which finds no entry and resets.
+    // Both versions' hooks run. The old ones come first and rewrite; their maps are not this agent's, which finds no
+    // entry and resets.
     assert_eq!(scene.dial(true).await, Connected::Yes);
     assert_eq!(accept(&capture, &pod, &listeners, true).await, None);
     assert_eq!(scene.dial(false).await, Connected::TimedOut);
