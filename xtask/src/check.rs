@@ -11,7 +11,7 @@ use crate::{exec, places, setup, ui::Ui};
 const DATABASE: Duration = Duration::from_secs(90);
 
 pub(crate) fn run(ui: &Ui) -> Result<()> {
-    setup::run(ui)?;
+    setup::ensure(ui)?;
     // Formatting of every member, whether built by default or not.
     ui.step("cargo fmt --check", |_| exec::openly(&mut cargo(&["fmt", "--all", "--check"])))?;
     // The BPF programs compile for another target only: the agent's build script builds them, with warnings shown.

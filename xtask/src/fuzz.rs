@@ -45,7 +45,7 @@ pub(crate) struct Outcome {
 }
 
 pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
-    setup::run(ui)?;
+    setup::ensure(ui)?;
     let outcome = run_all(ui, options.filter.as_deref(), Duration::from_secs(options.seconds))?;
     ensure!(
         outcome.passed + outcome.failed.len() > 0,
@@ -81,7 +81,8 @@ pub(crate) fn run_all(ui: &Ui, filter: Option<&str>, time: Duration) -> Result<O
         cargo.arg("--target-dir").arg(&target_dir);
         // Options that a stable compiler keeps for nightly. With --target they do not reach build scripts and macros.
         cargo.env("RUSTC_BOOTSTRAP", "1").env_remove("RUSTFLAGS").env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"));
-        cargo.env("CARGO_PROFILE_RELEASE_LTO", "off").env("CARGO_PROFILE_RELEASE_DEBUG", "line-tables-only");
+        // Most of the time of a short run is compiling.
+        cargo.env("CARGO_PROFILE_RELEASE_LTO", "off").env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
         exec::quietly(&mut cargo, step)
     })?;
     for target in targets {

@@ -27,7 +27,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Install what building and testing need; says what and why. Does nothing when all is there.
-    Setup,
+    Setup(setup::Options),
     /// Show mutual TLS between two nodes full of unmodified programs (root).
     Demo(demo::Options),
     /// Run every test, then every fuzz target for a short time (root).
@@ -41,7 +41,7 @@ enum Command {
 fn main() -> ExitCode {
     let ui = Ui::new();
     let result = match Cli::parse().command {
-        Command::Setup => setup::run(&ui),
+        Command::Setup(options) => setup::run(&ui, &options),
         Command::Demo(options) => demo::run(&ui, &options),
         Command::Test(options) => test::run(&ui, &options),
         Command::Check => check::run(&ui),

@@ -50,7 +50,7 @@ fn perform(ui: &Ui, options: &Options) -> Result<Report> {
         "the demo makes network namespaces and loads BPF programs: run it as root (sudo -E cargo xtask demo)"
     );
     signals::clean_up_when_interrupted()?;
-    setup::run(ui)?;
+    setup::ensure(ui)?;
     let agent = match &options.agent {
         Some(file) => file.canonicalize().with_context(|| format!("looking for the agent {}", file.display()))?,
         None => build(ui)?,

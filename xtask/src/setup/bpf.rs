@@ -33,10 +33,45 @@ const KIND: &str = "kind";
 const SOURCE: &str = "rust-src/library";
 const WEB_RUSTC: &str = "web/usr/bin/rustc";
 
-/// Whether the toolchain in `tools` is complete and made for this compiler.
-pub(super) fn ready(tools: &Path, rustc: &Rustc) -> bool {
+/// A way to a toolchain; the name is what `kind` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Way {
+    /// rustup's nightly toolchain with rust-src, which has to be there.
+    Nightly,
+    /// The source of the running compiler, from the distribution's packages.
+    Source,
+    /// Debian's rustc-web.
+    Web,
+}
+
+impl Way {
+    const ALL: [Self; 3] = [Self::Nightly, Self::Source, Self::Web];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Nightly => "nightly",
+            Self::Source => "source",
+            Self::Web => "web",
+        }
+    }
+
+    /// Goes it: the identity of the compiler that the result is for, `None` when this way does not exist here.
+    fn go(self, ui: &Ui, tools: &Path, rustc: &Rustc) -> Result<Option<String>> {
+        match self {
+            Self::Nightly => nightly(ui, tools),
+            Self::Source => source(ui, tools, rustc),
+            Self::Web => web(ui, tools, rustc),
+        }
+    }
+}
+
+/// Whether the toolchain in `tools` is complete and made for this compiler, and in the way asked for.
+pub(super) fn ready(tools: &Path, rustc: &Rustc, way: Option<Way>) -> bool {
     let Ok(stamp) = fs::read_to_string(tools.join(STAMP)) else { return false };
     let kind = fs::read_to_string(tools.join(KIND)).unwrap_or_default();
+    if way.is_some_and(|way| way.name() != kind.trim()) {
+        return false;
+    }
     let (id, component) = match kind.trim() {
         "nightly" => (Rustc::nightly().map(|nightly| nightly.id), None),
         "source" => (Some(rustc.id.clone()), Some(SOURCE)),
@@ -47,8 +82,8 @@ pub(super) fn ready(tools: &Path, rustc: &Rustc) -> bool {
     complete && id.is_some_and(|id| stamp == stamp_of(kind.trim(), &id))
 }
 
-/// Installs it, the first way that works.
-pub(super) fn install(ui: &Ui, tools: &Path, rustc: &Rustc) -> Result<()> {
+/// Installs it, the first way that works, or only `way`.
+pub(super) fn install(ui: &Ui, tools: &Path, rustc: &Rustc, way: Option<Way>) -> Result<()> {
     ui.say(&format!("Preparing the toolchain for BPF programs in {} (about 250 MB):", tools.display()));
     ui.say("  core           the standard library's core, which has to be compiled for BPF");
     ui.say(&format!("  bpf-linker     {LINKER} from crates.io, against the compiler's own LLVM"));
@@ -57,15 +92,15 @@ pub(super) fn install(ui: &Ui, tools: &Path, rustc: &Rustc) -> Result<()> {
     remove(&tools.join(STAMP))?;
 
     let mut failures = Vec::new();
-    for (kind, way) in WAYS {
-        match way(ui, tools, rustc) {
+    for way in Way::ALL.into_iter().filter(|candidate| way.is_none_or(|only| only == *candidate)) {
+        match way.go(ui, tools, rustc) {
             Ok(Some(id)) => {
-                fs::write(tools.join(KIND), kind)?;
-                fs::write(tools.join(STAMP), stamp_of(kind, &id)).context("writing the toolchain's stamp")?;
+                fs::write(tools.join(KIND), way.name())?;
+                fs::write(tools.join(STAMP), stamp_of(way.name(), &id)).context("writing the toolchain's stamp")?;
                 return Ok(());
             }
-            Ok(None) => {}
-            Err(error) => failures.push(format!("  {kind}: {error:#}")),
+            Ok(None) => failures.push(format!("  {}: not installed", way.name())),
+            Err(error) => failures.push(format!("  {}: {error:#}", way.name())),
         }
     }
     bail!(
@@ -74,16 +109,11 @@ pub(super) fn install(ui: &Ui, tools: &Path, rustc: &Rustc) -> Result<()> {
     )
 }
 
-/// A way: the identity of the compiler that it is for, `None` when it does not apply here.
-type Way = fn(&Ui, &Path, &Rustc) -> Result<Option<String>>;
-
-const WAYS: [(&str, Way); 3] = [("nightly", nightly), ("source", source), ("web", web)];
-
 fn stamp_of(kind: &str, rustc: &str) -> String {
     format!("{kind}\n{rustc}\nbpf-linker {LINKER}\n")
 }
 
-fn nightly(ui: &Ui, tools: &Path, _: &Rustc) -> Result<Option<String>> {
+fn nightly(ui: &Ui, tools: &Path) -> Result<Option<String>> {
     let Some(nightly) = Rustc::nightly() else { return Ok(None) };
     linker(ui, tools, &nightly, &nightly.llvm, &nightly.llvm_library()?)?;
     Ok(Some(nightly.id))

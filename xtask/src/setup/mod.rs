@@ -14,12 +14,33 @@ use anyhow::{Context, Result};
 
 use crate::{exec, places, ui::Ui};
 
-/// Installs what is missing. Quick when nothing is.
-pub(crate) fn run(ui: &Ui) -> Result<()> {
+#[derive(clap::Args, Default)]
+pub(crate) struct Options {
+    /// Make the BPF toolchain in this way, also when there is one that was made in another.
+    #[arg(long, value_enum)]
+    way: Option<bpf::Way>,
+}
+
+/// Installs what is missing and says that all is there.
+pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
+    install(ui, options.way)?;
+    ui.say(&format!(
+        "Everything is in place; the toolchain for BPF programs is in {}.",
+        places::bpf_tools()?.display()
+    ));
+    Ok(())
+}
+
+/// Installs what is missing. Quick and silent when nothing is.
+pub(crate) fn ensure(ui: &Ui) -> Result<()> {
+    install(ui, None)
+}
+
+fn install(ui: &Ui, way: Option<bpf::Way>) -> Result<()> {
     let packages = packages::missing();
     let rustc = rustc::Rustc::running()?;
     let tools = places::bpf_tools()?;
-    if packages.is_empty() && bpf::ready(&tools, &rustc) {
+    if packages.is_empty() && bpf::ready(&tools, &rustc, way) {
         return Ok(());
     }
     let _lock = lock(ui, &places::cache()?)?;
@@ -28,8 +49,8 @@ pub(crate) fn run(ui: &Ui) -> Result<()> {
     if !packages.is_empty() {
         packages::install(ui, &packages)?;
     }
-    if !bpf::ready(&tools, &rustc) {
-        bpf::install(ui, &tools, &rustc)?;
+    if !bpf::ready(&tools, &rustc, way) {
+        bpf::install(ui, &tools, &rustc, way)?;
     }
     Ok(())
 }

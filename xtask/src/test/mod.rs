@@ -33,7 +33,7 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
         geteuid().is_root(),
         "the tests make network namespaces and load BPF programs: run them as root (sudo -E cargo xtask test)"
     );
-    setup::run(ui)?;
+    setup::ensure(ui)?;
     Testbed::sweep()?;
     ui.step("building the programs under test", |step| {
         exec::quietly(
