@@ -44,8 +44,6 @@ fn mptcp_nested_namespaces_foreign_cgroups_marks_and_second_interfaces_do_not_le
     let line = |first: &[&'static str], to: &str| -> Vec<String> {
         ["request", to].iter().chain(first).chain(&attempt).map(|s| (*s).to_owned()).collect()
     };
-    let refs = |v: &'_ [String]| v.iter().map(String::as_str).map(ToOwned::to_owned).collect::<Vec<_>>();
-    let _ = refs;
     // Captured or dropped, never plaintext: whether MPTCP reaches the connect hook depends on the kernel.
     let mptcp = line(&["--mptcp"], &to);
     let _ = world.client.app(&mptcp.iter().map(String::as_str).collect::<Vec<_>>())?.output(Duration::from_secs(60))?;
@@ -165,7 +163,8 @@ fn a_pod_outside_of_the_attach_point_is_refused_clearly() -> Result<()> {
     })?;
     // And it is taken in as soon as the reason is gone.
     outside.kill()?;
-    agent.wait_ready(Duration::from_secs(20))
+    agent.wait_status(Duration::from_secs(20), |s| Ok(s["pods"][0]["state"] == "enrolled"))?;
+    Ok(())
 }
 
 #[test]

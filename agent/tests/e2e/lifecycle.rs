@@ -119,3 +119,27 @@ fn nothing_is_left_behind_also_by_a_killed_agent() -> Result<()> {
     ensure!(left.is_empty(), "{left:?}");
     Ok(())
 }
+
+#[test]
+fn clsact_filters_do_what_tcx_links_do() -> Result<()> {
+    let mut stage = Stage::new("clsact")?;
+    let outsider = stage.bed.node("a").pod("outsider")?;
+    stage.mesh.workload("server").mode = Some(testbed::Mode::Strict);
+    let _echo = serve(&stage.server, 8080, &[])?;
+    let to = at(stage.server.ipv4(), 8080);
+    let mut world = stage.start_with(&["--tc", "clsact"])?;
+    let filters = |world: &World| world.server.check(&["tc", "filter", "show", "dev", "eth0", "ingress"]);
+    ensure!(filters(&world)?.contains("up_inbound"), "{}", filters(&world)?);
+    app(&world.client, &["request", &to])?;
+    ensure!(app_error(&outsider, &["request", &to, "--timeout", "3"])? == "timeout");
+    // A killed agent's filters stay, a new agent replaces them in place, and a clean end removes them.
+    world.b.kill()?;
+    ensure!(app_error(&outsider, &["request", &to, "--timeout", "3"])? == "timeout", "STRICT ended with the agent");
+    world.b.restart()?;
+    ensure!(filters(&world)?.matches("up_inbound").count() == 1, "{}", filters(&world)?);
+    app(&world.client, &["request", &to])?;
+    world.b.stop()?;
+    ensure!(!filters(&world)?.contains("up_inbound"), "{}", filters(&world)?);
+    app(&outsider, &["request", &to])?;
+    Ok(())
+}
