@@ -142,7 +142,7 @@ impl Reconciler {
                     info!(pod = %workload.key, identity = %workload.identity, pod_id, "enrolled");
                 }
                 PodState::Refused { reason } => {
-                    warn!(pod = %workload.key, %reason, "not enrolled; will be tried again")
+                    warn!(pod = %workload.key, %reason, "not enrolled; will be tried again");
                 }
             }
         }

@@ -66,7 +66,12 @@ const REASONS: usize = RefusalReason::Resources as usize + 1;
 impl RefusalReason {
     /// Every reason, in order.
     pub const ALL: [RefusalReason; REASONS] = {
-        use RefusalReason::*;
+        use RefusalReason::{
+            AgentPort, BadRecord, CertificateExpired, Deadline, DeniedByPeer, InvalidCertificate, NoAlpn,
+            NoCertificate, NoEndpoint, NoOriginalDestination, NotTls, PeerUpstreamUnreachable, PodLimit,
+            ProxyDestination, ProxyHeader, ProxySource, Resources, TlsHandshake, Truncated, UntrustedIssuer,
+            UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
+        };
         [
             NoOriginalDestination,
             NoCertificate,
@@ -96,7 +101,12 @@ impl RefusalReason {
 
     /// The name in logs and counters.
     pub const fn as_str(self) -> &'static str {
-        use RefusalReason::*;
+        use RefusalReason::{
+            AgentPort, BadRecord, CertificateExpired, Deadline, DeniedByPeer, InvalidCertificate, NoAlpn,
+            NoCertificate, NoEndpoint, NoOriginalDestination, NotTls, PeerUpstreamUnreachable, PodLimit,
+            ProxyDestination, ProxyHeader, ProxySource, Resources, TlsHandshake, Truncated, UntrustedIssuer,
+            UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
+        };
         match self {
             NoOriginalDestination => "no-original-destination",
             NoCertificate => "no-certificate",

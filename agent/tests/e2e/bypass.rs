@@ -15,7 +15,7 @@ const DROPPED: &str = "3";
 
 /// Runs `testbed-app request` in the pod's network namespace but outside of its cgroup.
 fn from_outside_the_cgroup(pod: &Pod, arguments: &[&str]) -> Result<testbed::Output> {
-    Process::spawn(pod.command_outside_cgroup(app_path()?).args(arguments))?.output(Duration::from_secs(60))
+    Process::spawn(pod.command_outside_cgroup(app_path()?).args(arguments))?.output(Duration::from_mins(1))
 }
 
 #[test]
@@ -46,7 +46,7 @@ fn mptcp_nested_namespaces_foreign_cgroups_marks_and_second_interfaces_do_not_le
     };
     // Captured or dropped, never plaintext: whether MPTCP reaches the connect hook depends on the kernel.
     let mptcp = line(&["--mptcp"], &to);
-    let _ = world.client.app(&mptcp.iter().map(String::as_str).collect::<Vec<_>>())?.output(Duration::from_secs(60))?;
+    let _ = world.client.app(&mptcp.iter().map(String::as_str).collect::<Vec<_>>())?.output(Duration::from_mins(1))?;
     for to in [&to, &to6] {
         let arguments = line(&[], to);
         let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
@@ -78,8 +78,8 @@ fn strict_drops_plaintext_and_serves_the_mesh() -> Result<()> {
     stage.mesh.workload("server").mode = Some(Mode::Strict);
     stage.mesh.workload("server").ports = vec![testbed::PortMode { port: 8081, mode: Mode::Permissive }];
     let world = stage.start()?;
-    let _strict = world.serve(&world.server, 8080, &[])?;
-    let _open = world.serve(&world.server, 8081, &[])?;
+    let _strict = serve(&world.server, 8080, &[])?;
+    let _open = serve(&world.server, 8081, &[])?;
     for ip in [world.server.ipv4().to_string(), format!("[{}]", world.server.ipv6())] {
         let to = format!("{ip}:8080");
         ensure!(app_error(&outsider, &["request", &to, "--timeout", DROPPED])? == "timeout", "plaintext under STRICT");
@@ -104,7 +104,7 @@ fn switching_to_strict_destroys_admitted_plaintext_and_nothing_else() -> Result<
     let outsider = stage.bed.node("a").pod("outsider")?;
     stage.mesh.workload("server").mode = Some(Mode::Permissive);
     let mut world = stage.start()?;
-    let _echo = world.serve(&world.server, 8080, &[])?;
+    let _echo = serve(&world.server, 8080, &[])?;
     let to = at(world.server.ipv4(), 8080);
     let plaintext = outsider.app(&["expect-reset", &to])?;
     plaintext.wait_json("established", Duration::from_secs(10))?;

@@ -15,7 +15,7 @@ use rcgen::{
 use testbed::{Pod, Process, Testbed};
 use time::OffsetDateTime;
 
-use crate::world::{Stage, app, app_error, at, wait_counter};
+use crate::world::{Stage, app, app_error, at, serve, wait_counter};
 
 /// Signs certificates with the testbed's CA, or with one that nobody trusts.
 pub struct Forge {
@@ -109,7 +109,7 @@ pub fn s_client(from: &Pod, server: &Pod, files: &Files, arguments: &[&str]) -> 
 #[test]
 fn files_issuer_serves_and_an_expired_certificate_fails_closed() -> Result<()> {
     let mut stage = Stage::new("files")?;
-    let _echo = crate::world::serve(&stage.server, 8080, &[])?;
+    let _echo = serve(&stage.server, 8080, &[])?;
     let to = at(stage.server.ipv4(), 8080);
     let forge = Forge::foreign(stage.bed.dir())?;
     stage.mesh.ca_dir = None;
@@ -146,7 +146,7 @@ fn rotation_in_seconds_breaks_no_connection() -> Result<()> {
     let mut stage = Stage::new("rotate")?;
     stage.mesh.lifetime = "6s".into();
     let world = stage.start()?;
-    let _echo = world.serve(&world.server, 8080, &[])?;
+    let _echo = serve(&world.server, 8080, &[])?;
     let to = at(world.server.ipv4(), 8080);
     let held = world.client.app(&["hold", &to, "--count", "5", "--exchange"])?;
     held.wait_json("held", Duration::from_secs(20))?;

@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::world::{World, at, eventually};
+use crate::world::{World, at, eventually, serve};
 
 #[test]
 fn both_agents_list_identities_addresses_and_data_path_and_can_close() -> Result<()> {
     let world = World::new("table")?;
-    let _echo = world.serve(&world.server, 8080, &[])?;
+    let _echo = serve(&world.server, 8080, &[])?;
     let [vip, _] = testbed::addresses::vips(1);
     let live = world.client.app(&["expect-reset", &at(vip, 80)])?;
     live.wait_json("established", Duration::from_secs(10))?;

@@ -4,12 +4,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
-use crate::world::{MARKER, World, app, app_error, at, eventually, live, wait_counter};
+use crate::world::{MARKER, World, app, app_error, at, eventually, live, serve, wait_counter};
 
 #[test]
 fn killed_server_agent_is_a_reset_and_never_plaintext() -> Result<()> {
     let mut world = World::new("killed")?;
-    let server = world.serve(&world.server, 8080, &["--print"])?;
+    let server = serve(&world.server, 8080, &["--print"])?;
     let to = at(world.server.ipv4(), 8080);
     let live = world.client.app(&["expect-reset", &to])?;
     live.wait_json("established", Duration::from_secs(10))?;
@@ -29,7 +29,7 @@ fn killed_server_agent_is_a_reset_and_never_plaintext() -> Result<()> {
 #[test]
 fn a_vanished_peer_node_is_a_reset_within_thirty_seconds() -> Result<()> {
     let world = World::new("vanish")?;
-    let _echo = world.serve(&world.server, 8080, &[])?;
+    let _echo = serve(&world.server, 8080, &[])?;
     let to = at(world.server.ipv4(), 8080);
     let idle = world.client.app(&["expect-reset", &to])?;
     idle.wait_json("established", Duration::from_secs(10))?;
@@ -54,7 +54,7 @@ fn another_endpoint_is_tried_when_one_is_dead() -> Result<()> {
     let server = stage.server.clone();
     stage.mesh.service("both", 2, &[(80, 8080)], &[&server, &ghost]);
     let world = stage.start()?;
-    let _echo = world.serve(&world.server, 8080, &[])?;
+    let _echo = serve(&world.server, 8080, &[])?;
     let [vip, _] = testbed::addresses::vips(2);
     for _ in 0..20 {
         app(&world.client, &["request", &at(vip, 80)])?;
@@ -66,7 +66,7 @@ fn another_endpoint_is_tried_when_one_is_dead() -> Result<()> {
 fn an_application_that_closed_resets_the_sender() -> Result<()> {
     let world = World::new("gone")?;
     // The server closes at once with data of the client's still coming.
-    let _close = world.serve(&world.server, 8080, &["--mode", "close"])?;
+    let _close = serve(&world.server, 8080, &["--mode", "close"])?;
     let to = at(world.server.ipv4(), 8080);
     let error = app_error(&world.client, &["bulk", &to, "--up", "50000000", "--down", "1"])?;
     ensure!(["ECONNRESET", "EPIPE", "other"].contains(&error.as_str()), "{error}");

@@ -78,9 +78,9 @@ fn a_restarted_agent_takes_over_without_a_moment_of_plaintext() -> Result<()> {
         let live = stage.client.app(&["expect-reset", &to])?;
         live.wait_json("established", Duration::from_secs(10))?;
         if round % 2 == 0 {
-            a.kill()?
+            a.kill()?;
         } else {
-            a.stop()?
+            a.stop()?;
         }
         let output = live.output(Duration::from_secs(10))?;
         ensure!(output.status.success(), "a live connection did not see a reset: {}", output.stdout);
@@ -98,7 +98,7 @@ fn a_restarted_agent_takes_over_without_a_moment_of_plaintext() -> Result<()> {
 #[test]
 fn nothing_is_left_behind_also_by_a_killed_agent() -> Result<()> {
     let mut world = World::new("left")?;
-    let _echo = world.serve(&world.server, 8080, &[])?;
+    let echo = serve(&world.server, 8080, &[])?;
     app(&world.client, &["request", &at(world.server.ipv4(), 8080)])?;
     let rules = |world: &World| world.server.check(&["ip", "rule"]);
     ensure!(rules(&world)?.contains("0x539"), "no reply rule while enrolled?");
@@ -113,7 +113,7 @@ fn nothing_is_left_behind_also_by_a_killed_agent() -> Result<()> {
     ensure!(!world.a.pin_root().exists(), "pins are left in {}", world.a.pin_root().display());
     app(&world.client, &["request", &at(world.server.ipv4(), 8080)])?;
     let id = world.bed.id().to_owned();
-    drop(_echo);
+    drop(echo);
     drop(world);
     let left = Testbed::leftovers(&id)?;
     ensure!(left.is_empty(), "{left:?}");

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit};
 
-use crate::world::{Stage, World, app, at, counter, live, wait_counter};
+use crate::world::{Stage, World, app, at, counter, live, serve, wait_counter};
 
 /// What another pod's connection may take while one pod is flooded. Idle, it takes some milliseconds.
 const BOUND: Duration = Duration::from_secs(1);
@@ -17,8 +17,8 @@ fn a_flooded_pod_does_not_delay_another() -> Result<()> {
     stage.mesh.enroll(&other);
     let rogue = stage.bed.node("a").pod("rogue")?;
     let world = stage.start_with(&["--handshake-timeout", "3s"])?;
-    let _victim = world.serve(&world.server, 8080, &[])?;
-    let _other = world.serve(&other, 8080, &[])?;
+    let _victim = serve(&world.server, 8080, &[])?;
+    let _other = serve(&other, 8080, &[])?;
     // Half a ClientHello: a record header that promises 512 bytes, and a few of them. 10,000 times.
     let tunnel = at(world.server.ipv4(), 15008);
     let _flood = rogue.app(&[
@@ -53,7 +53,7 @@ fn a_pod_at_its_connection_limit_is_refused_and_others_are_not() -> Result<()> {
     let second = stage.bed.node("a").pod("second")?;
     stage.mesh.enroll(&second);
     let world = stage.start_with(&["--max-connections-per-pod", "50"])?;
-    let _echo = world.serve(&world.server, 8080, &[])?;
+    let _echo = serve(&world.server, 8080, &[])?;
     let to = at(world.server.ipv4(), 8080);
     let hold = world.client.app(&["hold", &to, "--count", "80", "--exchange"])?;
     let report = hold.wait_json("held", Duration::from_secs(30))?;
@@ -77,7 +77,7 @@ fn thousands_of_concurrent_connections_to_two_destinations() -> Result<()> {
     let mut holders = Vec::new();
     let mut servers = Vec::new();
     for pod in [&world.server, &second] {
-        servers.push(world.serve(pod, 8080, &[])?);
+        servers.push(serve(pod, 8080, &[])?);
         let count = each.to_string();
         let to = at(pod.ipv4(), 8080);
         holders.push(world.client.app(&[
@@ -100,7 +100,7 @@ fn thousands_of_concurrent_connections_to_two_destinations() -> Result<()> {
     ensure!(live == 2 * each, "the table has {live}");
     println!("{} concurrent connections ran (descriptor limit {hard}, wanted {wanted})", 2 * each);
     for holder in holders {
-        let report = holder.output(Duration::from_secs(60))?.last_json()?;
+        let report = holder.output(Duration::from_mins(1))?.last_json()?;
         ensure!(report["alive"] == each, "{report}");
     }
     Ok(())

@@ -8,7 +8,7 @@ use testbed::{Pod, Process, Stream};
 
 use crate::{
     certificates::{Files, Forge, Leaf, s_client},
-    world::{Stage, World, app_error, at, start_agent, wait_counter},
+    world::{Stage, World, app_error, at, serve, start_agent, wait_counter},
 };
 
 const ALPN: &[&str] = &["-alpn", "underpass/1"];
@@ -57,7 +57,7 @@ impl Scene {
 fn a_good_foreign_peer_is_served() -> Result<()> {
     // The control for everything below: openssl with a good certificate and header gets through.
     let s = scene("goodpeer")?;
-    let _echo = s.world.serve(&s.world.server, 8080, &["--print"])?;
+    let _echo = serve(&s.world.server, 8080, &["--print"])?;
     let files = s.forge.leaf(&Leaf::good("rogue"))?;
     let mut peer = s_client(&s.rogue, &s.world.server, &files, ALPN)?;
     let mut bytes = Scene::header(s.rogue.ipv4(), s.world.server.ipv4(), 8080);
@@ -123,7 +123,7 @@ fn total_refused(world: &World) -> Result<u64> {
 #[test]
 fn proxy_headers_that_lie() -> Result<()> {
     let s = scene("headers")?;
-    let _echo = s.world.serve(&s.world.server, 8080, &[])?;
+    let _echo = serve(&s.world.server, 8080, &[])?;
     let good = s.forge.leaf(&Leaf::good("rogue"))?;
     let (me, server, client) = (s.rogue.ipv4(), s.world.server.ipv4(), s.world.client.ipv4());
     let refused = |header: &[u8], reason: &str| s.refused(&good, ALPN, header, reason, "access denied");
@@ -158,7 +158,7 @@ fn a_truncated_proxy_header_is_refused() -> Result<()> {
 /// The server's agent reads another configuration than the client's: what it proves is not what the client was told.
 fn not_believed(label: &str, reason: &str, change: impl FnOnce(&mut testbed::MeshConfig)) -> Result<()> {
     let stage = Stage::new(label)?;
-    let _echo = crate::world::serve(&stage.server, 8080, &[])?;
+    let _echo = serve(&stage.server, 8080, &[])?;
     let a = start_agent(&stage.mesh, stage.bed.node("a"), &[])?;
     let mut wrong = stage.mesh.clone();
     change(&mut wrong);

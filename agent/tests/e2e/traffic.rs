@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use testbed::{Nginx, Redis, Sniffer, SnifferOptions};
 
 use crate::world::{
-    MARKER, Stage, World, app, app_error, assert_encrypted, assert_plaintext_seen, at, eventually, live, sniff,
+    MARKER, Stage, World, app, app_error, assert_encrypted, assert_plaintext_seen, at, eventually, live, serve, sniff,
     wait_counter,
 };
 
@@ -66,7 +66,7 @@ fn http_with_keep_alive_over_addresses_and_vips_of_both_families() -> Result<()>
 #[test]
 fn v4_mapped_clients_and_address_answers() -> Result<()> {
     let world = World::new("mapped")?;
-    let _echo = world.serve(&world.server, 8080, &[])?;
+    let _echo = serve(&world.server, 8080, &[])?;
     let sniffer = world.sniff()?;
     let (server, client) = (world.server.ipv4(), world.client.ipv4());
     let to = format!("[::ffff:{server}]:8080");
@@ -90,7 +90,7 @@ fn v4_mapped_clients_and_address_answers() -> Result<()> {
 #[test]
 fn two_hundred_megabytes_both_ways_at_once_with_checksums() -> Result<()> {
     let world = World::new("bulk")?;
-    let _bulk = world.serve(&world.server, 8080, &["--mode", "bulk"])?;
+    let _bulk = serve(&world.server, 8080, &["--mode", "bulk"])?;
     let sniffer = world.sniff()?;
     let bytes = (200_u64 << 20).to_string();
     let report = app(
@@ -107,7 +107,7 @@ fn two_hundred_megabytes_both_ways_at_once_with_checksums() -> Result<()> {
 #[test]
 fn slow_reader_is_backpressure_not_memory() -> Result<()> {
     let world = World::new("slow")?;
-    let _bulk = world.serve(&world.server, 8080, &["--mode", "bulk"])?;
+    let _bulk = serve(&world.server, 8080, &["--mode", "bulk"])?;
     let before = rss_kib(world.a.process()?.pid())?;
     let arguments = [
         "bulk",
@@ -164,9 +164,9 @@ fn redis_pipelines() -> Result<()> {
 #[test]
 fn server_speaks_first_and_half_close_in_both_orders() -> Result<()> {
     let world = World::new("halves")?;
-    let _banner = world.serve(&world.server, 8081, &["--mode", "banner"])?;
-    let _digest = world.serve(&world.server, 8082, &["--mode", "digest"])?;
-    let _close = world.serve(&world.server, 8083, &["--mode", "close"])?;
+    let _banner = serve(&world.server, 8081, &["--mode", "banner"])?;
+    let _digest = serve(&world.server, 8082, &["--mode", "digest"])?;
+    let _close = serve(&world.server, 8083, &["--mode", "close"])?;
     let sniffer = world.sniff()?;
     let ip = world.server.ipv4();
     ensure!(app(&world.client, &["greeting", &at(ip, 8081)])?["greeting"] == "hello");
@@ -183,8 +183,8 @@ fn server_speaks_first_and_half_close_in_both_orders() -> Result<()> {
 #[test]
 fn resets_pass_through_in_both_directions() -> Result<()> {
     let world = World::new("resets")?;
-    let server = world.serve(&world.server, 8080, &["--print"])?;
-    let _reset = world.serve(&world.server, 8081, &["--mode", "reset", "--after", "5"])?;
+    let server = serve(&world.server, 8080, &["--print"])?;
+    let _reset = serve(&world.server, 8081, &["--mode", "reset", "--after", "5"])?;
     let ip = world.server.ipv4();
     // The client resets; the server must see a reset, not an end.
     app(&world.client, &["reset", &at(ip, 8080)])?;
@@ -208,7 +208,7 @@ fn refused_upstream_is_a_reset_and_counted() -> Result<()> {
 #[test]
 fn five_hundred_parallel_short_connections() -> Result<()> {
     let world = World::new("many")?;
-    let _echo = world.serve(&world.server, 8080, &[])?;
+    let _echo = serve(&world.server, 8080, &[])?;
     let sniffer = world.sniff()?;
     let report =
         app(&world.client, &["parallel", &at(world.server.ipv4(), 8080), "--count", "500", "--concurrency", "100"])?;
@@ -230,8 +230,8 @@ fn same_node_pods_and_hairpin() -> Result<()> {
     let client = stage.client.clone();
     stage.mesh.service("own", 2, &[(80, 8080)], &[&client]);
     let world = stage.start()?;
-    let _near = world.serve(&neighbour, 8080, &["--print"])?;
-    let own = world.serve(&world.client, 8080, &["--print"])?;
+    let _near = serve(&neighbour, 8080, &["--print"])?;
+    let own = serve(&world.client, 8080, &["--print"])?;
     // On the node's bridge, where same-node traffic passes.
     let sniffer = Sniffer::start(world.bed.node("a").namespace(), &SnifferOptions::markers([MARKER]))?;
     app(&world.client, &["request", &at(neighbour.ipv4(), 8080), "--line", MARKER])?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use testbed::{Process, Protocol};
 
-use crate::world::{MARKER, Stage, World, app, assert_plaintext_seen, at, counter};
+use crate::world::{MARKER, Stage, World, app, assert_plaintext_seen, at, counter, serve};
 
 #[test]
 fn udp_and_loopback_are_untouched() -> Result<()> {
@@ -15,7 +15,7 @@ fn udp_and_loopback_are_untouched() -> Result<()> {
     for ip in [world.server.ipv4().to_string(), format!("[{}]", world.server.ipv6())] {
         app(&world.client, &["udp", &format!("{ip}:5353")])?;
     }
-    let _own = world.serve(&world.client, 8080, &[])?;
+    let _own = serve(&world.client, 8080, &[])?;
     for to in ["127.0.0.1:8080", "127.9.9.9:8080", "[::1]:8080"] {
         let report = app(&world.client, &["request", to])?;
         ensure!(report["peer"] == to, "{report}");
@@ -38,10 +38,10 @@ fn excluded_ports_and_networks_and_foreign_addresses_are_not_captured() -> Resul
     let world = stage.start()?;
     let mut servers = Vec::new();
     for port in [8080, 9000, 9001] {
-        servers.push(world.serve(&world.server, port, &[])?);
+        servers.push(serve(&world.server, port, &[])?);
     }
-    servers.push(world.serve(&outsider, 8080, &[])?);
-    servers.push(world.serve(&spared, 8080, &[])?);
+    servers.push(serve(&outsider, 8080, &[])?);
+    servers.push(serve(&spared, 8080, &[])?);
     let sniffer = world.sniff()?;
     for to in [
         at(world.server.ipv4(), 9000),
@@ -66,8 +66,8 @@ fn plain_workloads_and_captured_networks_pass_through_the_agent() -> Result<()> 
     stage.mesh.plain(&legacy).protocol = Protocol::Plain;
     stage.mesh.cidrs = vec![format!("{}/32", unknown.ipv4())];
     let world = stage.start()?;
-    let legacy_server = world.serve(&legacy, 8080, &["--print"])?;
-    let _unknown_server = world.serve(&unknown, 8080, &[])?;
+    let legacy_server = serve(&legacy, 8080, &["--print"])?;
+    let _unknown_server = serve(&unknown, 8080, &[])?;
     for to in [at(legacy.ipv4(), 8080), at(legacy.ipv6(), 8080), at(unknown.ipv4(), 8080)] {
         let report = app(&world.client, &["request", &to, "--line", MARKER, "--count", "3"])?;
         ensure!(report["peer"] == to.as_str(), "{report}");

@@ -66,11 +66,6 @@ impl World {
         Stage::new(label)?.start()
     }
 
-    /// Starts `testbed-app serve` and waits until it listens.
-    pub fn serve(&self, pod: &Pod, port: u16, arguments: &[&str]) -> Result<Process> {
-        serve(pod, port, arguments)
-    }
-
     /// Writes the mesh as it is now to both agents and waits until both have taken it.
     pub fn reload(&self) -> Result<()> {
         for (agent, node) in [(&self.a, "a"), (&self.b, "b")] {
@@ -91,6 +86,7 @@ pub fn generation(status: &Value) -> Result<u64> {
     status["generation"].as_u64().with_context(|| format!("no generation in {status}"))
 }
 
+/// Starts `testbed-app serve` and waits until it listens.
 pub fn serve(pod: &Pod, port: u16, arguments: &[&str]) -> Result<Process> {
     let listen = format!("[::]:{port}");
     let mut all = vec!["serve", listen.as_str()];
