@@ -6,6 +6,7 @@ use anyhow::Context as _;
 use nix::sys::{
     prctl,
     resource::{Resource, getrlimit, setrlimit},
+    signal::{SigSet, Signal},
 };
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
@@ -38,7 +39,11 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<()> {
 }
 
 /// Keys must not reach a core file, and two descriptors per connection need a high limit. Neither failing is a reason not to run.
+/// A supervisor may have left signals blocked, which threads started later would inherit: without SIGTERM there is no clean end.
 fn harden() {
+    if let Err(e) = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]).thread_unblock() {
+        warn!(error = %e, "SIGTERM and SIGINT may stay blocked");
+    }
     if let Err(e) = prctl::set_dumpable(false) {
         warn!(error = %e, "core dumps stay possible (prctl PR_SET_DUMPABLE)");
     }
