@@ -136,7 +136,7 @@ fn clsact_filters_do_what_tcx_links_do() -> Result<()> {
     world.b.kill()?;
     ensure!(app_error(&outsider, &["request", &to, "--timeout", "3"])? == "timeout", "STRICT ended with the agent");
     world.b.restart()?;
-    ensure!(filters(&world)?.matches("up_inbound").count() == 1, "{}", filters(&world)?);
+    ensure!(filters(&world)?.matches("name up_inbound").count() == 1, "{}", filters(&world)?);
     app(&world.client, &["request", &to])?;
     world.b.stop()?;
     ensure!(!filters(&world)?.contains("up_inbound"), "{}", filters(&world)?);
