@@ -1,7 +1,7 @@
 //! Underpass: a transparent mTLS dataplane.
 //!
 //! The modules read in the order a connection meets them: [`capture`] redirects it to the agent, [`proxy`]
-//! decides, [`tunnel`] authenticates, [`relay`] moves the bytes. [`mesh`], [`policy`] and [`identity`] are what
+//! decides, [`tunnel`] authenticates, [`relay`] moves the bytes. [`mesh`] and [`identity`] are what
 //! those decisions are based on, [`sources`] fills them, [`cli`] and [`admin`] are what operators touch.
 
 pub mod admin;

@@ -1,7 +1,7 @@
 //! Ties capture, tunnel and relay together: accept loops per enrolled pod, and the decision what a connection becomes.
 //!
-//! [`reconcile`] turns mesh snapshots into enrolled pods, [`outbound`] and [`inbound`] carry one connection each from
-//! `accept` to the relay, [`route`] is the pure decision between them.
+//! `reconcile` turns mesh snapshots into enrolled pods, `outbound` and `inbound` carry one connection each from
+//! `accept` to the relay, `route` is the pure decision between them.
 
 mod accept;
 mod dial;
