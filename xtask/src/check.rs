@@ -40,6 +40,8 @@ fn deny(ui: &Ui) -> Result<()> {
         command
     };
     ui.step("cargo deny: bans, licences, sources", |step| {
+        // It reads the manifests of every platform's crates, more than a build has downloaded.
+        exec::quietly(&mut cargo(&["fetch", "--locked"]), step)?;
         exec::quietly(&mut command(&["--offline", "check", "bans", "licenses", "sources"]), step)
     })?;
     let fetched = ui.step("cargo deny: advisories", |step| {
