@@ -11,11 +11,11 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{MapData, RingBuf},
+    maps::{HashMap, MapData, MapError, RingBuf},
     programs::{CgroupAttachMode, Program, links::FdLink},
 };
 use aya_log::EbpfLogger;
-use underpass_abi::{POD_ID_GLOBAL, capacity, programs};
+use underpass_abi::{FlowKey, OriginalDestination, POD_ID_GLOBAL, capacity, programs};
 
 use super::{
     CaptureError, CaptureOptions,
@@ -91,6 +91,7 @@ fn start_in(options: &CaptureOptions, layout: &Layout) -> Result<Parts, CaptureE
     let mut loader = loader(layout, options.bpf_log);
     let mut bpf = loader.load(bytes).map_err(|e| load_failed(&e))?;
     check_pinned(&bpf, layout)?;
+    forget_flows(&mut bpf)?;
     let map_ids = PINNED.iter().map(|(name, ..)| Ok((*name, map_id(&bpf, name)?))).collect::<Result<_, _>>()?;
     let log = options
         .bpf_log
@@ -101,6 +102,24 @@ fn start_in(options: &CaptureOptions, layout: &Layout) -> Result<Parts, CaptureE
     let (maps, events) = Maps::take(&mut bpf)?;
     let objects = Objects { layout: layout.clone(), bytes, loader: Mutex::new(loader), map_ids };
     Ok((Arc::new(objects), maps, events, log))
+}
+
+/// Connections that an earlier agent did not accept went away with its listeners. Those that had already ended on the application's side
+/// keep their entry (their data would have been lost otherwise), so they are forgotten here, before there are listeners again.
+fn forget_flows(bpf: &mut Ebpf) -> Result<(), CaptureError> {
+    let failed = |reason| CaptureError::Bpf { action: "clear map FLOWS".to_owned(), reason };
+    let map = bpf.map_mut("FLOWS").ok_or_else(|| failed("the object has no such map".to_owned()))?;
+    let mut flows: HashMap<_, FlowKey, OriginalDestination> = HashMap::try_from(map).map_err(|e| failed(chain(&e)))?;
+    let keys: Vec<FlowKey> = flows.keys().filter_map(Result::ok).collect();
+    for key in keys {
+        match flows.remove(&key) {
+            // The programs run: an entry may go by itself.
+            Ok(()) => {}
+            Err(MapError::SyscallError(e)) if e.io_error.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(failed(chain(&e))),
+        }
+    }
+    Ok(())
 }
 
 fn loader(layout: &Layout, with_log: bool) -> EbpfLoader<'static> {

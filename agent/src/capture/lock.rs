@@ -5,6 +5,7 @@ use std::{
     io::{Read, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
 };
 
 use super::CaptureError;
@@ -17,6 +18,7 @@ const RUN_DIR: &str = "/run/underpass";
 pub struct PinLock {
     file: File,
     path: PathBuf,
+    remove_with_drop: AtomicBool,
 }
 
 impl PinLock {
@@ -50,10 +52,15 @@ impl PinLock {
             let written =
                 file.set_len(0).and_then(|()| writeln!(file, "{}\n{}", std::process::id(), pin_root.display()));
             return match written {
-                Ok(()) => Ok(Self { file, path }),
+                Ok(()) => Ok(Self { file, path, remove_with_drop: AtomicBool::new(false) }),
                 Err(source) => Err(CaptureError::Path { action: "write", path, source }),
             };
         }
+    }
+
+    /// The file goes when the last owner lets go, whenever that is.
+    pub fn remove_with_drop(&self) {
+        self.remove_with_drop.store(true, Relaxed);
     }
 
     /// Removes the file with the lock: for whoever leaves nothing behind.
@@ -68,6 +75,12 @@ impl PinLock {
 
 impl Drop for PinLock {
     fn drop(&mut self) {
+        // Before unlocking, so that whoever waits for the lock finds that its file is not the current one.
+        if *self.remove_with_drop.get_mut()
+            && let Err(e) = fs::remove_file(&self.path)
+        {
+            tracing::warn!(path = %self.path.display(), error = %e, "cannot remove the lock file");
+        }
         // Closing is not enough: a child that is just being spawned has the same open file until it executes its
         // program.
         if let Err(e) = self.file.unlock() {

@@ -134,7 +134,7 @@ struct Inner {
     slots: Mutex<HashMap<WorkloadKey, Slot>>,
     /// Failures to attach to interfaces that came later.
     bare_interfaces: Arc<AtomicU64>,
-    _lock: lock::PinLock,
+    lock: lock::PinLock,
 }
 
 type Slot = Arc<tokio::sync::Mutex<Option<Enrolled>>>;
@@ -162,7 +162,7 @@ impl Capture {
             registry: Mutex::new(registry),
             slots: Mutex::default(),
             bare_interfaces: Arc::default(),
-            _lock: lock,
+            lock,
         };
         Ok(Arc::new(Self { inner: Arc::new(inner), readers }))
     }
@@ -192,6 +192,11 @@ impl Capture {
     /// reply route stays until the returned pod is dropped by its last connection.
     pub async fn unenroll(&self, key: &WorkloadKey) {
         run(enroll::unenroll(Arc::clone(&self.inner), key.clone())).await;
+    }
+
+    /// Before [`cleanup::cleanup`] at a planned end: the lock file goes too, also when the last connection's task still holds this.
+    pub fn leave_nothing(&self) {
+        self.inner.lock.remove_with_drop();
     }
 
     /// The pods enrolled now.

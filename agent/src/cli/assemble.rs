@@ -124,6 +124,7 @@ async fn agent(args: RunArgs) -> anyhow::Result<()> {
     // Nothing may be enrolled again from here on.
     tasks.shutdown().await;
     if args.cleanup_on_exit {
+        capture.leave_nothing();
         reconciler.unenrol_all().await;
     }
     tokio::task::spawn_blocking(move || relay.shutdown()).await.context("stopping the relay")?;
