@@ -47,7 +47,7 @@ pub(super) async fn serve(context: &PodContext, app: TcpStream, client: SocketAd
         return reset(app);
     };
     let result = match route::plan(&context.proxy.mesh.load(), destination) {
-        Ok(plan) => connect_first(context, &plan, client, destination).await.map(|(up, target)| (up, target, plan)),
+        Ok(plan) => connect_first(context, &plan, client).await.map(|(up, target)| (up, target, plan)),
         Err(reason) => Err(Refusal::new(reason, "no route")),
     };
     match result {
@@ -73,18 +73,13 @@ fn original_destination(context: &PodContext, app: &TcpStream, client: SocketAdd
 }
 
 /// Tries the plan's targets in order. Nothing of the application's has been read yet, so a second try is safe.
-async fn connect_first(
-    context: &PodContext,
-    plan: &Plan,
-    client: SocketAddr,
-    original: SocketAddr,
-) -> Result<(Upstream, Target), Refusal> {
+async fn connect_first(context: &PodContext, plan: &Plan, client: SocketAddr) -> Result<(Upstream, Target), Refusal> {
     let mut last = Refusal::new(RefusalReason::NoEndpoint, "no endpoint");
     for (i, target) in plan.targets.iter().enumerate() {
         if i > 0 {
             context.proxy.counters.retries.fetch_add(1, Relaxed);
         }
-        match connect(context, plan, target, client, original).await {
+        match connect(context, plan, target, client).await {
             Ok(upstream) => return Ok((upstream, target.clone())),
             Err(e) => {
                 debug!(pod = %context.pod.key, ?target, reason = %e.reason, detail = %e.detail, "target failed");
@@ -95,13 +90,7 @@ async fn connect_first(
     Err(last)
 }
 
-async fn connect(
-    context: &PodContext,
-    plan: &Plan,
-    target: &Target,
-    client: SocketAddr,
-    original: SocketAddr,
-) -> Result<Upstream, Refusal> {
+async fn connect(context: &PodContext, plan: &Plan, target: &Target, client: SocketAddr) -> Result<Upstream, Refusal> {
     let limits = &context.proxy.limits;
     let pod = &context.pod;
     let unreachable = |to: SocketAddr| {
@@ -131,7 +120,6 @@ async fn connect(
                 authority: plan.service.as_deref().map(ToOwned::to_owned),
                 unique_id: Some(rand::random::<[u8; 16]>().to_vec()),
             };
-            let _ = original;
             let establish = async {
                 let mut session = handshake::connect(stream, &context.proxy.tls, &pod.identity, identity).await?;
                 session.send(&native::encode(&preamble)).await?;
