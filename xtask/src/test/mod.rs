@@ -81,7 +81,7 @@ fn nextest(ui: &Ui, options: &Options) -> Result<Tally> {
     let mut command =
         cargo(&["nextest", "run", "--locked", "--no-fail-fast", "--no-tests=pass", "--hide-progress-bar"]);
     if options.full {
-        command.args(["--run-ignored", "all"]);
+        command.args(["--run-ignored", "all"]).env("UNDERPASS_FULL", "1");
     }
     command.args(&options.filter);
     count(ui, &mut command, tally::nextest)
@@ -91,7 +91,7 @@ fn cargo_test(ui: &Ui, options: &Options, arguments: &[&str]) -> Result<Tally> {
     let mut command = cargo(&["test", "--locked", "--no-fail-fast"]);
     command.args(arguments).args(["--", "--test-threads", THREADS]);
     if options.full {
-        command.arg("--include-ignored");
+        command.arg("--include-ignored").env("UNDERPASS_FULL", "1");
     }
     command.args(&options.filter);
     count(ui, &mut command, tally::cargo_test)
