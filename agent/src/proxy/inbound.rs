@@ -1,17 +1,14 @@
 //! A tunnel from a peer: handshake, PROXY header, checks, then the application.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    sync::atomic::Ordering::Relaxed,
-};
+use std::net::{IpAddr, SocketAddr};
 
 use rustls::AlertDescription;
 use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, time::timeout};
-use tracing::{debug, info};
+use tracing::info;
 
-use super::{Held, PodContext, dial};
+use super::{PodContext, dial};
 use crate::{
-    relay::{DataPath, Direction, Job, NewConnection, Upstream},
+    relay::{DataPath, Direction, NewConnection, Upstream},
     telemetry::RefusalReason,
     tunnel::{
         Session, handshake,
@@ -121,20 +118,7 @@ fn hand_over(
     to: SocketAddr,
     slot: OwnedSemaphorePermit,
 ) {
-    let counters = &context.proxy.counters;
-    let application = match application.into_std() {
-        Ok(s) => s,
-        Err(e) => {
-            counters.refuse(RefusalReason::Resources);
-            debug!(pod = %context.pod.key, error = %e, "leaving the reactor");
-            return;
-        }
-    };
-    counters.tunnels_in.fetch_add(1, Relaxed);
-    if session.info.resumed {
-        counters.resumed.fetch_add(1, Relaxed);
-    }
-    let connection = context.proxy.table.add(NewConnection {
+    let new = NewConnection {
         workload: context.pod.key.clone(),
         pod_id: context.pod.id,
         direction: Direction::Inbound,
@@ -147,11 +131,6 @@ fn hand_over(
         data_path: DataPath::User,
         cipher: Some(session.info.cipher),
         resumed: session.info.resumed,
-    });
-    context.proxy.relay.submit(Job {
-        application: application.into(),
-        upstream: Upstream::Tunnel(Box::new(session)),
-        connection,
-        guard: Box::new(Held { _pod: context.pod.clone(), _slot: slot }),
-    });
+    };
+    context.hand_over(application, Upstream::Tunnel(Box::new(session)), new, slot);
 }

@@ -10,9 +10,16 @@ mod outbound;
 mod reconcile;
 mod route;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    net::TcpStream,
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
+use tracing::debug;
 
 pub use reconcile::{PodState, PodStatus, Reconciler};
 
@@ -20,8 +27,8 @@ use crate::{
     capture::{Capture, Pod},
     identity::CertificateStore,
     mesh::MeshStore,
-    relay::{ConnectionTable, Relay},
-    telemetry::Counters,
+    relay::{ConnectionTable, DataPath, Direction, Job, NewConnection, Relay, Upstream},
+    telemetry::{Counters, RefusalReason},
     tunnel::TlsConfigs,
 };
 
@@ -95,5 +102,32 @@ impl Proxy {
         accept::run(&context, listeners.tunnel, accept::Kind::Tunnel);
         // Nothing is handed to the plaintext listener until a policy needs it; holding it open reserves the port.
         accept::run(&context, listeners.plaintext, accept::Kind::Plaintext);
+    }
+}
+
+impl PodContext {
+    /// Enters an established connection into the table, counts it, and gives it to the relay. `slot` is held until it ends.
+    fn hand_over(&self, application: TcpStream, upstream: Upstream, new: NewConnection, slot: OwnedSemaphorePermit) {
+        let Proxy { counters, table, relay, .. } = &*self.proxy;
+        let application = match application.into_std() {
+            Ok(socket) => socket,
+            Err(e) => {
+                counters.refuse(RefusalReason::Resources);
+                debug!(pod = %self.pod.key, error = %e, "leaving the reactor");
+                return;
+            }
+        };
+        let kind = match (new.data_path, new.direction) {
+            (DataPath::Plain, _) => &counters.passthrough,
+            (_, Direction::Outbound) => &counters.tunnels_out,
+            (_, Direction::Inbound) => &counters.tunnels_in,
+        };
+        kind.fetch_add(1, Relaxed);
+        if new.resumed {
+            counters.resumed.fetch_add(1, Relaxed);
+        }
+        let connection = table.add(new);
+        let guard = Box::new(Held { _pod: Arc::clone(&self.pod), _slot: slot });
+        relay.submit(Job { application: application.into(), upstream, connection, guard });
     }
 }

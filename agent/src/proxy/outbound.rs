@@ -9,13 +9,13 @@ use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, time::timeout};
 use tracing::{debug, info};
 
 use super::{
-    Held, PodContext,
+    PodContext,
     accept::reset,
     dial,
     route::{self, Plan, Target},
 };
 use crate::{
-    relay::{DataPath, Direction, Job, NewConnection, Upstream},
+    relay::{DataPath, Direction, NewConnection, Upstream},
     telemetry::RefusalReason,
     tunnel::{Session, TunnelError, handshake, native},
 };
@@ -153,7 +153,6 @@ fn hand_over(
     plan: Plan,
     slot: OwnedSemaphorePermit,
 ) {
-    let counters = &context.proxy.counters;
     let (peer, to, data_path) = match target {
         Target::Tunnel { identity, destination } => {
             (Some(identity.clone()), SocketAddr::new(destination.ip(), underpass_abi::TUNNEL_PORT), DataPath::User)
@@ -164,22 +163,7 @@ fn hand_over(
         Upstream::Tunnel(s) => (Some(s.info.cipher), s.info.resumed),
         Upstream::Plain(_) => (None, false),
     };
-    let application = match app.into_std() {
-        Ok(s) => s,
-        Err(e) => {
-            counters.refuse(RefusalReason::Resources);
-            debug!(pod = %context.pod.key, error = %e, "leaving the reactor");
-            return;
-        }
-    };
-    match data_path {
-        DataPath::Plain => counters.passthrough.fetch_add(1, Relaxed),
-        _ => counters.tunnels_out.fetch_add(1, Relaxed),
-    };
-    if resumed {
-        counters.resumed.fetch_add(1, Relaxed);
-    }
-    let connection = context.proxy.table.add(NewConnection {
+    let new = NewConnection {
         workload: context.pod.key.clone(),
         pod_id: context.pod.id,
         direction: Direction::Outbound,
@@ -192,11 +176,6 @@ fn hand_over(
         data_path,
         cipher,
         resumed,
-    });
-    context.proxy.relay.submit(Job {
-        application: application.into(),
-        upstream,
-        connection,
-        guard: Box::new(Held { _pod: context.pod.clone(), _slot: slot }),
-    });
+    };
+    context.hand_over(app, upstream, new, slot);
 }
