@@ -8,6 +8,7 @@ use crate::{
     relay::{ConnectionId, ConnectionInfo, DataPath},
     sources::file::ReloadStatus,
     telemetry::CountersSnapshot,
+    tunnel::ktls::{Availability, Support},
 };
 
 /// Connections listed when the request names no limit.
@@ -26,8 +27,10 @@ pub struct Status {
     pub trust_domain: String,
     /// Number of the configuration in force, see [`crate::mesh::Snapshot::generation`].
     pub generation: u64,
-    /// What new tunnels use.
+    /// What new tunnels use where their cipher allows it.
     pub data_path: DataPath,
+    /// What the kernel can do with the tunnels' records.
+    pub ktls: KtlsStatus,
     /// This node's workloads that the configuration enrols.
     pub pods: Vec<PodStatus>,
     /// What happened to the configuration file.
@@ -36,16 +39,43 @@ pub struct Status {
 
 impl Status {
     /// A status without what the server knows itself (version, node, trust domain, generation): it fills those in.
-    pub fn new(data_path: DataPath, pods: Vec<PodStatus>, reload: ReloadStatus) -> Self {
+    pub fn new(ktls: KtlsStatus, pods: Vec<PodStatus>, reload: ReloadStatus) -> Self {
         Self {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: String::new(),
             trust_domain: String::new(),
             generation: 0,
-            data_path,
+            data_path: if ktls.ciphers.is_empty() { DataPath::User } else { DataPath::Ktls },
+            ktls,
             pods,
             reload,
         }
+    }
+}
+
+/// What kernel TLS can do on this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KtlsStatus {
+    /// Ciphers that the kernel has; without any, records are protected in the agent.
+    pub ciphers: Vec<String>,
+    /// Whether the kernel can replace keys; where it cannot, a connection ends when a key has done enough.
+    pub rekey: bool,
+    /// Why there are no ciphers, or not all.
+    pub reason: Option<String>,
+}
+
+impl KtlsStatus {
+    /// As found at the agent's start.
+    pub fn of(support: &Support) -> Self {
+        let refused = support.refused.iter().map(|(suite, why)| format!("{}: {why}", suite.as_str()));
+        let reason = match &support.availability {
+            Availability::Ready if support.refused.is_empty() => None,
+            Availability::Ready => Some(refused.collect::<Vec<_>>().join("; ")),
+            Availability::Missing(why) => Some(why.clone()),
+            Availability::Disabled => Some("turned off (--ktls off)".to_owned()),
+        };
+        let ciphers = support.suites.iter().map(|suite| suite.as_str().to_owned()).collect();
+        Self { ciphers, rekey: support.rekey, reason }
     }
 }
 

@@ -23,13 +23,14 @@ use tokio::{
 };
 
 use super::{
-    api::{AllCounters, Connections, MAX_LIMIT, PodState, PodStatus, Status},
+    api::{AllCounters, Connections, KtlsStatus, MAX_LIMIT, PodState, PodStatus, Status},
     client::{Client, ClientError},
     server::{MAX_CONNECTIONS, Source, serve_source},
 };
 use crate::{
     relay::{ConnectionId, ConnectionInfo, DataPath, Direction},
     sources::file::ReloadStatus,
+    telemetry::KtlsFallback,
     telemetry::{Counters, RefusalReason},
 };
 
@@ -54,6 +55,7 @@ fn info(id: u64) -> ConnectionInfo {
         upstream: "10.0.0.2:15008".parse().unwrap(),
         service: Some("evil\x1b[2J\n".into()),
         data_path: DataPath::User,
+        fallback: Some(KtlsFallback::Unavailable),
         cipher: Some("TLS13_AES_256_GCM_SHA384".into()),
         resumed: true,
         sent: 1,
@@ -72,7 +74,8 @@ impl Source for Fake {
             reason: Some("port 15008 in the pod is already in use".into()),
             certificate: None,
         };
-        Status::new(DataPath::Ktls, vec![pod], ReloadStatus { accepted: 2, ..ReloadStatus::default() })
+        let ktls = KtlsStatus { ciphers: vec!["AES-128-GCM".into()], rekey: true, reason: None };
+        Status::new(ktls, vec![pod], ReloadStatus { accepted: 2, ..ReloadStatus::default() })
     }
 
     fn connections(&self, limit: usize) -> Connections {

@@ -11,20 +11,23 @@ use nix::sys::{
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
-use super::RunArgs;
+use super::{RunArgs, run::KtlsMode};
 use crate::{
     admin::{
-        api::{self, CertificateStatus, Status},
+        api::{self, CertificateStatus, KtlsStatus, Status},
         server::{self, AdminState, StatusProvider},
     },
     capture::{Capture, CaptureOptions, cleanup},
     identity::{CertificateStore, FilesIssuer, Issuer, LocalIssuer},
     mesh::{CertificateFiles, MeshStore, Snapshot, SpiffeId},
     proxy::{Limits, PodState, Proxy, Reconciler},
-    relay::{ConnectionTable, DataPath, Relay, RelayOptions},
+    relay::{ConnectionTable, Relay, RelayOptions},
     sources::file::{FileSource, IssuerConfig, NodeConfig, ReloadStats},
     telemetry::Counters,
-    tunnel::TlsConfigs,
+    tunnel::{
+        Suite, TlsConfigs, TlsOptions,
+        ktls::{Availability, Support},
+    },
 };
 
 /// Runs the agent until SIGTERM or SIGINT.
@@ -69,6 +72,7 @@ async fn agent(args: RunArgs) -> anyhow::Result<()> {
     let certificates = CertificateStore::new(issuer);
     let table = ConnectionTable::new();
     let counters = Arc::new(Counters::default());
+    let ktls = kernel_tls(args.ktls).await;
     let relay_options = RelayOptions { threads: args.relay_threads.unwrap_or(0).into(), ..RelayOptions::default() };
     let relay =
         Relay::start(&relay_options, Arc::clone(&table), Arc::clone(&counters)).context("starting the relay")?;
@@ -79,7 +83,11 @@ async fn agent(args: RunArgs) -> anyhow::Result<()> {
     let proxy = Arc::new(Proxy {
         capture: Arc::clone(&capture),
         mesh: Arc::clone(&mesh),
-        tls: TlsConfigs::new(Arc::clone(&certificates), trust_domain),
+        tls: TlsConfigs::with_options(
+            Arc::clone(&certificates),
+            trust_domain,
+            &TlsOptions { records_per_key: args.records_per_key, ..TlsOptions::with_ktls(ktls.clone()) },
+        ),
         certificates: Arc::clone(&certificates),
         relay: Arc::clone(&relay),
         table: Arc::clone(&table),
@@ -110,6 +118,7 @@ async fn agent(args: RunArgs) -> anyhow::Result<()> {
         certificates: Arc::clone(&certificates),
         capture: Arc::clone(&capture),
         reload,
+        ktls,
     });
     let socket = super::admin_socket(&args.run_dir);
     let admin = server::serve(&socket, AdminState { table, counters, mesh, provider })
@@ -136,6 +145,28 @@ async fn agent(args: RunArgs) -> anyhow::Result<()> {
         info!("pods stay captured: their connections are refused until an agent runs again (see `underpass cleanup`)");
     }
     Ok(())
+}
+
+/// What the kernel can do with the tunnels' records; says so.
+async fn kernel_tls(mode: KtlsMode) -> Support {
+    let support = match mode {
+        KtlsMode::Auto => Support::prepare().await,
+        KtlsMode::Off => Support::disabled(),
+    };
+    let names = |suites: &[Suite]| suites.iter().map(|suite| suite.as_str()).collect::<Vec<_>>().join(", ");
+    match &support.availability {
+        Availability::Ready => {
+            for (suite, why) in &support.refused {
+                warn!(cipher = suite.as_str(), %why, "the kernel does not have this cipher; connections that use it are protected in the agent");
+            }
+            info!(ciphers = %names(&support.suites), rekey = support.rekey, "the kernel protects the tunnels' records");
+        }
+        Availability::Missing(why) => {
+            warn!(%why, "no kernel TLS: records are protected in the agent, which costs more CPU")
+        }
+        Availability::Disabled => info!("kernel TLS is off: records are protected in the agent"),
+    }
+    support
 }
 
 type Prepare = Box<dyn Fn(&Snapshot) + Send + Sync>;
@@ -166,6 +197,7 @@ struct NodeStatus {
     certificates: Arc<CertificateStore>,
     capture: Arc<Capture>,
     reload: Arc<ReloadStats>,
+    ktls: Support,
 }
 
 impl StatusProvider for NodeStatus {
@@ -186,7 +218,7 @@ impl StatusProvider for NodeStatus {
                 certificate: svid.map(|s| CertificateStatus::new(&s.serial, s.not_before, s.not_after)),
             }
         });
-        Status::new(DataPath::User, pods.collect(), self.reload.status())
+        Status::new(KtlsStatus::of(&self.ktls), pods.collect(), self.reload.status())
     }
 
     fn bpf_counters(&self) -> BTreeMap<String, u64> {

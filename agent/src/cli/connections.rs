@@ -19,7 +19,8 @@ use crate::{
 #[command(after_help = format!("{EXIT_CODES}
 
 SENT and RECEIVED count application bytes towards and from the upstream. PATH is user
-(TLS in the agent), ktls (TLS in the kernel) or plain (a destination outside the mesh).
+(TLS in the agent, and why: kernel TLS disabled or unavailable, the cipher missing, or this
+socket refused), ktls (TLS in the kernel) or plain (a destination outside the mesh).
 
 Examples:
   underpass connections --limit 20
@@ -85,7 +86,10 @@ pub(super) fn table(listed: &Connections) -> String {
             c.upstream.to_string(),
             or_none(&c.source_identity),
             or_none(&c.destination_identity),
-            data_path(c.data_path).to_owned(),
+            match c.fallback {
+                Some(why) => format!("{} ({})", data_path(c.data_path), why.as_str()),
+                None => data_path(c.data_path).to_owned(),
+            },
             or_none(&c.cipher),
             bytes(c.sent),
             bytes(c.received),

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::{DEFAULT_PIN_ROOT, DEFAULT_RUN_DIR, EXIT_CODES};
 use crate::capture::TcMode;
@@ -43,6 +43,13 @@ pub struct RunArgs {
     /// Threads that move bytes [default: one per core].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub relay_threads: Option<u16>,
+    /// Who protects the tunnels' records: auto leaves it to the kernel where it can, off keeps it in the agent. Slower, not weaker.
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    pub ktls: KtlsMode,
+    /// Records that one key protects before it is replaced; where the kernel cannot replace keys (before Linux 6.14) the connection
+    /// then ends with a reset [default: half of what the cipher can bear, or all of it without replacement].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(16..))]
+    pub records_per_key: Option<u64>,
     /// Give the pods plain traffic back on SIGTERM or SIGINT, instead of keeping capture in place (fail closed).
     #[arg(long)]
     pub cleanup_on_exit: bool,
@@ -58,6 +65,16 @@ pub struct RunArgs {
     /// Longest time for a TCP connect to a peer or an application, e.g. 500ms, 10s.
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = limit)]
     pub connect_timeout: Duration,
+}
+
+/// `--ktls`
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum KtlsMode {
+    /// The kernel, where it can.
+    #[default]
+    Auto,
+    /// The agent.
+    Off,
 }
 
 /// A deadline: positive and at most an hour.

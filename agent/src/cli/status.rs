@@ -54,7 +54,12 @@ pub(super) fn table(report: &Report) -> String {
     line("version", &s.version);
     line("node", &s.node);
     line("trust domain", &s.trust_domain);
-    line("data path", data_path(s.data_path));
+    let why = s.ktls.reason.as_ref().map_or_else(String::new, |why| format!(" ({why})"));
+    line("data path", &format!("{}{why}", data_path(s.data_path)));
+    if !s.ktls.ciphers.is_empty() {
+        let rekey = if s.ktls.rekey { "keys can be replaced" } else { "keys cannot be replaced" };
+        line("kernel TLS", &format!("{}; {rekey}", s.ktls.ciphers.join(", ")));
+    }
     let source = if s.reload.from_last_good { ", from last good copy" } else { "" };
     line(
         "configuration",
@@ -96,6 +101,7 @@ pub(super) fn table(report: &Report) -> String {
         ("tunnels out", a.tunnels_out),
         ("tunnels in", a.tunnels_in),
         ("resumed", a.resumed),
+        ("records in the kernel", a.ktls),
         ("passed through", a.passthrough),
         ("closed clean", a.closed_clean),
         ("closed by reset", a.closed_reset),
@@ -103,9 +109,10 @@ pub(super) fn table(report: &Report) -> String {
     ] {
         counters.row([name, &value.to_string()]);
     }
+    let fallback = a.ktls_fallback.iter().map(|(name, value)| (format!("records in the agent: {name}"), value));
     let refused = a.refused.iter().map(|(name, value)| (format!("refused: {name}"), value));
     let bpf = report.counters.bpf.iter().filter(|(_, n)| **n > 0).map(|(name, value)| (format!("bpf: {name}"), value));
-    for (name, value) in refused.chain(bpf) {
+    for (name, value) in fallback.chain(refused).chain(bpf) {
         counters.row([name, value.to_string()]);
     }
     text.push('\n');

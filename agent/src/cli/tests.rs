@@ -10,7 +10,7 @@ use super::{
     status,
 };
 use crate::{
-    admin::api::{AllCounters, Connections, PodState, PodStatus, Status},
+    admin::api::{AllCounters, Connections, KtlsStatus, PodState, PodStatus, Status},
     capture::TcMode,
     relay::{ConnectionId, ConnectionInfo, DataPath, Direction},
     sources::file::ReloadStatus,
@@ -145,6 +145,7 @@ fn a_connection_table() {
         upstream: "10.0.0.2:15008".parse().unwrap(),
         service: Some(HOSTILE.into()),
         data_path: DataPath::Ktls,
+        fallback: None,
         cipher: None,
         resumed: false,
         sent: 2048,
@@ -186,7 +187,7 @@ fn a_status_report() {
     let mut counters = AllCounters::default();
     counters.agent.refused.insert("not-tls".into(), 3);
     counters.bpf.extend([("captured".to_owned(), 9), ("guard_dropped".to_owned(), 0)]);
-    let report = status::Report { status: Status::new(DataPath::User, vec![pod], reload), counters };
+    let report = status::Report { status: Status::new(KtlsStatus::default(), vec![pod], reload), counters };
     let text = status::table(&report);
     for part in [
         "from last good copy (1 accepted, 2 rejected)",

@@ -128,7 +128,8 @@ fn hand_over(
         original_destination: preamble.destination,
         upstream: to,
         service: preamble.authority.as_deref().map(Into::into),
-        data_path: DataPath::User,
+        data_path: DataPath::of(session.fallback()),
+        fallback: session.fallback(),
         cipher: Some(session.info.cipher),
         resumed: session.info.resumed,
     };

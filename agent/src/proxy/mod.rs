@@ -123,6 +123,9 @@ impl PodContext {
             (_, Direction::Inbound) => &counters.tunnels_in,
         };
         kind.fetch_add(1, Relaxed);
+        if new.data_path != DataPath::Plain {
+            counters.tunnel(new.fallback);
+        }
         if new.resumed {
             counters.resumed.fetch_add(1, Relaxed);
         }

@@ -153,15 +153,15 @@ fn hand_over(
     plan: Plan,
     slot: OwnedSemaphorePermit,
 ) {
-    let (peer, to, data_path) = match target {
+    let (peer, to) = match target {
         Target::Tunnel { identity, destination } => {
-            (Some(identity.clone()), SocketAddr::new(destination.ip(), underpass_abi::TUNNEL_PORT), DataPath::User)
+            (Some(identity.clone()), SocketAddr::new(destination.ip(), underpass_abi::TUNNEL_PORT))
         }
-        Target::Plain(to) => (None, *to, DataPath::Plain),
+        Target::Plain(to) => (None, *to),
     };
-    let (cipher, resumed) = match &upstream {
-        Upstream::Tunnel(s) => (Some(s.info.cipher), s.info.resumed),
-        Upstream::Plain(_) => (None, false),
+    let (data_path, fallback, cipher, resumed) = match &upstream {
+        Upstream::Tunnel(s) => (DataPath::of(s.fallback()), s.fallback(), Some(s.info.cipher), s.info.resumed),
+        Upstream::Plain(_) => (DataPath::Plain, None, None, false),
     };
     let new = NewConnection {
         workload: context.pod.key.clone(),
@@ -174,6 +174,7 @@ fn hand_over(
         upstream: to,
         service: plan.service,
         data_path,
+        fallback,
         cipher,
         resumed,
     };

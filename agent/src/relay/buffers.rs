@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, io, io::IoSlice, ops::Range};
 
-use super::socket::Side;
+use super::{pipe::Pipes, socket::Side};
 use crate::tunnel::records::{MAX_PLAINTEXT, MAX_RECORD};
 
 /// Slices in one write. 16 records of 16 KiB fill the default buffer; twice that leaves room for short ones.
@@ -24,13 +24,15 @@ pub(super) struct Scratch {
     pub(super) plaintext: Ranges,
     /// Records on their way to a tunnel; left empty.
     pub(super) records: RecordQueue,
+    /// Pipes for splicing, all empty.
+    pub(super) pipes: Pipes,
 }
 
 impl Scratch {
     /// Memory for reads of at most `buffer` bytes, which also bounds what a connection holds per direction.
     pub(super) fn new(buffer: usize) -> Self {
         let bytes = vec![0; buffer.max(MIN_BUFFER)].into_boxed_slice();
-        Self { bytes, plaintext: Ranges::default(), records: RecordQueue::default() }
+        Self { bytes, plaintext: Ranges::default(), records: RecordQueue::default(), pipes: Pipes::default() }
     }
 
     /// The most plaintext whose records fit the buffer.
@@ -129,6 +131,17 @@ impl Held {
     /// Bytes left.
     pub(super) fn len(&self) -> usize {
         self.bytes.len() - self.start
+    }
+
+    /// What is left.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes[self.start..]
+    }
+
+    /// The same without its first `taken` bytes; the memory is freed when nothing is left.
+    pub(super) fn without(mut self, taken: usize) -> Self {
+        self.start += taken;
+        if self.start < self.bytes.len() { self } else { Self::default() }
     }
 
     /// Writes on; `true` when nothing is left, the memory then being freed.

@@ -13,7 +13,7 @@ use std::{
 
 use super::{
     CloseReason, Connection, ConnectionTable,
-    direction::{Plain, TlsIn, TlsOut},
+    direction::{KtlsIn, KtlsOut, Plain, TlsIn, TlsOut},
     inbox::{Inbox, Message},
     slot::{End, Path, Slot},
     stall,
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     telemetry::{Counters, RefusalReason},
-    tunnel::Session,
+    tunnel::{Protection, Session, UserRecords},
 };
 
 /// The side that is not the application.
@@ -113,10 +113,9 @@ impl Relay {
         let (upstream, path) = match upstream {
             Upstream::Plain(socket) => (socket, Path::Plain { outward: Plain::default(), inward: Plain::default() }),
             Upstream::Tunnel(session) => match session.into_parts() {
-                Ok((socket, records, unread, plaintext, _)) => {
+                Ok((socket, protection, plaintext)) => {
                     connection.received.store(plaintext.len() as u64, Relaxed);
-                    let inward = TlsIn::new(unread, plaintext);
-                    (socket, Path::Tls { records: Box::new(records), outward: TlsOut::default(), inward })
+                    (socket, path(protection, plaintext))
                 }
                 Err(error) => {
                     // The application's socket is a reset when closed; the tunnel's went with the session.
@@ -172,5 +171,17 @@ impl Relay {
 impl Drop for Relay {
     fn drop(&mut self) {
         self.shutdown();
+    }
+}
+
+/// Where a tunnel's bytes go.
+fn path(protection: Protection, plaintext: Vec<u8>) -> Path {
+    match protection {
+        Protection::User(user) => {
+            let UserRecords { records, unread, .. } = *user;
+            let inward = TlsIn::new(unread, plaintext);
+            Path::Tls { records: Box::new(records), outward: TlsOut::default(), inward }
+        }
+        Protection::Kernel(tls) => Path::Ktls { tls, outward: KtlsOut::default(), inward: KtlsIn::new(plaintext) },
     }
 }

@@ -12,6 +12,8 @@ mod buffers;
 mod direction;
 mod engine;
 mod inbox;
+mod pipe;
+mod settling;
 mod slot;
 mod socket;
 mod stall;

@@ -11,12 +11,15 @@ use rustls::AlertDescription;
 use super::{
     CloseReason, Connection, Direction,
     buffers::Scratch,
-    direction::{Fault, Plain, Step, TlsIn, TlsOut},
+    direction::{Fault, KtlsIn, KtlsOut, Plain, Step, TlsIn, TlsOut},
     socket::Side,
 };
 use crate::{
     telemetry::RefusalReason,
-    tunnel::records::{RecordError, Records},
+    tunnel::{
+        ktls::KernelTls,
+        records::{RecordError, Records},
+    },
 };
 
 /// Application bytes after which a connection lets the others have a turn.
@@ -42,6 +45,15 @@ pub(super) enum Path {
         /// To the application.
         inward: TlsIn,
     },
+    /// TLS records made and opened by the kernel.
+    Ktls {
+        /// What is left to do here.
+        tls: Box<KernelTls>,
+        /// From the application.
+        outward: KtlsOut,
+        /// To the application.
+        inward: KtlsIn,
+    },
 }
 
 /// How a turn ended.
@@ -49,6 +61,8 @@ pub(super) enum Path {
 pub(super) enum Turn {
     /// Nothing to do until the next event.
     Idle,
+    /// Nothing to do until the next event, or until a moment has passed.
+    Settling,
     /// There is more to do; others first.
     More,
     /// The connection is over.
@@ -135,7 +149,7 @@ impl Slot {
     }
 
     fn is_tunnel(&self) -> bool {
-        matches!(self.path, Path::Tls { .. })
+        !matches!(self.path, Path::Plain { .. })
     }
 
     /// Bytes held back, both directions together.
@@ -143,6 +157,7 @@ impl Slot {
         match &self.path {
             Path::Plain { outward, inward } => outward.held() + inward.held(),
             Path::Tls { outward, inward, .. } => outward.held() + inward.held(),
+            Path::Ktls { outward, inward, .. } => outward.held() + inward.held(),
         }
     }
 
@@ -179,6 +194,9 @@ impl Slot {
                 (Step::Done | Step::Blocked, Step::Done | Step::Blocked) => {
                     return self.failed_unread().map_or(Turn::Idle, Turn::Over);
                 }
+                (Step::Done | Step::Blocked, Step::Settling) => {
+                    return self.failed_unread().map_or(Turn::Settling, Turn::Over);
+                }
                 _ => {}
             }
             budget = budget.saturating_sub(moved);
@@ -194,6 +212,7 @@ impl Slot {
         match &mut self.path {
             Path::Plain { inward, .. } => inward.step(upstream, application, scratch),
             Path::Tls { records, inward, .. } => inward.step(upstream, application, records, scratch),
+            Path::Ktls { tls, inward, .. } => inward.step(upstream, application, tls, scratch),
         }
     }
 
@@ -202,6 +221,7 @@ impl Slot {
         match &mut self.path {
             Path::Plain { outward, .. } => outward.step(application, upstream, scratch),
             Path::Tls { records, outward, .. } => outward.step(application, upstream, records, scratch),
+            Path::Ktls { tls, outward, .. } => outward.step(application, upstream, tls, scratch),
         }
     }
 
@@ -211,6 +231,7 @@ impl Slot {
         let (outward_read, inward_read) = match &self.path {
             Path::Plain { outward, inward } => (outward.read_all(), inward.read_all()),
             Path::Tls { outward, inward, .. } => (outward.read_all(), inward.read_all()),
+            Path::Ktls { outward, inward, .. } => (outward.read_all(), inward.read_all()),
         };
         if self.application.failed() && outward_read {
             Some(CloseReason::ApplicationGone.into())
@@ -243,6 +264,9 @@ impl Slot {
                     Path::Tls { records, inward, .. } if !inward.read_all() => {
                         inward.last_words(&mut self.upstream, records, scratch)
                     }
+                    Path::Ktls { tls, inward, .. } if !inward.read_all() => {
+                        inward.last_words(&mut self.upstream, tls, scratch)
+                    }
                     _ => None,
                 };
                 alert.map_or(End { reason: CloseReason::UpstreamReset, refusal: None, detail }, denied)
@@ -258,12 +282,26 @@ impl Slot {
             RecordError::Unexpected => AlertDescription::UnexpectedMessage,
             RecordError::Exhausted => AlertDescription::InternalError,
         };
-        if let Path::Tls { records, outward, .. } = &mut self.path
-            && outward.is_clear()
-            && let Ok(record) = records.seal_alert(alert)
-        {
-            // The connection is over whether this arrives or not.
-            let _ = self.upstream.write(&[io::IoSlice::new(&record)]);
+        // The connection is over whether this arrives or not.
+        match &mut self.path {
+            Path::Tls { records, outward, .. } if outward.is_clear() => {
+                if let Ok(record) = records.seal_alert(alert) {
+                    let _ = self.upstream.write(&[io::IoSlice::new(&record)]);
+                }
+            }
+            Path::Ktls { tls, outward, .. } if outward.is_clear() => {
+                // A bad record left an error on the socket, which would fail the write.
+                let _ = self.upstream.socket().take_error();
+                let _ = self.upstream.attempt(|socket| tls.send_alert(socket, alert));
+            }
+            _ => {}
+        }
+        if error == RecordError::Exhausted {
+            return End {
+                reason: CloseReason::KeyLimit,
+                refusal: Some(RefusalReason::KeyLimit),
+                detail: Some(error.to_string()),
+            };
         }
         End { reason: CloseReason::BadRecord, refusal: Some(RefusalReason::BadRecord), detail: Some(error.to_string()) }
     }

@@ -7,11 +7,20 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::{
-    epoll::EpollFlags,
-    socket::{getsockopt, sockopt::TcpUserTimeout},
+use nix::{
+    errno::Errno,
+    fcntl::{SpliceFFlags, splice},
+    sys::{
+        epoll::EpollFlags,
+        socket::{getsockopt, sockopt::TcpUserTimeout},
+    },
 };
 use socket2::{Socket, TcpKeepalive};
+
+use crate::sys::tls::{self, Incoming};
+
+/// Neither the socket nor the pipe is waited for.
+const SPLICE: SpliceFFlags = SpliceFFlags::SPLICE_F_MOVE.union(SpliceFFlags::SPLICE_F_NONBLOCK);
 
 /// How long sent data may stay unacknowledged before a tunnel counts as dead.
 const USER_TIMEOUT: Duration = Duration::from_secs(25);
@@ -144,6 +153,62 @@ impl Side {
             }
         }
         Ok(0)
+    }
+
+    /// Receives records that the kernel has opened: data, as much as `buffer` takes, or one other record. `Ok(None)`: nothing until the next event.
+    pub(super) fn receive(&mut self, buffer: &mut [u8]) -> io::Result<Option<Incoming>> {
+        while self.readable {
+            match tls::receive(self.as_fd(), buffer) {
+                // However little it was: a record of another type may be next.
+                Ok(incoming) => return Ok(Some(incoming)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.readable = false,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Moves at most `most` bytes, or one record, into `pipe`. 0 means nothing until the next event; `EINVAL` that the next record is none of data, or
+    /// that there is a FIN, which [`Self::receive`] tells apart.
+    pub(super) fn splice_into(&mut self, pipe: BorrowedFd<'_>, most: usize) -> io::Result<usize> {
+        while self.readable {
+            match splice(self.as_fd(), None, pipe, None, most, SPLICE) {
+                // FIN, or an empty record.
+                Ok(0) => return Err(Errno::EINVAL.into()),
+                Ok(n) => return Ok(n),
+                Err(Errno::EAGAIN) => self.readable = false,
+                Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(0)
+    }
+
+    /// Moves `length` bytes, or what the kernel takes, out of `pipe`; 0 means nothing until the next event.
+    pub(super) fn splice_from(&mut self, pipe: BorrowedFd<'_>, length: usize) -> io::Result<usize> {
+        while self.writable {
+            match splice(pipe, None, self.as_fd(), None, length, SPLICE) {
+                Ok(n) => {
+                    self.undelivered = true;
+                    return Ok(n);
+                }
+                Err(Errno::EAGAIN) => self.writable = false,
+                Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(0)
+    }
+
+    /// Tries to send something else than data; `Ok(false)` when there is no room until the next event.
+    pub(super) fn attempt<E>(&mut self, send: impl FnOnce(BorrowedFd<'_>) -> Result<bool, E>) -> Result<bool, E> {
+        if !self.writable {
+            return Ok(false);
+        }
+        self.writable = send(self.socket.as_fd())?;
+        self.undelivered |= self.writable;
+        Ok(self.writable)
     }
 
     /// Ends our direction: the kernel sends what it has, then FIN.

@@ -6,44 +6,15 @@
 //! then: while the window is closed and the peer's kernel answers, the timeout is moved ahead; once it does not, the
 //! connection is over. While data is on its way, the timeout does what it is for.
 
-use std::time::{Duration, Instant};
-
-use nix::{
-    getsockopt_impl, sockopt_impl,
-    sys::socket::{getsockopt, setsockopt, sockopt::TcpUserTimeout},
+use std::{
+    os::fd::AsFd as _,
+    time::{Duration, Instant},
 };
 
+use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
+
 use super::socket::Side;
-
-/// The start of the kernel's `struct tcp_info`, as far as Linux 5.4 has it. The kernel fills as much as is asked for, so newer fields, which
-/// `libc::tcp_info` has, would come out differently from kernel to kernel.
-#[repr(C)]
-pub struct TcpState {
-    before_unacked: [u32; 6],
-    /// Segments on their way.
-    pub unacked: u32,
-    before_last_ack_recv: [u32; 7],
-    /// Milliseconds since the peer's kernel last acknowledged anything.
-    pub last_ack_recv: u32,
-    before_bytes_acked: [u32; 15],
-    /// Bytes acknowledged so far.
-    pub bytes_acked: u64,
-    before_notsent_bytes: [u32; 4],
-    /// Bytes not sent yet.
-    pub notsent_bytes: u32,
-    before_snd_wnd: [u32; 20],
-    /// The peer's window.
-    pub snd_wnd: u32,
-}
-
-sockopt_impl!(
-    /// State of a TCP socket.
-    TcpInfo,
-    GetOnly,
-    libc::IPPROTO_TCP,
-    libc::TCP_INFO,
-    TcpState
-);
+use crate::sys::tcp;
 
 /// How often: ten times within the user timeout of a tunnel.
 pub(super) const INTERVAL: Duration = Duration::from_millis(2500);
@@ -75,7 +46,7 @@ impl Watch {
             return true;
         }
         // A failed socket shows it elsewhere.
-        let Ok(info) = getsockopt(side.socket(), TcpInfo) else { return true };
+        let Ok(info) = tcp::state(side.as_fd()) else { return true };
         let before = std::mem::replace(&mut self.looked, now);
         if std::mem::replace(&mut self.acknowledged, info.bytes_acked) != info.bytes_acked {
             self.open = before;

@@ -14,7 +14,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::inbox::{Inbox, Message};
-use crate::mesh::{SpiffeId, WorkloadKey};
+use crate::{
+    mesh::{SpiffeId, WorkloadKey},
+    telemetry::KtlsFallback,
+};
 
 /// Number of a connection, unique while the agent runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -43,6 +46,13 @@ pub enum DataPath {
     Plain,
 }
 
+impl DataPath {
+    /// Of a tunnel that the kernel protects, unless there is a reason why not.
+    pub fn of(fallback: Option<KtlsFallback>) -> Self {
+        if fallback.is_some() { Self::User } else { Self::Ktls }
+    }
+}
+
 /// Why a connection ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -59,6 +69,8 @@ pub enum CloseReason {
     Denied,
     /// A record failed authentication or was malformed.
     BadRecord,
+    /// A key has protected as many records as it may, and cannot be replaced.
+    KeyLimit,
     /// The application closed while data for it was still coming.
     ApplicationGone,
     /// A policy, certificate or mode change forbids it.
@@ -83,6 +95,7 @@ impl CloseReason {
             Self::Truncated => "truncated",
             Self::Denied => "denied",
             Self::BadRecord => "bad-record",
+            Self::KeyLimit => "key-limit",
             Self::ApplicationGone => "application-gone",
             Self::Policy => "policy",
             Self::Unenrolled => "unenrolled",
@@ -116,6 +129,8 @@ pub struct NewConnection {
     pub service: Option<Arc<str>>,
     /// Data path at the start.
     pub data_path: DataPath,
+    /// Why the data path is [`DataPath::User`].
+    pub fallback: Option<KtlsFallback>,
     /// Cipher suite, e.g. `TLS13_AES_256_GCM_SHA384`.
     pub cipher: Option<&'static str>,
     /// Whether the handshake resumed a session.
@@ -166,6 +181,9 @@ pub struct ConnectionInfo {
     pub service: Option<String>,
     /// Data path.
     pub data_path: DataPath,
+    /// Why it is [`DataPath::User`].
+    #[serde(default)]
+    pub fallback: Option<KtlsFallback>,
     /// Cipher suite.
     pub cipher: Option<String>,
     /// Resumed session.
@@ -242,6 +260,7 @@ impl Connection {
             upstream: what.upstream,
             service: what.service.as_deref().map(str::to_owned),
             data_path: what.data_path,
+            fallback: what.fallback,
             cipher: what.cipher.map(str::to_owned),
             resumed: what.resumed,
             sent: self.sent.load(Relaxed),

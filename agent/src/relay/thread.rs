@@ -21,6 +21,7 @@ use super::{
     CloseReason, Connection, ConnectionId, ConnectionTable, access,
     buffers::Scratch,
     inbox::{Inbox, Message},
+    settling::Settling,
     slot::{End, Slot, Turn},
     socket::Side,
     stall::Watch,
@@ -87,6 +88,8 @@ pub(super) struct Worker {
     watched: HashMap<usize, [Watch; 2]>,
     /// When to look at them next.
     look: Option<Instant>,
+    /// Connections to be looked at again soon.
+    settling: Settling,
     scratch: Scratch,
 }
 
@@ -105,6 +108,7 @@ impl Worker {
             ready: VecDeque::new(),
             watched: HashMap::new(),
             look: None,
+            settling: Settling::default(),
             scratch,
         })
     }
@@ -139,6 +143,9 @@ impl Worker {
                     self.obey(message);
                 }
             }
+            for key in self.settling.due(Instant::now()) {
+                self.queue(key);
+            }
             self.give_turns();
             self.look_at_watched();
         }
@@ -150,7 +157,7 @@ impl Worker {
         if !self.ready.is_empty() {
             return EpollTimeout::ZERO;
         }
-        let Some(look) = self.look else { return EpollTimeout::NONE };
+        let Some(look) = self.look.into_iter().chain(self.settling.next()).min() else { return EpollTimeout::NONE };
         let wait = look.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         EpollTimeout::try_from(wait).unwrap_or(EpollTimeout::MAX)
     }
@@ -219,6 +226,10 @@ impl Worker {
             slot.queued = false;
             match turn {
                 Ok(Turn::Idle) => self.watch(key),
+                Ok(Turn::Settling) => {
+                    self.watch(key);
+                    self.settling.add(key, Instant::now());
+                }
                 Ok(Turn::More) => {
                     self.watch(key);
                     self.queue(key);
@@ -270,6 +281,7 @@ impl Worker {
         let slot = self.slots.remove(key);
         self.keys.remove(&slot.connection.id);
         self.watched.remove(&key);
+        self.settling.remove(key);
         for side in [&slot.application, &slot.upstream] {
             // Explicitly: a child process between fork and exec may keep the socket open past our close.
             let _ = self.epoll.delete(side);

@@ -4,3 +4,5 @@
 pub mod bpf;
 pub mod bpf_probe;
 pub mod net;
+pub mod tcp;
+pub mod tls;

@@ -54,6 +54,8 @@ pub enum RefusalReason {
     Truncated,
     /// A record that could not be decrypted or parsed.
     BadRecord,
+    /// A key has protected as many records as it may, and the kernel cannot replace it.
+    KeyLimit,
     /// A destination that is an agent port of a mesh workload.
     AgentPort,
     /// The agent ran out of a resource (descriptors, memory).
@@ -67,7 +69,7 @@ impl RefusalReason {
     /// Every reason, in order.
     pub const ALL: [RefusalReason; REASONS] = {
         use RefusalReason::{
-            AgentPort, BadRecord, CertificateExpired, Deadline, DeniedByPeer, InvalidCertificate, NoAlpn,
+            AgentPort, BadRecord, CertificateExpired, Deadline, DeniedByPeer, InvalidCertificate, KeyLimit, NoAlpn,
             NoCertificate, NoEndpoint, NoOriginalDestination, NotTls, PeerUpstreamUnreachable, PodLimit,
             ProxyDestination, ProxyHeader, ProxySource, Resources, TlsHandshake, Truncated, UntrustedIssuer,
             UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
@@ -94,6 +96,7 @@ impl RefusalReason {
             PeerUpstreamUnreachable,
             Truncated,
             BadRecord,
+            KeyLimit,
             AgentPort,
             Resources,
         ]
@@ -102,7 +105,7 @@ impl RefusalReason {
     /// The name in logs and counters.
     pub const fn as_str(self) -> &'static str {
         use RefusalReason::{
-            AgentPort, BadRecord, CertificateExpired, Deadline, DeniedByPeer, InvalidCertificate, NoAlpn,
+            AgentPort, BadRecord, CertificateExpired, Deadline, DeniedByPeer, InvalidCertificate, KeyLimit, NoAlpn,
             NoCertificate, NoEndpoint, NoOriginalDestination, NotTls, PeerUpstreamUnreachable, PodLimit,
             ProxyDestination, ProxyHeader, ProxySource, Resources, TlsHandshake, Truncated, UntrustedIssuer,
             UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
@@ -129,6 +132,7 @@ impl RefusalReason {
             PeerUpstreamUnreachable => "peer-upstream-unreachable",
             Truncated => "truncated",
             BadRecord => "bad-record",
+            KeyLimit => "key-limit",
             AgentPort => "agent-port",
             Resources => "resources",
         }
@@ -138,6 +142,38 @@ impl RefusalReason {
 impl std::fmt::Display for RefusalReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+/// Why a tunnel's records are protected in the agent and not in the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KtlsFallback {
+    /// Kernel TLS was turned off.
+    Disabled,
+    /// The kernel has none, or its module cannot be loaded.
+    Unavailable,
+    /// The peers agreed on a cipher that this kernel does not have.
+    Cipher,
+    /// The kernel refused this one socket.
+    Socket,
+}
+
+/// Number of fallbacks.
+const FALLBACKS: usize = KtlsFallback::Socket as usize + 1;
+
+impl KtlsFallback {
+    /// All of them, in order.
+    pub const ALL: [Self; FALLBACKS] = [Self::Disabled, Self::Unavailable, Self::Cipher, Self::Socket];
+
+    /// The name in logs and counters.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Disabled => "disabled",
+            Self::Unavailable => "unavailable",
+            Self::Cipher => "cipher",
+            Self::Socket => "socket",
+        }
     }
 }
 
@@ -158,6 +194,9 @@ pub struct Counters {
     pub closed_reset: AtomicU64,
     /// Second endpoints tried.
     pub retries: AtomicU64,
+    /// Tunnels whose records the kernel protects.
+    pub ktls: AtomicU64,
+    fallbacks: [AtomicU64; FALLBACKS],
     refused: [AtomicU64; REASONS],
 }
 
@@ -178,6 +217,12 @@ pub struct CountersSnapshot {
     pub closed_reset: u64,
     /// See [`Counters::retries`].
     pub retries: u64,
+    /// See [`Counters::ktls`].
+    #[serde(default)]
+    pub ktls: u64,
+    /// Tunnels whose records the agent protects, by the reason why; reasons never seen are left out.
+    #[serde(default)]
+    pub ktls_fallback: BTreeMap<String, u64>,
     /// By reason; reasons never seen are left out.
     pub refused: BTreeMap<String, u64>,
 }
@@ -193,6 +238,11 @@ impl Counters {
         self.refused[reason as usize].load(Relaxed)
     }
 
+    /// Counts an established tunnel by who protects its records.
+    pub fn tunnel(&self, fallback: Option<KtlsFallback>) {
+        fallback.map_or(&self.ktls, |why| &self.fallbacks[why as usize]).fetch_add(1, Relaxed);
+    }
+
     /// All values now.
     pub fn snapshot(&self) -> CountersSnapshot {
         CountersSnapshot {
@@ -203,10 +253,16 @@ impl Counters {
             closed_clean: self.closed_clean.load(Relaxed),
             closed_reset: self.closed_reset.load(Relaxed),
             retries: self.retries.load(Relaxed),
-            refused: RefusalReason::ALL
-                .into_iter()
-                .filter_map(|r| Some((r.to_string(), self.refused(r))).filter(|(_, n)| *n > 0))
-                .collect(),
+            ktls: self.ktls.load(Relaxed),
+            ktls_fallback: seen(
+                KtlsFallback::ALL.into_iter().map(|f| (f.as_str(), self.fallbacks[f as usize].load(Relaxed))),
+            ),
+            refused: seen(RefusalReason::ALL.into_iter().map(|r| (r.as_str(), self.refused(r)))),
         }
     }
+}
+
+/// By name, without those that never happened.
+fn seen(counts: impl Iterator<Item = (&'static str, u64)>) -> BTreeMap<String, u64> {
+    counts.filter(|(_, n)| *n > 0).map(|(name, n)| (name.to_owned(), n)).collect()
 }

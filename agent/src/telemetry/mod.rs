@@ -3,4 +3,4 @@
 mod counters;
 pub mod logging;
 
-pub use counters::{Counters, CountersSnapshot, RefusalReason};
+pub use counters::{Counters, CountersSnapshot, KtlsFallback, RefusalReason};

@@ -12,7 +12,7 @@ use std::{
 
 use bytes::BufMut;
 use rustls::{
-    ClientConfig, Error, ServerConfig,
+    CipherSuite, ClientConfig, Error, ServerConfig,
     client::Resumption,
     crypto::{
         CryptoProvider,
@@ -28,6 +28,7 @@ use tokio::{io::AsyncReadExt, net::TcpStream, sync::watch};
 use super::{
     ALPN_NATIVE,
     handshake::READ_CHUNK,
+    ktls::Support,
     verify::{Accepted, ClientVerifier, ServerVerifier},
 };
 use crate::{
@@ -53,6 +54,30 @@ pub enum Suite {
     Aes256Gcm,
     /// `TLS13_CHACHA20_POLY1305_SHA256`
     Chacha20Poly1305,
+}
+
+impl Suite {
+    /// All of them, preferred first.
+    pub const ALL: [Self; 3] = [Self::Aes128Gcm, Self::Aes256Gcm, Self::Chacha20Poly1305];
+
+    /// The name of the cipher.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Aes128Gcm => "AES-128-GCM",
+            Self::Aes256Gcm => "AES-256-GCM",
+            Self::Chacha20Poly1305 => "ChaCha20-Poly1305",
+        }
+    }
+
+    /// Which one a connection uses; `None` for one that is never offered.
+    pub(super) fn of(suite: CipherSuite) -> Option<Self> {
+        match suite {
+            CipherSuite::TLS13_AES_128_GCM_SHA256 => Some(Self::Aes128Gcm),
+            CipherSuite::TLS13_AES_256_GCM_SHA384 => Some(Self::Aes256Gcm),
+            CipherSuite::TLS13_CHACHA20_POLY1305_SHA256 => Some(Self::Chacha20Poly1305),
+            _ => None,
+        }
+    }
 }
 
 /// How much is read from the socket.
@@ -84,11 +109,35 @@ pub struct TlsOptions {
     pub suites: Vec<Suite>,
     /// How much is read during the handshake and before the relay takes over.
     pub read_mode: ReadMode,
+    /// What the kernel can do; where it can, it gets the keys.
+    pub ktls: Support,
+    /// Records that a key may protect before it is replaced, or, where it cannot be, before the connection ends. By default what its
+    /// cipher can bear.
+    pub records_per_key: Option<u64>,
 }
 
 impl Default for TlsOptions {
     fn default() -> Self {
-        Self { suites: vec![Suite::Aes128Gcm, Suite::Aes256Gcm, Suite::Chacha20Poly1305], read_mode: ReadMode::Greedy }
+        Self {
+            suites: Suite::ALL.into(),
+            read_mode: ReadMode::Greedy,
+            ktls: Support::disabled(),
+            records_per_key: None,
+        }
+    }
+}
+
+impl TlsOptions {
+    /// Leaves records to the kernel as far as it can: suites that it knows come first, and nothing is read that it has to find.
+    pub fn with_ktls(support: Support) -> Self {
+        let mut options = Self::default();
+        if !support.suites.is_empty() {
+            options.read_mode = ReadMode::RecordExact;
+            // Stable: among equals the order stays.
+            options.suites.sort_by_key(|&suite| !support.covers(suite));
+        }
+        options.ktls = support;
+        options
     }
 }
 
@@ -102,6 +151,8 @@ pub struct TlsConfigs {
     cleaned: AtomicU64,
     trust_domain: TrustDomain,
     read_mode: ReadMode,
+    ktls: Support,
+    records_per_key: Option<u64>,
     provider: Arc<CryptoProvider>,
     clients: Cache<(SpiffeId, SpiffeId), ClientConfig>,
     servers: Cache<SpiffeId, Server>,
@@ -130,6 +181,8 @@ impl TlsConfigs {
             cleaned: AtomicU64::new(0),
             trust_domain,
             read_mode: options.read_mode,
+            ktls: options.ktls.clone(),
+            records_per_key: options.records_per_key,
             provider: provider(&options.suites),
             clients: Cache::new(MAX_CLIENTS),
             servers: Cache::new(MAX_SERVERS),
@@ -170,6 +223,15 @@ impl TlsConfigs {
 
     pub(super) fn read_mode(&self) -> ReadMode {
         self.read_mode
+    }
+
+    /// What the kernel can do.
+    pub fn ktls(&self) -> &Support {
+        &self.ktls
+    }
+
+    pub(super) fn records_per_key(&self) -> Option<u64> {
+        self.records_per_key
     }
 
     /// Once per change of the certificate store, forgets what no longer has a valid certificate.

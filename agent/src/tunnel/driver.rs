@@ -13,7 +13,10 @@ use rustls::{
     unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus},
 };
 
-use super::records::{HEADER, MAX_RECORD, Records, Schedule};
+use super::{
+    post_handshake::Schedule,
+    records::{HEADER, MAX_RECORD},
+};
 
 /// Most bytes of records in one handshake; a long chain needs a tenth of it.
 const MAX_HANDSHAKE: usize = 256 * 1024;
@@ -123,10 +126,10 @@ impl<C: Unbuffered> Driver<C> {
         }
     }
 
-    /// The keys, and what was received behind the handshake.
-    pub(super) fn into_records(self) -> Result<(Records, Vec<u8>), Error> {
+    /// The keys, what derives further ones, and what was received behind the handshake.
+    pub(super) fn into_keys(self) -> Result<(ExtractedSecrets, Schedule, Vec<u8>), Error> {
         let (secrets, schedule) = self.connection.into_kernel()?;
-        Ok((Records::new(secrets, schedule)?, self.incoming))
+        Ok((secrets, schedule, self.incoming))
     }
 
     fn process(&mut self) -> Next {

@@ -9,13 +9,16 @@ use rustls::{
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 use super::{
-    ALPN_NATIVE, Session, SessionInfo, TlsConfigs, TunnelError,
-    config::{ReadMode, peer_name},
+    ALPN_NATIVE, Protection, Session, SessionInfo, TlsConfigs, TunnelError,
+    config::peer_name,
     driver::{Driver, DriverError, Step, Unbuffered},
     session::drain,
     verify::{Accepted, IdentityRefusal, refusal},
 };
-use crate::{mesh::SpiffeId, telemetry::RefusalReason};
+use crate::{
+    mesh::SpiffeId,
+    telemetry::{KtlsFallback, RefusalReason},
+};
 
 /// How much is asked of the socket at once when bytes behind the handshake are welcome.
 pub(super) const READ_CHUNK: usize = 16 * 1024;
@@ -29,7 +32,7 @@ pub async fn connect(
 ) -> Result<Session, TunnelError> {
     let (config, _) = configs.client(local, peer).ok_or_else(|| no_certificate(local))?;
     let connection = UnbufferedClientConnection::new(config, peer_name()).map_err(|e| refusal(&e))?;
-    handshake(stream, Driver::new(connection), configs.read_mode(), local, &Accepted::Exactly(peer.clone())).await
+    handshake(stream, Driver::new(connection), configs, local, &Accepted::Exactly(peer.clone())).await
 }
 
 /// Handshakes as a server. Refusals have been sent to the peer as alerts (drained as [`Session::refuse`] does) when this returns
@@ -38,7 +41,7 @@ pub async fn accept(stream: TcpStream, configs: &TlsConfigs, local: &SpiffeId) -
     let (config, _) = configs.server(local).ok_or_else(|| no_certificate(local))?;
     let connection = UnbufferedServerConnection::new(config).map_err(|e| refusal(&e))?;
     let accepted = Accepted::Domain(configs.trust_domain().clone());
-    handshake(stream, Driver::new(connection), configs.read_mode(), local, &accepted).await
+    handshake(stream, Driver::new(connection), configs, local, &accepted).await
 }
 
 fn no_certificate(local: &SpiffeId) -> TunnelError {
@@ -51,7 +54,7 @@ fn no_certificate(local: &SpiffeId) -> TunnelError {
 async fn handshake<C: Unbuffered>(
     mut stream: TcpStream,
     mut driver: Driver<C>,
-    read_mode: ReadMode,
+    configs: &TlsConfigs,
     local: &SpiffeId,
     accepted: &Accepted,
 ) -> Result<Session, TunnelError> {
@@ -69,16 +72,18 @@ async fn handshake<C: Unbuffered>(
         }
         match step {
             Ok(Step::Done) => break,
-            Ok(Step::Receive { missing }) => match read_mode.read(&mut stream, &mut driver.incoming, missing).await {
-                Ok(0) => {
-                    return Err(TunnelError::Refused {
-                        reason: RefusalReason::TlsHandshake,
-                        detail: "peer closed the connection during the TLS handshake".into(),
-                    });
+            Ok(Step::Receive { missing }) => {
+                match configs.read_mode().read(&mut stream, &mut driver.incoming, missing).await {
+                    Ok(0) => {
+                        return Err(TunnelError::Refused {
+                            reason: RefusalReason::TlsHandshake,
+                            detail: "peer closed the connection during the TLS handshake".into(),
+                        });
+                    }
+                    Ok(_) => {}
+                    Err(source) => return Err(TunnelError::Io { action: "receiving the TLS handshake", source }),
                 }
-                Ok(_) => {}
-                Err(source) => return Err(TunnelError::Io { action: "receiving the TLS handshake", source }),
-            },
+            }
             // A reset is the only answer that every protocol understands.
             Err(DriverError::NotTls(detail)) => {
                 let _ = stream.set_zero_linger();
@@ -92,7 +97,7 @@ async fn handshake<C: Unbuffered>(
             }
         }
     }
-    finish(stream, driver, read_mode, local, accepted).await
+    finish(stream, driver, configs, local, accepted).await
 }
 
 /// Takes the keys out and checks what rustls does not: the ALPN, and the peer's certificate once more, because a resumed
@@ -100,29 +105,24 @@ async fn handshake<C: Unbuffered>(
 async fn finish<C: Unbuffered>(
     stream: TcpStream,
     driver: Driver<C>,
-    read_mode: ReadMode,
+    configs: &TlsConfigs,
     local: &SpiffeId,
     accepted: &Accepted,
 ) -> Result<Session, TunnelError> {
     let facts = Facts::of(driver.connection.common());
     let judged = judge(driver.connection.common(), accepted);
-    let (records, unread) = driver.into_records().map_err(|e| refusal(&e))?;
-    let (peer, refused) = match judged {
-        Ok(peer) => (peer, None),
-        Err((alert, error)) => (local.clone(), Some((alert, error))),
-    };
-    let info = SessionInfo {
-        local: local.clone(),
-        peer,
-        cipher: facts.cipher,
-        key_exchange: facts.key_exchange,
-        resumed: facts.resumed,
-    };
-    let session = Session { stream, records, unread, plaintext: Vec::new(), info, read_mode };
-    match refused {
-        None => Ok(session),
-        Some((alert, error)) => {
-            session.refuse(alert).await;
+    let (secrets, schedule, unread) = driver.into_keys().map_err(|e| refusal(&e))?;
+    let Facts { cipher, key_exchange, resumed } = facts;
+    let info = |peer| SessionInfo { local: local.clone(), peer, cipher, key_exchange, resumed };
+    match judged {
+        Ok(peer) => {
+            let protection = Protection::start(&stream, secrets, schedule, unread, configs)?;
+            Ok(Session { stream, protection, plaintext: Vec::new(), info: info(peer) })
+        }
+        Err((alert, error)) => {
+            // One alert is not worth the kernel's trouble.
+            let protection = Protection::user(secrets, schedule, unread, configs, KtlsFallback::Disabled)?;
+            Session { stream, protection, plaintext: Vec::new(), info: info(local.clone()) }.refuse(alert).await;
             Err(error)
         }
     }

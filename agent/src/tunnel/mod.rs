@@ -9,9 +9,11 @@ pub mod alert;
 mod config;
 mod driver;
 pub mod handshake;
+pub mod ktls;
 pub mod native;
+pub(crate) mod post_handshake;
 pub mod records;
-mod session;
+pub(crate) mod session;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -19,7 +21,7 @@ mod tests;
 mod verify;
 
 pub use config::{ReadMode, Suite, TlsConfigs, TlsOptions};
-pub use session::{Session, SessionInfo};
+pub use session::{Protection, Session, SessionInfo, UserRecords};
 
 use crate::telemetry::RefusalReason;
 

@@ -5,18 +5,18 @@
 use std::ops::Range;
 
 use rustls::{
-    AlertDescription, ConnectionTrafficSecrets, ContentType, Error, ExtractedSecrets, HandshakeType, ProtocolVersion,
+    AlertDescription, ConnectionTrafficSecrets, ContentType, Error, ExtractedSecrets, ProtocolVersion,
     Tls13CipherSuite,
-    client::ClientConnectionData,
     crypto::cipher::{
         InboundOpaqueMessage, MessageDecrypter, MessageEncrypter, OutboundChunks, OutboundPlainMessage,
         Tls13AeadAlgorithm,
     },
-    kernel::KernelConnection,
-    server::ServerConnectionData,
 };
 
-use super::alert;
+use super::{
+    alert,
+    post_handshake::{KEY_UPDATE, PostHandshake, Received, Schedule},
+};
 
 /// Most plaintext in one record (RFC 8446, section 5.1), bytes.
 pub const MAX_PLAINTEXT: usize = 16 * 1024;
@@ -25,18 +25,9 @@ pub const MAX_RECORD: usize = HEADER + MAX_PLAINTEXT + 256;
 /// Bytes of a record's header: content type, version, length.
 pub(super) const HEADER: usize = 5;
 
-/// Consecutive records without application data that are put up with; `kMaxKeyUpdates` of other implementations.
-const MAX_QUIET_RECORDS: u8 = 32;
-/// Largest post-handshake message kept while it is incomplete: a ticket of 2^16-1 bytes with nonce and extensions.
-const MAX_HANDSHAKE_MESSAGE: usize = 4 + 0xffff + 512;
 /// Rekeying starts this many records before the cipher's confidentiality limit, so that everything already under way
 /// still fits (half of AES-GCM's 2^24 records of RFC 8446, section 5.5).
-const REKEY_MARGIN: u64 = 1 << 23;
-/// `KeyUpdateRequest` (RFC 8446, section 4.6.3).
-const UPDATE_NOT_REQUESTED: u8 = 0;
-/// The sender wants our next keys too.
-pub(crate) const UPDATE_REQUESTED: u8 = 1;
-
+pub(super) const REKEY_MARGIN: u64 = 1 << 23;
 /// A record that cannot be accepted; the connection is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RecordError {
@@ -67,15 +58,9 @@ pub enum Opened {
     Control,
 }
 
-/// The key schedule, which also keeps a client's tickets.
-pub(super) enum Schedule {
-    Client(Box<KernelConnection<ClientConnectionData>>),
-    Server(Box<KernelConnection<ServerConnectionData>>),
-}
-
 /// Record protection in both directions of one connection.
 pub struct Records {
-    schedule: Schedule,
+    post: PostHandshake,
     suite: &'static Tls13CipherSuite,
     tx: Box<dyn MessageEncrypter>,
     tx_sequence: u64,
@@ -85,39 +70,26 @@ pub struct Records {
     tx_limit: u64,
     rx: Box<dyn MessageDecrypter>,
     rx_sequence: u64,
-    /// Start of a post-handshake message that continues in the next record.
-    partial: Vec<u8>,
-    /// The peer asked for our next keys.
-    update_requested: bool,
-    /// Records without application data since the last one that had some.
-    quiet: u8,
     /// The peer's direction is over: ended, or broken.
     rx_over: bool,
 }
 
 impl Records {
-    /// Takes over from a handshake.
-    pub(super) fn new(secrets: ExtractedSecrets, schedule: Schedule) -> Result<Self, Error> {
-        let suite = match &schedule {
-            Schedule::Client(c) => c.negotiated_cipher_suite(),
-            Schedule::Server(s) => s.negotiated_cipher_suite(),
-        };
-        let suite = suite.tls13().ok_or_else(|| Error::General("records need TLS 1.3".into()))?;
+    /// Takes over from a handshake. A key protects at most `per_key` records, by default what its cipher can bear.
+    pub(super) fn new(secrets: ExtractedSecrets, schedule: Schedule, per_key: Option<u64>) -> Result<Self, Error> {
+        let suite = schedule.suite().tls13().ok_or_else(|| Error::General("records need TLS 1.3".into()))?;
         let (tx_sequence, tx) = secrets.tx;
         let (rx_sequence, rx) = secrets.rx;
         let tx_limit = suite.common.confidentiality_limit;
         Ok(Self {
-            schedule,
+            post: PostHandshake::new(schedule),
             suite,
             tx: encrypter(suite.aead_alg, tx, tx_sequence)?,
             tx_sequence,
-            rekey_at: tx_limit.saturating_sub(REKEY_MARGIN),
+            rekey_at: per_key.unwrap_or(u64::MAX).min(tx_limit.saturating_sub(REKEY_MARGIN)),
             tx_limit,
             rx: decrypter(suite.aead_alg, rx)?,
             rx_sequence,
-            partial: Vec::new(),
-            update_requested: false,
-            quiet: 0,
             rx_over: false,
         })
     }
@@ -155,28 +127,22 @@ impl Records {
     ///
     /// It is sealed now and what is sealed later uses the next keys, so it has to be sent in this place.
     pub fn take_control(&mut self) -> Option<Vec<u8>> {
-        if !self.update_requested && self.tx_sequence < self.rekey_at {
+        if !self.post.update_requested() && self.tx_sequence < self.rekey_at {
             return None;
         }
-        // The peer need not answer: its own keys age with its own records.
-        self.update_tx(UPDATE_NOT_REQUESTED)
+        self.update_tx(KEY_UPDATE)
     }
 
     /// Seals a key update and goes on with the next keys. A failure leaves the old ones in place; sealing stops at their limit.
-    pub(crate) fn update_tx(&mut self, request: u8) -> Option<Vec<u8>> {
+    pub(crate) fn update_tx(&mut self, message: [u8; 5]) -> Option<Vec<u8>> {
         if self.tx_sequence >= self.tx_limit {
             return None;
         }
-        let next = match &mut self.schedule {
-            Schedule::Client(c) => c.update_tx_secret(),
-            Schedule::Server(s) => s.update_tx_secret(),
-        };
-        let (sequence, secrets) = next.ok()?;
+        let (sequence, secrets) = self.post.next_tx().ok()?;
         let next = encrypter(self.suite.aead_alg, secrets, sequence).ok()?;
-        let record = self.seal_as(ContentType::Handshake, &[HandshakeType::KeyUpdate.into(), 0, 0, 1, request]).ok()?;
+        let record = self.seal_as(ContentType::Handshake, &message).ok()?;
         self.tx = next;
         self.tx_sequence = sequence;
-        self.update_requested = false;
         Some(record)
     }
 
@@ -209,12 +175,8 @@ impl Records {
         })?;
         self.rx_sequence = self.rx_sequence.checked_add(1).ok_or(RecordError::Exhausted)?;
 
-        if plain.typ != ContentType::Handshake && !self.partial.is_empty() {
-            // RFC 8446, section 5.1: handshake messages are not interleaved with other records.
-            return Err(RecordError::Unexpected);
-        }
-        let opened = match plain.typ {
-            ContentType::ApplicationData => {
+        let opened = match self.post.record(plain.typ, plain.payload)? {
+            Received::Data => {
                 let from = HEADER
                     + match plain.payload {
                         [] => 0,
@@ -226,92 +188,16 @@ impl Records {
                 }
                 Opened::Data(range)
             }
-            ContentType::Alert => match alert::decode(plain.payload).ok_or(RecordError::Unexpected)? {
-                AlertDescription::CloseNotify => Opened::CloseNotify,
-                // RFC 8446, section 6.1: a mere announcement; `close_notify` follows.
-                AlertDescription::UserCanceled => Opened::Control,
-                description => Opened::Alert(description),
-            },
-            ContentType::Handshake => {
-                self.post_handshake(plain.payload)?;
+            Received::CloseNotify => Opened::CloseNotify,
+            Received::Alert(description) => Opened::Alert(description),
+            Received::Control => Opened::Control,
+            Received::NextKeys((sequence, secrets)) => {
+                self.rx = decrypter(self.suite.aead_alg, secrets).map_err(|_| RecordError::Exhausted)?;
+                self.rx_sequence = sequence;
                 Opened::Control
             }
-            _ => return Err(RecordError::Unexpected),
         };
-        self.count_quiet(&opened)?;
         Ok(Some((opened, wire)))
-    }
-
-    /// A peer that keeps us busy without sending anything is not put up with for long.
-    fn count_quiet(&mut self, opened: &Opened) -> Result<(), RecordError> {
-        match opened {
-            Opened::Data(range) if !range.is_empty() => self.quiet = 0,
-            Opened::Data(_) | Opened::Control => self.quiet += 1,
-            Opened::CloseNotify | Opened::Alert(_) => {}
-        }
-        if self.quiet > MAX_QUIET_RECORDS { Err(RecordError::Unexpected) } else { Ok(()) }
-    }
-
-    /// Handshake messages may share a record and may be split over several.
-    fn post_handshake(&mut self, fragment: &[u8]) -> Result<(), RecordError> {
-        if fragment.is_empty() {
-            return Err(RecordError::Unexpected);
-        }
-        if self.partial.is_empty() {
-            let used = self.messages(fragment)?;
-            self.partial.extend_from_slice(&fragment[used..]);
-            return Ok(());
-        }
-        let mut all = std::mem::take(&mut self.partial);
-        all.extend_from_slice(fragment);
-        let used = self.messages(&all)?;
-        all.drain(..used);
-        self.partial = all;
-        Ok(())
-    }
-
-    /// Deals with every complete message and returns how many bytes they were.
-    fn messages(&mut self, bytes: &[u8]) -> Result<usize, RecordError> {
-        let mut rest = bytes;
-        while let [typ, a, b, c, tail @ ..] = rest {
-            let typ = HandshakeType::from(*typ);
-            let length = u32::from_be_bytes([0, *a, *b, *c]) as usize;
-            let allowed = match (&typ, &self.schedule) {
-                (HandshakeType::KeyUpdate, _) => length == 1,
-                (HandshakeType::NewSessionTicket, Schedule::Client(_)) => 4 + length <= MAX_HANDSHAKE_MESSAGE,
-                _ => false,
-            };
-            if !allowed {
-                return Err(RecordError::Unexpected);
-            }
-            let Some((payload, after)) = tail.split_at_checked(length) else { break };
-            match (typ, &mut self.schedule) {
-                (HandshakeType::NewSessionTicket, Schedule::Client(c)) => {
-                    c.handle_new_session_ticket(payload).map_err(|_| RecordError::Unexpected)?;
-                }
-                // The next byte would be under other keys, so the message has to end its record (RFC 8446, section 5.1).
-                _ if after.is_empty() => self.key_update(payload[0])?,
-                _ => return Err(RecordError::Unexpected),
-            }
-            rest = after;
-        }
-        Ok(bytes.len() - rest.len())
-    }
-
-    fn key_update(&mut self, request: u8) -> Result<(), RecordError> {
-        self.update_requested |= match request {
-            UPDATE_NOT_REQUESTED => false,
-            UPDATE_REQUESTED => true,
-            _ => return Err(RecordError::Unexpected),
-        };
-        let next = match &mut self.schedule {
-            Schedule::Client(c) => c.update_rx_secret(),
-            Schedule::Server(s) => s.update_rx_secret(),
-        };
-        let (sequence, secrets) = next.map_err(|_| RecordError::Exhausted)?;
-        self.rx = decrypter(self.suite.aead_alg, secrets).map_err(|_| RecordError::Exhausted)?;
-        self.rx_sequence = sequence;
-        Ok(())
     }
 
     /// Lowers the limits so that a test reaches them.

@@ -1,13 +1,13 @@
 //! Certificates and established record protection for tests, without sockets or files.
 
-use std::{sync::Arc, time::Duration};
+use std::{os::fd::BorrowedFd, sync::Arc, time::Duration};
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
     KeyUsagePurpose, SanType,
 };
 use rustls::{
-    client::UnbufferedClientConnection, crypto::aws_lc_rs::Ticketer, pki_types::PrivateKeyDer,
+    ExtractedSecrets, client::UnbufferedClientConnection, crypto::aws_lc_rs::Ticketer, pki_types::PrivateKeyDer,
     server::UnbufferedServerConnection,
 };
 use time::OffsetDateTime;
@@ -15,9 +15,11 @@ use time::OffsetDateTime;
 use super::{
     config::{Suite, client_config, peer_name, provider, server_config},
     driver::{Driver, Step, Unbuffered},
+    ktls::{KernelTls, Support},
+    post_handshake::Schedule,
     records::Records,
 };
-use crate::{identity::Svid, mesh::SpiffeId};
+use crate::{identity::Svid, mesh::SpiffeId, sys::tls};
 
 /// A certificate authority that signs whatever a test asks for.
 pub(crate) struct TestCa(pub(crate) CertifiedIssuer<'static, KeyPair>);
@@ -73,12 +75,54 @@ pub(crate) fn pair() -> (Records, Records) {
 
 /// [`pair`] with a certain cipher.
 pub(crate) fn pair_with(suite: Suite) -> (Records, Records) {
+    let (client, server) = shake_hands(suite, true);
+    let mut tickets = client.unread.clone();
+    let mut client = client.records();
+    while let Some((_, wire)) = client.open(&mut tickets).expect("tickets") {
+        tickets.drain(..wire);
+    }
+    assert!(tickets.is_empty(), "tickets are whole records");
+    (client, server.records())
+}
+
+/// What a handshake leaves at one end.
+pub(crate) struct Keys {
+    pub(crate) secrets: ExtractedSecrets,
+    pub(super) schedule: Schedule,
+    unread: Vec<u8>,
+    /// Our key is to be replaced at this record.
+    pub(crate) per_key: Option<u64>,
+}
+
+impl Keys {
+    /// Protects records here.
+    pub(crate) fn records(self) -> Records {
+        Records::new(self.secrets, self.schedule, self.per_key).expect("records")
+    }
+
+    /// Has the kernel protect the records of `socket`.
+    pub(crate) fn kernel(self, socket: BorrowedFd<'_>, support: &Support) -> KernelTls {
+        tls::install(socket).expect("TCP_ULP");
+        KernelTls::start(socket, self.secrets, self.schedule, support, self.per_key).expect("keys for the kernel")
+    }
+}
+
+/// Both ends' keys, client first, of a server that sends no tickets.
+pub(crate) fn keys(suite: Suite) -> (Keys, Keys) {
+    shake_hands(suite, false)
+}
+
+fn shake_hands(suite: Suite, tickets: bool) -> (Keys, Keys) {
     let ca = TestCa::new("pair");
     let (client, server) = (identity("client"), identity("server"));
     let provider = provider(&[suite]);
     let client = client_config(&ca.svid(&client), &server, &provider).expect("a client configuration");
     let ticketer = Ticketer::new().expect("a ticket key");
-    let server = server_config(&ca.svid(&server), server.trust_domain(), ticketer, &provider).expect("a configuration");
+    let mut server =
+        server_config(&ca.svid(&server), server.trust_domain(), ticketer, &provider).expect("a configuration");
+    if !tickets {
+        server.send_tls13_tickets = 0;
+    }
 
     let mut client = Driver::new(UnbufferedClientConnection::new(Arc::new(client), peer_name()).expect("a client"));
     let mut server = Driver::new(UnbufferedServerConnection::new(Arc::new(server)).expect("a server"));
@@ -89,14 +133,14 @@ pub(crate) fn pair_with(suite: Suite) -> (Records, Records) {
             break;
         }
     }
-    let (mut client, mut tickets) = client.into_records().expect("keys");
-    let (server, unread) = server.into_records().expect("keys");
-    assert!(unread.is_empty(), "the client sends nothing behind its handshake");
-    while let Some((_, wire)) = client.open(&mut tickets).expect("tickets") {
-        tickets.drain(..wire);
-    }
-    assert!(tickets.is_empty(), "tickets are whole records");
+    let (client, server) = (keys_of(client), keys_of(server));
+    assert!(server.unread.is_empty(), "the client sends nothing behind its handshake");
     (client, server)
+}
+
+fn keys_of<C: Unbuffered>(driver: Driver<C>) -> Keys {
+    let (secrets, schedule, unread) = driver.into_keys().expect("keys");
+    Keys { secrets, schedule, unread, per_key: None }
 }
 
 fn exchange<A: Unbuffered, B>(from: &mut Driver<A>, to: &mut Driver<B>) -> Step {

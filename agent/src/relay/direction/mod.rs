@@ -1,6 +1,8 @@
 //! The ways bytes can go. Each direction is a small state machine that one step takes as far as its sockets allow:
 //! flush what is held back, else read once and pass it on.
 
+mod ktls_in;
+mod ktls_out;
 mod plain;
 mod tls_in;
 mod tls_out;
@@ -9,11 +11,13 @@ use std::io;
 
 use rustls::AlertDescription;
 
+pub(super) use ktls_in::KtlsIn;
+pub(super) use ktls_out::KtlsOut;
 pub(super) use plain::Plain;
 pub(super) use tls_in::TlsIn;
 pub(super) use tls_out::TlsOut;
 
-use crate::tunnel::records::RecordError;
+use crate::tunnel::{ktls::Broken, records::RecordError};
 
 /// How far a direction is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,6 +38,8 @@ pub(super) enum Step {
     Moved(usize),
     /// Nothing to do until one of the sockets reports an event.
     Blocked,
+    /// Nothing to do until one of the sockets reports an event, or, since the last of it causes none, until somebody looks again.
+    Settling,
     /// The direction has ended cleanly.
     Done,
 }
@@ -56,4 +62,14 @@ pub(super) enum Fault {
     /// A record that cannot be opened or sealed.
     #[error(transparent)]
     Record(#[from] RecordError),
+}
+
+impl Fault {
+    /// What broke a connection of the kernel's, met while reading or while writing.
+    fn kernel(broken: Broken, socket: fn(io::Error) -> Self) -> Self {
+        match broken {
+            Broken::Record(error) => Self::Record(error),
+            Broken::Socket(error) => socket(error),
+        }
+    }
 }

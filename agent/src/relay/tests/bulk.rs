@@ -7,7 +7,10 @@ use std::{
 };
 
 use super::*;
-use crate::tunnel::records::{MAX_PLAINTEXT, Opened, UPDATE_REQUESTED};
+use crate::tunnel::{
+    post_handshake::REQUESTING_KEY_UPDATE,
+    records::{MAX_PLAINTEXT, Opened},
+};
 
 #[test]
 fn bulk_both_ways_at_once() {
@@ -129,9 +132,9 @@ fn dribble(from: &TcpStream, to: &TcpStream, seed: u64) -> JoinHandle<()> {
 fn key_updates_in_the_middle() {
     let seed = seed() >> 1;
     let (near, far) = (Node::new(), Node::new());
-    let (mut ours, mut theirs) = testing::pair();
-    ours.limit_for_tests(3, 20);
-    theirs.limit_for_tests(5, 20);
+    let (mut ours, mut theirs) = pair();
+    ours.per_key = Some(3);
+    theirs.per_key = Some(5);
     let (a, b) = sockets();
     let (client, one) = near.tunnel(Direction::Outbound, a, ours);
     let (server, two) = far.tunnel(Direction::Inbound, b, theirs);
@@ -145,10 +148,11 @@ fn key_updates_in_the_middle() {
 #[test]
 fn a_requested_key_update_is_answered() {
     let node = Node::new();
-    let (ours, mut theirs) = testing::pair();
+    let (ours, theirs) = pair();
+    let mut theirs = theirs.records();
     let (a, b) = sockets();
     let (application, watched) = node.tunnel(Direction::Outbound, a, ours);
-    let update = theirs.update_tx(UPDATE_REQUESTED).expect("an update");
+    let update = theirs.update_tx(REQUESTING_KEY_UPDATE).expect("an update");
     let data = theirs.seal(b"under new keys").expect("a record");
     write_all(&b, &[&update, &data]);
     let mut got = [0; 14];
@@ -203,7 +207,8 @@ fn a_slow_reader_bounds_memory() {
 fn records_of_all_sizes() {
     let seed = seed();
     let node = Node::new();
-    let (ours, mut theirs) = testing::pair();
+    let (ours, theirs) = pair();
+    let mut theirs = theirs.records();
     let (a, mut b) = sockets();
     let (application, watched) = node.tunnel(Direction::Inbound, a, ours);
     let mut random = StdRng::seed_from_u64(seed);

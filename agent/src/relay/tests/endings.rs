@@ -5,7 +5,10 @@ use std::{io::Write, sync::atomic::Ordering::Relaxed};
 use rustls::AlertDescription;
 
 use super::*;
-use crate::{telemetry::RefusalReason, tunnel::records::Opened};
+use crate::{
+    telemetry::RefusalReason,
+    tunnel::records::{Opened, Records},
+};
 
 /// Every kind of connection there is.
 fn kinds(near: &Node, far: &Node) -> [Ends; 2] {
@@ -168,10 +171,10 @@ struct Half {
 
 fn half() -> Half {
     let node = Node::new();
-    let (ours, records) = testing::pair();
+    let (ours, theirs) = pair();
     let (a, tunnel) = sockets();
     let (application, watched) = node.tunnel(Direction::Outbound, a, ours);
-    Half { node, application, watched, tunnel, records }
+    Half { node, application, watched, tunnel, records: theirs.records() }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use super::*;
+use crate::tunnel::records::Records;
 
 /// What a peer sent: some plaintext was already opened, then records of several kinds.
 struct Recorded {
@@ -36,7 +37,7 @@ fn every_split_point() {
         let (a, b) = sockets();
         let plaintext = b"behind the header;".to_vec();
         let unread = wire[..split].to_vec();
-        let (application, watched) = node.tunnel_with(Direction::Inbound, a, ours, unread, plaintext);
+        let (application, watched) = node.user_tunnel(Direction::Inbound, a, ours, unread, plaintext);
         let again = random.random_range(split..=length);
         for piece in [&wire[split..again], &wire[again..]] {
             (&b).write_all(piece).expect("sending");
@@ -60,7 +61,7 @@ fn a_large_hand_over() {
         wire.extend(theirs.seal_close_notify().expect("a record"));
         let rest = wire.split_off(wire.len() - cut);
         let (a, mut b) = sockets();
-        let (application, watched) = node.tunnel_with(Direction::Inbound, a, ours, wire, plaintext.to_vec());
+        let (application, watched) = node.user_tunnel(Direction::Inbound, a, ours, wire, plaintext.to_vec());
         b.write_all(&rest).expect("sending");
         let (got, end) = read_all(&application);
         assert_eq!(end, Ok(()));
@@ -76,7 +77,7 @@ fn a_broken_hand_over() {
     let node = Node::new();
     let (ours, _) = testing::pair();
     let (a, _b) = sockets();
-    let (application, watched) = node.tunnel_with(Direction::Inbound, a, ours, b"plaintext".to_vec(), Vec::new());
+    let (application, watched) = node.user_tunnel(Direction::Inbound, a, ours, b"plaintext".to_vec(), Vec::new());
     assert_reset(&application);
     assert_eq!(watched.ended(), CloseReason::BadRecord);
 }

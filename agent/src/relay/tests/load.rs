@@ -100,7 +100,7 @@ fn a_turn_is_bounded() {
             turns += 1;
             match turn {
                 Turn::More => {}
-                Turn::Idle => break,
+                Turn::Idle | Turn::Settling => break,
                 Turn::Over(end) => panic!("{end:?}"),
             }
         }

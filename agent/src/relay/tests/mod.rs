@@ -12,9 +12,9 @@ mod stall;
 use std::{
     io::{ErrorKind, IoSlice, Read, Write},
     net::{Ipv4Addr, Shutdown, TcpListener, TcpStream},
-    os::fd::OwnedFd,
+    os::fd::{AsFd as _, OwnedFd},
     sync::{
-        Arc,
+        Arc, LazyLock,
         mpsc::{self, RecvTimeoutError},
     },
     thread::{self, JoinHandle},
@@ -26,13 +26,18 @@ use socket2::SockRef;
 
 use super::{
     CloseReason, Connection, ConnectionTable, DataPath, Direction, NewConnection, Relay, RelayOptions,
-    direction::{Plain, TlsIn, TlsOut},
+    direction::{KtlsIn, KtlsOut, Plain, TlsIn, TlsOut},
     slot::{Path, Slot},
 };
 use crate::{
     mesh::WorkloadKey,
     telemetry::Counters,
-    tunnel::{records::Records, testing},
+    tunnel::{
+        Suite,
+        ktls::{Availability, Support},
+        records::Records,
+        testing::{self, Keys},
+    },
 };
 
 /// Longer than anything takes on a busy machine; a test that waits this long has failed.
@@ -43,6 +48,23 @@ fn seed() -> u64 {
     let seed = std::env::var("UNDERPASS_TEST_SEED").map_or_else(|_| rand::random(), |s| s.parse().expect("a number"));
     eprintln!("UNDERPASS_TEST_SEED={seed}");
     seed
+}
+
+/// What the kernel can do, when `UNDERPASS_TEST_KTLS` says that it is to protect the relayed tunnels' records. Whoever sets it means it:
+/// without kernel TLS the tests fail.
+fn ktls() -> Option<&'static Support> {
+    static SUPPORT: LazyLock<Option<Support>> = LazyLock::new(|| {
+        std::env::var_os("UNDERPASS_TEST_KTLS")?;
+        let support = Support::probe();
+        assert_eq!(support.availability, Availability::Ready, "UNDERPASS_TEST_KTLS is set");
+        Some(support)
+    });
+    SUPPORT.as_ref()
+}
+
+/// Both ends' keys, client first.
+fn pair() -> (Keys, Keys) {
+    testing::keys(Suite::Aes128Gcm)
 }
 
 /// A relay with its table and counters.
@@ -80,6 +102,7 @@ impl Node {
             upstream: address,
             service: None,
             data_path,
+            fallback: None,
             cipher: None,
             resumed: false,
         })
@@ -103,11 +126,19 @@ impl Node {
     }
 
     /// A relayed tunnel; what is returned is the application's socket.
-    fn tunnel(&self, direction: Direction, tunnel: TcpStream, records: Records) -> (TcpStream, Watched) {
-        self.tunnel_with(direction, tunnel, records, Vec::new(), Vec::new())
+    fn tunnel(&self, direction: Direction, tunnel: TcpStream, keys: Keys) -> (TcpStream, Watched) {
+        let Some(support) = ktls() else {
+            return self.user_tunnel(direction, tunnel, keys.records(), Vec::new(), Vec::new());
+        };
+        let (application, inner) = sockets();
+        let connection = self.add(direction, DataPath::Ktls);
+        let tls = Box::new(keys.kernel(tunnel.as_fd(), support));
+        let path = Path::Ktls { tls, outward: KtlsOut::default(), inward: KtlsIn::new(Vec::new()) };
+        (application, self.place(connection, inner, tunnel, path))
     }
 
-    fn tunnel_with(
+    /// One whose records the agent protects in any case, with bytes that came before.
+    fn user_tunnel(
         &self,
         direction: Direction,
         tunnel: TcpStream,
@@ -158,7 +189,7 @@ fn tunnelled(near: &Node, far: &Node) -> Ends {
 }
 
 fn through(near: &Node, far: &Node, a: TcpStream, b: TcpStream) -> Ends {
-    let (ours, theirs) = testing::pair();
+    let (ours, theirs) = pair();
     let (client, one) = near.tunnel(Direction::Outbound, a, ours);
     let (server, two) = far.tunnel(Direction::Inbound, b, theirs);
     Ends { client, server, relayed: vec![one, two] }

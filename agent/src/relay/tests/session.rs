@@ -10,7 +10,7 @@ use crate::{
     identity::{CertificateStore, IssueError, Issuer, Svid},
     mesh::SpiffeId,
     relay::{Job, Upstream},
-    tunnel::{Session, TlsConfigs, handshake, testing::TestCa},
+    tunnel::{Session, TlsConfigs, TlsOptions, handshake, testing::TestCa},
 };
 
 /// Issues one certificate.
@@ -35,7 +35,8 @@ async fn configs(ca: &TestCa, identity: &SpiffeId) -> Arc<TlsConfigs> {
     tokio::spawn(Arc::clone(&store).run());
     store.want(BTreeSet::from([identity.clone()]));
     store.wait_for(identity, PATIENCE).await.expect("a certificate");
-    TlsConfigs::new(store, identity.trust_domain().clone())
+    let options = ktls().map_or_else(TlsOptions::default, |support| TlsOptions::with_ktls(support.clone()));
+    TlsConfigs::with_options(store, identity.trust_domain().clone(), &options)
 }
 
 async fn sessions() -> (Session, Session) {

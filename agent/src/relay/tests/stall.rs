@@ -54,7 +54,8 @@ fn a_paused_reader_is_waited_for_also_by_the_kernel() {
     // A window of a few kilobytes closes early.
     SockRef::from(&b).set_recv_buffer_size(4096).expect("SO_RCVBUF");
     SockRef::from(&a).set_tcp_user_timeout(Some(USER_TIMEOUT)).expect("TCP_USER_TIMEOUT");
-    let (ours, mut theirs) = testing::pair();
+    let (ours, theirs) = pair();
+    let mut theirs = theirs.records();
     let (mut client, one) = near.tunnel(Direction::Outbound, a, ours);
     drop(far);
     client.write_all(&vec![9; 60_000]).expect("sending");
@@ -110,7 +111,7 @@ fn a_vanished_node_behind_a_closed_window() {
 fn tcp_state_has_the_kernels_layout() {
     use std::mem::{offset_of, size_of};
 
-    use crate::relay::stall::TcpState;
+    use crate::sys::tcp::TcpState;
 
     assert_eq!(offset_of!(TcpState, unacked), offset_of!(libc::tcp_info, tcpi_unacked));
     assert_eq!(offset_of!(TcpState, last_ack_recv), offset_of!(libc::tcp_info, tcpi_last_ack_recv));

@@ -11,16 +11,24 @@ use super::support::{Party, error, established, meet, two_parties, unchecked};
 use crate::{
     telemetry::RefusalReason,
     tunnel::{
-        ReadMode, Session, Suite, TlsOptions,
+        Protection, ReadMode, Session, Suite, TlsOptions, UserRecords,
         alert::DENIED,
         config::{client_config, peer_name, provider, server_config},
         driver::{Driver, Step, Unbuffered},
         handshake::{connect, judge},
-        records::Opened,
+        records::{Opened, Records},
         testing::{TestCa, identity},
         verify::Accepted,
     },
 };
+
+/// The records of a session that the kernel does not protect.
+fn user(session: &mut Session) -> &mut UserRecords {
+    match &mut session.protection {
+        Protection::User(records) => records,
+        Protection::Kernel(_) => panic!("kernel TLS was not asked for"),
+    }
+}
 
 /// Sends `text` one way and checks that it arrives.
 async fn deliver(from: &mut Session, to: &mut Session, text: &[u8]) {
@@ -57,7 +65,7 @@ async fn both_ends_know_each_other() {
     assert!(b.plaintext == long);
 
     // An end in one direction only.
-    let end = a.records.seal_close_notify().unwrap();
+    let end = user(&mut a).records.seal_close_notify().unwrap();
     a.stream.write_all(&end).await.unwrap();
     assert_eq!(b.receive(usize::MAX).await.unwrap(), 0);
     deliver(&mut b, &mut a, b"late answer").await;
@@ -86,11 +94,11 @@ async fn record_exact_reads_leave_the_rest_to_the_kernel() {
     let client = Party::with_options(&ca.svid(&identity("client")), &options).await;
     let server = Party::with_options(&ca.svid(&identity("server")), &options).await;
     let (mut a, mut b) = established(&client, &server).await;
-    assert!(a.unread.is_empty() && b.unread.is_empty());
+    assert!(user(&mut a).unread.is_empty() && user(&mut b).unread.is_empty());
     a.send(b"one").await.unwrap();
     a.send(b"two").await.unwrap();
     assert_eq!(b.receive(1024).await.unwrap(), 3);
-    assert!(b.unread.is_empty(), "the second record is still in the kernel");
+    assert!(user(&mut b).unread.is_empty(), "the second record is still in the kernel");
     assert_eq!(b.receive(1024).await.unwrap(), 3);
     assert_eq!(b.plaintext, b"onetwo");
 }
@@ -108,7 +116,7 @@ async fn greedy_reads_keep_what_came_with_the_handshake() {
     let mut server_session = server_session.unwrap();
     // However the packets fell: nothing is lost, and `unread` starts with a record.
     while server_session.plaintext.len() < 10 {
-        assert!(server_session.unread.first().is_none_or(|b| *b == 23));
+        assert!(user(&mut server_session).unread.first().is_none_or(|b| *b == 23));
         assert_ne!(server_session.receive(1024).await.unwrap(), 0);
     }
     assert_eq!(server_session.plaintext, b"headerdata");
@@ -128,9 +136,11 @@ async fn receive_is_bounded() {
 async fn taken_apart_and_still_alive() {
     let (_ca, client, server) = two_parties().await;
     let (mut a, b) = established(&client, &server).await;
-    let (fd, mut records, unread, plaintext, info) = b.into_parts().unwrap();
+    assert_eq!(b.info.peer, client.id);
+    let (fd, protection, plaintext) = b.into_parts().unwrap();
+    let Protection::User(user) = protection else { panic!("kernel TLS was not asked for") };
+    let UserRecords { mut records, unread, .. } = *user;
     assert!(unread.is_empty() && plaintext.is_empty());
-    assert_eq!(info.peer, client.id);
     let std = std::net::TcpStream::from(fd);
     let mut stream = TcpStream::from_std(std).unwrap();
     stream.write_all(&records.seal(b"from the relay").unwrap()).await.unwrap();
@@ -271,7 +281,8 @@ async fn a_resumed_session_does_not_outlive_the_certificate() {
         while [pass(&mut c, &mut s), pass(&mut s, &mut c)] != [Step::Done, Step::Done] {}
         let judged = judge(s.connection.common(), &accepted).map_err(|(alert, e)| (alert, e.reason()));
         let resumed = s.connection.handshake_kind() == Some(rustls::HandshakeKind::Resumed);
-        let (mut records, mut tickets) = c.into_records().unwrap();
+        let (secrets, schedule, mut tickets) = c.into_keys().unwrap();
+        let mut records = Records::new(secrets, schedule, None).unwrap();
         while let Some((_, wire)) = records.open(&mut tickets).unwrap() {
             tickets.drain(..wire);
         }

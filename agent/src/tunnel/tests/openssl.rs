@@ -15,7 +15,7 @@ use super::support::{Party, error};
 use crate::{
     telemetry::RefusalReason,
     tunnel::{
-        Session, TunnelError, handshake,
+        Protection, Session, TunnelError, handshake,
         testing::{TestCa, identity},
     },
 };
@@ -89,7 +89,8 @@ async fn openssl_client_exchanges_data_and_updates_keys() {
             timeout(LIMIT, read_until(log, "KEYUPDATE")).await.expect("a key update");
         }
     }
-    let end = session.records.seal_close_notify().unwrap();
+    let Protection::User(user) = &mut session.protection else { panic!("kernel TLS was not asked for") };
+    let end = user.records.seal_close_notify().unwrap();
     session.stream.write_all(&end).await.unwrap();
     drop(stdin);
     let text = output(child).await;

@@ -3,7 +3,8 @@ use rustls::{AlertDescription, ContentType};
 
 use crate::tunnel::{
     Suite,
-    records::{MAX_PLAINTEXT, MAX_RECORD, Opened, RecordError, Records, UPDATE_REQUESTED},
+    post_handshake::REQUESTING_KEY_UPDATE,
+    records::{MAX_PLAINTEXT, MAX_RECORD, Opened, RecordError, Records},
     testing::{pair, pair_with},
 };
 
@@ -176,7 +177,7 @@ fn real_limits_leave_room() {
 fn a_requested_update_is_answered_once() {
     let (mut client, mut server) = pair();
     for _ in 0..2 {
-        let update = client.update_tx(UPDATE_REQUESTED).unwrap();
+        let update = client.update_tx(REQUESTING_KEY_UPDATE).unwrap();
         assert_eq!(open(&mut server, update), Ok(Opened::Control));
     }
     // Sealed before the answer: still under the old keys, which is allowed.
@@ -258,7 +259,7 @@ fn a_flood_without_data_ends() {
     }
     let mut outcome = Ok(Opened::Control);
     for _ in 0..33 {
-        let update = client.update_tx(UPDATE_REQUESTED).unwrap();
+        let update = client.update_tx(REQUESTING_KEY_UPDATE).unwrap();
         outcome = open(&mut server, update);
     }
     assert_eq!(outcome, Err(RecordError::Unexpected));

@@ -1,0 +1,208 @@
+//! From the tunnel to the application, the kernel opening the records.
+//!
+//! Few bytes are received and sent; many are spliced, one record after the other into a pipe and all together out of it, so that they
+//! are never copied here. Everything that is no data is received: splice does not say what it is.
+
+use std::{io::IoSlice, os::fd::AsFd as _};
+
+use rustls::AlertDescription;
+
+use super::{Fault, Phase, Step};
+use crate::{
+    relay::{
+        buffers::{Held, Scratch},
+        pipe::{Pipe, RECORDS},
+        socket::Side,
+    },
+    sys::tls::Incoming,
+    tunnel::{
+        ktls::{Event, KernelTls},
+        records::MAX_PLAINTEXT,
+        session::kernel::from_kernel,
+    },
+};
+
+/// Receives spent on looking for an alert in a tunnel that no longer takes anything.
+const LAST_READS: usize = 8;
+/// A receive of this much starts splicing, bytes: more than two records were waiting.
+const BULK: usize = 3 * MAX_PLAINTEXT;
+/// So many rounds of less than a full record end it.
+const PATIENCE: u8 = 4;
+
+/// The direction from the tunnel.
+pub(in crate::relay) struct KtlsIn {
+    phase: Phase,
+    held: Held,
+    /// Has bytes while the application does not take them.
+    pipe: Option<Pipe>,
+    /// Rounds of splicing left without a full record; 0 is receiving.
+    bulk: u8,
+}
+
+impl KtlsIn {
+    /// Starts with plaintext that came with the hand-over.
+    pub(in crate::relay) fn new(plaintext: Vec<u8>) -> Self {
+        Self { phase: Phase::Open, held: Held::from(plaintext), pipe: None, bulk: 0 }
+    }
+
+    /// Bytes held back.
+    pub(in crate::relay) fn held(&self) -> usize {
+        self.held.len() + self.pipe.as_ref().map_or(0, |pipe| pipe.held)
+    }
+
+    /// Whether the peer's authenticated end was read.
+    pub(in crate::relay) fn read_all(&self) -> bool {
+        self.phase != Phase::Open
+    }
+
+    /// See the module.
+    pub(in crate::relay) fn step(
+        &mut self,
+        tunnel: &mut Side,
+        application: &mut Side,
+        tls: &mut KernelTls,
+        scratch: &mut Scratch,
+    ) -> Result<Step, Fault> {
+        if !self.held.flush(application).map_err(Fault::Write)? || !self.drain(application, scratch)? {
+            return Ok(Step::Blocked);
+        }
+        match self.phase {
+            Phase::Open => {}
+            Phase::Ending => return self.finish(application),
+            Phase::Done => return Ok(Step::Done),
+        }
+        if self.bulk > 0
+            && let Some(step) = self.splice(tunnel, application, tls, scratch)?
+        {
+            return Ok(step);
+        }
+        self.receive(tunnel, application, tls, scratch)
+    }
+
+    /// Receives once and passes it on.
+    fn receive(
+        &mut self,
+        tunnel: &mut Side,
+        application: &mut Side,
+        tls: &mut KernelTls,
+        scratch: &mut Scratch,
+    ) -> Result<Step, Fault> {
+        let Some((event, length)) = next(tunnel, tls, &mut scratch.bytes)? else { return Ok(Step::Blocked) };
+        match event {
+            Event::Data => {
+                if length >= BULK {
+                    self.bulk = PATIENCE;
+                }
+                let mut data = &scratch.bytes[..length];
+                while !data.is_empty() {
+                    let taken = application.write(&[IoSlice::new(data)]).map_err(Fault::Write)?;
+                    if taken == 0 {
+                        self.held = Held::from(data.to_vec());
+                        break;
+                    }
+                    data = &data[taken..];
+                }
+                Ok(Step::Moved(length))
+            }
+            Event::Control => Ok(Step::Moved(0)),
+            Event::Alert(alert) => Err(Fault::Alert(alert)),
+            Event::CloseNotify => {
+                self.phase = Phase::Ending;
+                self.finish(application)
+            }
+        }
+    }
+
+    /// Fills a pipe and empties it again. `None`: what comes next has to be received.
+    fn splice(
+        &mut self,
+        tunnel: &mut Side,
+        application: &mut Side,
+        tls: &mut KernelTls,
+        scratch: &mut Scratch,
+    ) -> Result<Option<Step>, Fault> {
+        let Some(mut pipe) = scratch.pipes.take() else { return Ok(None) };
+        let mut other = false;
+        // A connection holds no more than a buffer.
+        let records = RECORDS.min(scratch.bytes.len() / MAX_PLAINTEXT);
+        for _ in 0..records {
+            match tunnel.splice_into(pipe.write_end(), MAX_PLAINTEXT) {
+                Ok(0) => break,
+                Ok(length) => pipe.held += length,
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                    other = true;
+                    break;
+                }
+                // Data that came before is delivered before the end is.
+                Err(_) if pipe.held > 0 => break,
+                Err(error) => return Err(Fault::kernel(from_kernel(error), Fault::Read)),
+            }
+        }
+        let moved = pipe.held;
+        self.bulk = if moved >= MAX_PLAINTEXT { PATIENCE } else { self.bulk - 1 };
+        if moved > 0 {
+            tls.received_data();
+        }
+        self.pipe = Some(pipe);
+        self.drain(application, scratch)?;
+        Ok(match (moved, other) {
+            (0, true) => None,
+            (0, false) => Some(Step::Blocked),
+            _ => Some(Step::Moved(moved)),
+        })
+    }
+
+    /// Empties the pipe; `true` when it is, and has been given back.
+    fn drain(&mut self, application: &mut Side, scratch: &mut Scratch) -> Result<bool, Fault> {
+        let Some(mut pipe) = self.pipe.take() else { return Ok(true) };
+        while pipe.held > 0 {
+            let taken = application.splice_from(pipe.read_end(), pipe.held).map_err(Fault::Write)?;
+            if taken == 0 {
+                self.pipe = Some(pipe);
+                return Ok(false);
+            }
+            pipe.held -= taken;
+        }
+        scratch.pipes.put(pipe);
+        Ok(true)
+    }
+
+    /// Looks for the alert with which the peer explained why it no longer takes anything. Data on the way is dropped: the connection
+    /// is over.
+    pub(in crate::relay) fn last_words(
+        &self,
+        tunnel: &mut Side,
+        tls: &mut KernelTls,
+        scratch: &mut Scratch,
+    ) -> Option<AlertDescription> {
+        for _ in 0..LAST_READS {
+            tunnel.expect_data();
+            match next(tunnel, tls, &mut scratch.bytes) {
+                Ok(Some((Event::Alert(alert), _))) => return Some(alert),
+                // The kernel tells of a reset once, and then goes on with what came before it.
+                Ok(Some((Event::Data | Event::Control, _))) | Err(Fault::Read(_)) => {}
+                _ => return None,
+            }
+        }
+        None
+    }
+
+    fn finish(&mut self, application: &Side) -> Result<Step, Fault> {
+        application.finish().map_err(Fault::Write)?;
+        self.phase = Phase::Done;
+        Ok(Step::Done)
+    }
+}
+
+/// Receives and judges records of one type. `None` when there are none.
+fn next(tunnel: &mut Side, tls: &mut KernelTls, buffer: &mut [u8]) -> Result<Option<(Event, usize)>, Fault> {
+    let read = |broken| Fault::kernel(broken, Fault::Read);
+    match tunnel.receive(buffer).map_err(|error| read(from_kernel(error)))? {
+        None => Ok(None),
+        Some(Incoming::Fin) => Err(Fault::Truncated),
+        Some(Incoming::Records { content_type, length }) => {
+            let event = tls.received(tunnel.as_fd(), content_type, &buffer[..length]).map_err(read)?;
+            Ok(Some((event, length)))
+        }
+    }
+}
