@@ -10,6 +10,7 @@ mod places;
 mod setup;
 mod test;
 mod ui;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -32,6 +33,8 @@ enum Command {
     Demo(demo::Options),
     /// Run every test, then every fuzz target for a short time (root).
     Test(test::Options),
+    /// Run the tests that talk to the kernel on other kernels, in virtual machines.
+    Vm(vm::Options),
     /// Formatting, lints, documentation links, licences and advisories.
     Check,
     /// Run the fuzz targets.
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         Command::Setup(options) => setup::run(&ui, &options),
         Command::Demo(options) => demo::run(&ui, &options),
         Command::Test(options) => test::run(&ui, &options),
+        Command::Vm(options) => vm::run(&ui, &options),
         Command::Check => check::run(&ui),
         Command::Fuzz(options) => fuzz::run(&ui, &options),
     };

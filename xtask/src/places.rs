@@ -35,6 +35,7 @@ pub(crate) fn program(name: &str) -> Option<PathBuf> {
     env::split_paths(&path).chain(more).map(|directory| directory.join(name)).find(|file| file.is_file())
 }
 
-fn variable(name: &str) -> Option<PathBuf> {
+/// An environment variable that is set and not empty.
+pub(crate) fn variable(name: &str) -> Option<PathBuf> {
     env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }

@@ -10,15 +10,18 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{exec, places, ui::Step};
 
+/// Environment variable with the address of a Debian mirror, for machines whose own mirrors have another distribution.
+const MIRROR: &str = "UNDERPASS_DEBIAN_MIRROR";
+
 /// Private lists and cache below a directory.
-pub(super) struct Sandbox {
+pub(crate) struct Sandbox {
     directory: PathBuf,
     options: Vec<String>,
 }
 
 impl Sandbox {
     /// The suites of this machine's distribution from its release on to the newest.
-    pub(super) fn with_newer_suites(directory: &Path) -> Result<Self> {
+    pub(crate) fn with_newer_suites(directory: &Path) -> Result<Self> {
         let machine = Machine::read()?;
         let (name, mirror) = (&machine.codename, machine.mirror()?);
         let mut text = String::new();
@@ -35,8 +38,27 @@ impl Sandbox {
         Self::new(directory, &text)
     }
 
+    /// Suites of Debian, whatever is installed here and whichever distribution this is; `release` is preferred over the others.
+    ///
+    /// Suites that end in `-security` are looked for at the security mirror.
+    pub(crate) fn debian(directory: &Path, suites: &[&str], release: &str) -> Result<Self> {
+        let (mirror, security) = Machine::read()?.debian(places::variable(MIRROR).as_deref())?;
+        let (updates, plain): (Vec<&str>, Vec<&str>) = suites.iter().partition(|suite| suite.ends_with("-security"));
+        let mut text = mirror.stanza(&plain.join(" "), "main");
+        if let Some(security) = security.filter(|_| !updates.is_empty()) {
+            text += &security.stanza(&updates.join(" "), "main");
+        }
+        let mut sandbox = Self::new(directory, &text)?;
+        // As if nothing were installed: what is downloaded must run without anything of this machine's.
+        let status = directory.join("status");
+        fs::write(&status, "").with_context(|| format!("writing {}", status.display()))?;
+        let more = [format!("Dir::State::status={}", status.display()), format!("APT::Default-Release={release}")];
+        sandbox.options.extend(more.into_iter().flat_map(|option| ["-o".to_owned(), option]));
+        Ok(sandbox)
+    }
+
     /// Debian 12 and its security updates, where the compiler for browsers is kept current.
-    pub(super) fn with_debian_security(directory: &Path) -> Result<Self> {
+    pub(crate) fn with_debian_security(directory: &Path) -> Result<Self> {
         let machine = Machine::read()?;
         ensure!(!machine.ubuntu, "rustc-web is a package of Debian, and this machine's mirrors have Ubuntu");
         let security = machine.security().context("this machine's apt sources name no security mirror")?;
@@ -67,7 +89,7 @@ impl Sandbox {
     }
 
     /// Fetches the lists. A suite that a mirror does not have is no failure: what is found is looked at.
-    pub(super) fn update(&self, step: &Step) -> Result<()> {
+    pub(crate) fn update(&self, step: &Step) -> Result<()> {
         let result = exec::quietly(self.apt("apt-get").arg("update"), step);
         let lists = fs::read_dir(self.directory.join("lists"))?.flatten();
         let any = lists.filter(|file| file.file_name().to_string_lossy().contains("Packages")).count() > 0;
@@ -75,14 +97,21 @@ impl Sandbox {
     }
 
     /// Versions of a package on offer.
-    pub(super) fn versions(&self, package: &str) -> Result<Vec<String>> {
+    pub(crate) fn versions(&self, package: &str) -> Result<Vec<String>> {
         let table = exec::output(self.apt("apt-cache").args(["madison", package]))?;
         Ok(table.lines().filter_map(|line| line.split('|').nth(1)).map(|version| version.trim().to_owned()).collect())
     }
 
+    /// What a version of a package depends on, in the words of its control file.
+    pub(crate) fn depends(&self, package: &str, version: &str) -> Result<String> {
+        let control = exec::output(self.apt("apt-cache").args(["show", &format!("{package}={version}")]))?;
+        Ok(control.lines().find_map(|line| line.strip_prefix("Depends:")).unwrap_or_default().trim().to_owned())
+    }
+
     /// Downloads one package file.
-    pub(super) fn download(&self, package: &str, version: &str, step: &Step) -> Result<PathBuf> {
-        let into = self.directory.join("download");
+    pub(crate) fn download(&self, package: &str, version: &str, step: &Step) -> Result<PathBuf> {
+        let into = self.directory.join("download").join(package);
+        fs::create_dir_all(&into).with_context(|| format!("creating {}", into.display()))?;
         exec::quietly(
             self.apt("apt-get").args(["download", &format!("{package}={version}")]).current_dir(&into),
             step,
@@ -91,7 +120,7 @@ impl Sandbox {
     }
 
     /// Downloads packages and what they need that is not installed.
-    pub(super) fn download_with_dependencies(&self, packages: &[&str], step: &Step) -> Result<Vec<PathBuf>> {
+    pub(crate) fn download_with_dependencies(&self, packages: &[&str], step: &Step) -> Result<Vec<PathBuf>> {
         let mut apt = self.apt("apt-get");
         apt.args(["install", "--download-only", "--reinstall", "--yes", "--no-install-recommends"]).args(packages);
         exec::quietly(&mut apt, step)?;
@@ -103,6 +132,12 @@ impl Sandbox {
         command.args(&self.options);
         command
     }
+}
+
+/// Unpacks a package file without installing it.
+pub(crate) fn unpack(package: &Path, into: &Path, step: &Step) -> Result<()> {
+    fs::create_dir_all(into)?;
+    exec::quietly(Command::new("dpkg-deb").arg("--extract").arg(package).arg(into), step)
 }
 
 fn package_files(directory: &Path) -> Result<Vec<PathBuf>> {
@@ -172,6 +207,33 @@ impl Machine {
     fn security(&self) -> Option<Source> {
         let found = self.sources.iter().find(|source| source.suites.iter().any(|suite| suite.ends_with("-security")));
         found.map(|source| self.with_key(source))
+    }
+
+    /// Debian's main mirror and its security mirror; `given` is an address that the user has set.
+    fn debian(&self, given: Option<&Path>) -> Result<(Source, Option<Source>)> {
+        let key = Path::new("/usr/share/keyrings/debian-archive-keyring.gpg");
+        if let Some(given) = given {
+            ensure!(
+                key.exists(),
+                "{} is missing, which Debian's package lists are verified with: install debian-archive-keyring",
+                key.display()
+            );
+            let given = given.to_string_lossy();
+            let address = given.trim_end_matches('/');
+            // Everywhere the security archive is the neighbour of the main one.
+            let source = |uri: String| Source {
+                uris: vec![uri],
+                signed_by: Some(key.display().to_string()),
+                ..Source::default()
+            };
+            return Ok((source(address.to_owned()), Some(source(format!("{address}-security")))));
+        }
+        ensure!(
+            !self.ubuntu,
+            "this machine's apt mirrors have Ubuntu, and Debian's packages are needed: set {MIRROR} to the address of a mirror, \
+             the directory that has dists/bookworm and dists/sid"
+        );
+        Ok((self.mirror()?, self.security()))
     }
 
     /// Other suites may be signed by keys that are not in apt's general key ring.

@@ -17,7 +17,10 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{apt::Sandbox, rustc::Rustc};
+use super::{
+    apt::{Sandbox, unpack},
+    rustc::Rustc,
+};
 use crate::{
     exec,
     ui::{Step, Ui},
@@ -205,11 +208,6 @@ fn linker(ui: &Ui, tools: &Path, rustc: &Rustc, llvm: &str, library: &Path) -> R
 
 fn linker_version(tools: &Path) -> Option<String> {
     exec::output(Command::new(tools.join("bin/bpf-linker")).arg("--version")).ok()
-}
-
-fn unpack(package: &Path, into: &Path, step: &Step) -> Result<()> {
-    fs::create_dir_all(into)?;
-    exec::quietly(Command::new("dpkg-deb").arg("--extract").arg(package).arg(into), step)
 }
 
 /// The upstream part of a Debian version: `1:1.95.0+dfsg1-1` is `1.95.0`.

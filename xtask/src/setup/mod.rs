@@ -1,6 +1,6 @@
 //! `cargo xtask setup`: system packages and the BPF toolchain.
 
-mod apt;
+pub(crate) mod apt;
 mod bpf;
 mod packages;
 mod rustc;
@@ -87,7 +87,7 @@ pub(crate) fn cargo_deny(ui: &Ui) -> Result<std::path::PathBuf> {
 }
 
 /// One setup at a time on this machine.
-fn lock(ui: &Ui, cache: &Path) -> Result<File> {
+pub(crate) fn lock(ui: &Ui, cache: &Path) -> Result<File> {
     fs::create_dir_all(cache).with_context(|| format!("creating {}", cache.display()))?;
     let path = cache.join("setup.lock");
     let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;

@@ -19,6 +19,7 @@ mod cgroup;
 mod mesh;
 mod namespace;
 mod node;
+pub mod pace;
 mod packet;
 mod pod;
 mod process;

@@ -1,0 +1,46 @@
+//! Makes a machine out of an initramfs: file systems, limits, the loopback interface.
+
+use std::{fs, path::Path, process::Command};
+
+use anyhow::{Context, Result, ensure};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::resource::{RLIM_INFINITY, Resource, setrlimit},
+    unistd::sethostname,
+};
+
+/// File systems in the order of mounting: type and mount point. Everything else is in the initramfs, which is a file system in
+/// memory already; one over `/tmp` could hide the tests, which are where they were built.
+const MOUNTS: &[(&str, &str)] = &[
+    ("proc", "/proc"),
+    ("sysfs", "/sys"),
+    ("devtmpfs", "/dev"),
+    ("devpts", "/dev/pts"),
+    ("tmpfs", "/dev/shm"),
+    ("cgroup2", "/sys/fs/cgroup"),
+    ("bpf", "/sys/fs/bpf"),
+    ("securityfs", "/sys/kernel/security"),
+    ("tracefs", "/sys/kernel/tracing"),
+];
+/// Descriptors of a process, as a node's agent gets them from its service or DaemonSet.
+const OPEN_FILES: u64 = 100_000;
+
+pub(crate) fn prepare() -> Result<()> {
+    for (kind, point) in MOUNTS {
+        // Directories of sysfs exist or not; they cannot be made.
+        if !Path::new(point).is_dir() {
+            fs::create_dir_all(point).with_context(|| format!("creating {point}"))?;
+        }
+        mount(Some(*kind), *point, Some(*kind), MsFlags::empty(), None::<&str>)
+            .with_context(|| format!("mounting {kind} at {point}"))?;
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES).context("raising the limit of open files")?;
+    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).context("raising the limit of locked memory")?;
+    sethostname("vm").context("setting the host name")?;
+    let status = Command::new("ip").args(["link", "set", "lo", "up"]).env("PATH", PATH).status();
+    ensure!(status.context("running ip")?.success(), "`ip link set lo up` failed; its message is on the console");
+    Ok(())
+}
+
+/// Where programs are.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

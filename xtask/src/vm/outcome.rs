@@ -1,0 +1,152 @@
+//! How the tests of one machine went.
+
+use std::{collections::BTreeSet, fmt::Write as _};
+
+use vm_guest::{Report, Test};
+
+/// Counts, and what is not over yet.
+pub(super) struct Outcome<'a> {
+    /// How the kernel is called in every line.
+    label: String,
+    tests: &'a [Test],
+    running: BTreeSet<usize>,
+    passed: usize,
+    flaky: Vec<usize>,
+    failed: Vec<usize>,
+}
+
+impl<'a> Outcome<'a> {
+    pub(super) fn new(label: String, tests: &'a [Test]) -> Self {
+        Self { label, tests, running: BTreeSet::new(), passed: 0, flaky: Vec::new(), failed: Vec::new() }
+    }
+
+    /// Takes a report in; what there is to say about it.
+    pub(super) fn take(&mut self, report: Report) -> Option<String> {
+        match report {
+            Report::Started { test } => {
+                self.running.insert(test);
+                None
+            }
+            Report::Ended { test, failure, again, seconds, output } => {
+                let first = self.running.contains(&test);
+                if again {
+                    // Remembered until the second try ends.
+                    self.flaky.push(test);
+                } else {
+                    self.running.remove(&test);
+                }
+                debug_assert!(first, "test {test} ended without a start");
+                Some(self.ended(test, failure.as_deref(), again, seconds, &output))
+            }
+            Report::Ready { .. } | Report::Done | Report::Broken { .. } => None,
+        }
+    }
+
+    fn ended(&mut self, test: usize, failure: Option<&str>, again: bool, seconds: f64, output: &str) -> String {
+        let second = !again && self.flaky.contains(&test);
+        let word = match (failure, again) {
+            (_, true) => "TRY 1",
+            (None, _) if second => "FLAKY",
+            (None, _) => "PASS",
+            (Some(_), _) => "FAIL",
+        };
+        match failure {
+            None => self.passed += 1,
+            Some(_) if !again => {
+                self.flaky.retain(|other| *other != test);
+                self.failed.push(test);
+            }
+            Some(_) => {}
+        }
+        let mut line = format!("{word:>8} [{seconds:8.1}s] {} {}", self.label, self.name(test));
+        if let Some(failure) = failure {
+            let _ = write!(line, ": {failure}");
+            for printed in output.lines() {
+                let _ = write!(line, "\n    {printed}");
+            }
+        }
+        line
+    }
+
+    /// Tests that passed.
+    pub(super) fn passed(&self) -> usize {
+        self.passed
+    }
+
+    /// Tests that did not, with those that were never run to an end.
+    pub(super) fn failed(&self) -> usize {
+        self.tests.len() - self.passed
+    }
+
+    /// Names of the tests that are running.
+    pub(super) fn running(&self) -> Vec<String> {
+        self.running.iter().map(|test| self.name(*test)).collect()
+    }
+
+    /// The closing lines.
+    pub(super) fn summary(&self, seconds: f64) -> String {
+        let flaky = if self.flaky.is_empty() { String::new() } else { format!(" ({} flaky)", self.flaky.len()) };
+        let not_run = self.tests.len() - self.passed - self.failed.len();
+        let not_run = if not_run == 0 { String::new() } else { format!(", {not_run} not run to an end") };
+        let mut text = format!(
+            " Summary [{seconds:8.1}s] {} {} passed{flaky}, {} failed{not_run}",
+            self.label,
+            self.passed,
+            self.failed.len()
+        );
+        for (word, tests) in [("FLAKY", &self.flaky), ("FAIL", &self.failed)] {
+            for test in tests {
+                let _ = write!(text, "\n{word:>8} {} {}", self.label, self.name(*test));
+            }
+        }
+        text
+    }
+
+    fn name(&self, test: usize) -> String {
+        self.tests.get(test).map_or_else(|| format!("test {test}"), |test| format!("{} {}", test.suite, test.name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_guest::{Report, Test};
+
+    use super::Outcome;
+
+    fn tests() -> Vec<Test> {
+        let test = |name: &str| Test {
+            suite: "e2e".into(),
+            name: name.into(),
+            program: "/e2e".into(),
+            directory: "/".into(),
+            retries: 1,
+            limit: 10,
+        };
+        ["one", "two", "three", "four"].map(test).into()
+    }
+
+    fn ended(test: usize, failure: Option<&str>, again: bool) -> Report {
+        Report::Ended { test, failure: failure.map(Into::into), again, seconds: 1.25, output: "said".into() }
+    }
+
+    #[test]
+    fn passes_second_tries_failures_and_what_was_cut_off_are_counted() {
+        let tests = tests();
+        let mut outcome = Outcome::new("6.1".into(), &tests);
+        for test in 0..4 {
+            assert_eq!(outcome.take(Report::Started { test }), None);
+        }
+        assert_eq!(outcome.take(ended(0, None, false)).unwrap(), "    PASS [     1.2s] 6.1 e2e one");
+        let line = outcome.take(ended(1, Some("exit status 101"), true)).unwrap();
+        assert_eq!(line, "   TRY 1 [     1.2s] 6.1 e2e two: exit status 101\n    said");
+        assert_eq!(outcome.take(ended(1, None, false)).unwrap(), "   FLAKY [     1.2s] 6.1 e2e two");
+        outcome.take(ended(2, Some("exit status 101"), true));
+        let line = outcome.take(ended(2, Some("still running after 10 s"), false)).unwrap();
+        assert!(line.starts_with("    FAIL [     1.2s] 6.1 e2e three: still running after 10 s\n"), "{line}");
+        assert_eq!(outcome.running(), ["e2e four"]);
+        assert_eq!((outcome.passed(), outcome.failed()), (2, 2));
+        let summary = outcome.summary(20.0);
+        assert!(summary.contains("6.1 2 passed (1 flaky), 1 failed, 1 not run to an end"), "{summary}");
+        assert!(summary.contains("FLAKY 6.1 e2e two") && summary.contains("FAIL 6.1 e2e three"), "{summary}");
+    }
+}

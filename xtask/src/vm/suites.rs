@@ -1,0 +1,158 @@
+//! Which tests run in the machine: those that talk to the kernel.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+use vm_guest::Test;
+
+use crate::{exec, places, ui::Step};
+
+/// cargo's name of a package, and its directory.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Package(&'static str, &'static str);
+
+const AGENT: Package = Package("underpass", "agent");
+const BPF: Package = Package("bpf-tests", "bpf-tests");
+const TESTBED: Package = Package("testbed", "xtask/testbed");
+
+/// A test program.
+struct Suite {
+    /// What people call it.
+    name: &'static str,
+    package: Package,
+    /// cargo's name of the target, and its kind.
+    target: &'static str,
+    kind: &'static str,
+    /// As in `.config/nextest.toml`: tests on real networks have a second try.
+    retries: u32,
+}
+
+const SUITES: &[Suite] = &[
+    Suite { name: "bpf-load", package: BPF, target: "load", kind: "test", retries: 1 },
+    Suite { name: "bpf-capture", package: BPF, target: "capture", kind: "test", retries: 1 },
+    Suite { name: "bpf-guard", package: BPF, target: "guard", kind: "test", retries: 1 },
+    Suite { name: "bpf-inbound", package: BPF, target: "inbound", kind: "test", retries: 1 },
+    Suite { name: "bpf-interfaces", package: BPF, target: "interfaces", kind: "test", retries: 1 },
+    Suite { name: "cli", package: AGENT, target: "cli", kind: "test", retries: 1 },
+    Suite { name: "e2e", package: AGENT, target: "e2e", kind: "test", retries: 1 },
+    Suite { name: "underpass", package: AGENT, target: "underpass", kind: "lib", retries: 0 },
+    Suite { name: "testbed", package: TESTBED, target: "testbed", kind: "test", retries: 1 },
+    Suite { name: "testbed-app", package: TESTBED, target: "app", kind: "test", retries: 1 },
+    Suite { name: "testbed-agent", package: TESTBED, target: "agent", kind: "test", retries: 1 },
+];
+/// Seconds that one try of a test may take; five times 60 on the host.
+const LIMIT: u64 = 300;
+
+/// A line of cargo's JSON about something built.
+#[derive(Deserialize)]
+struct Built {
+    reason: String,
+    manifest_path: Option<PathBuf>,
+    target: Option<Target>,
+    executable: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
+    kind: Vec<String>,
+}
+
+/// A test program that has been built.
+pub(super) struct Program {
+    suite: &'static Suite,
+    pub(super) path: PathBuf,
+    /// Directory of its package.
+    directory: PathBuf,
+}
+
+/// Builds the test programs.
+pub(super) fn build(cargo: &mut Command, step: &Step) -> Result<Vec<Program>> {
+    let mut all = Vec::new();
+    // The same selection as `cargo xtask test` makes: another one has other features, and builds everything again.
+    cargo.args(["test", "--locked", "--no-run", "--message-format=json-render-diagnostics"]);
+    exec::each_line(cargo, |line| {
+        let Ok(built) = serde_json::from_str::<Built>(line) else {
+            step.now(line.trim());
+            return;
+        };
+        all.extend(program(built));
+    })?;
+    for suite in SUITES {
+        if !all.iter().any(|program| program.suite.name == suite.name) {
+            bail!("cargo has built no test program {} of package {}", suite.target, suite.package.0);
+        }
+    }
+    Ok(all)
+}
+
+fn program(built: Built) -> Option<Program> {
+    let (manifest, target, path) = (built.manifest_path?, built.target?, built.executable?);
+    let directory = manifest.parent()?.to_path_buf();
+    let suite = SUITES.iter().find(|suite| {
+        directory == places::repository().join(suite.package.1)
+            && suite.target == target.name
+            && target.kind.iter().any(|kind| kind == suite.kind)
+    })?;
+    (built.reason == "compiler-artifact").then_some(Program { suite, path, directory })
+}
+
+/// The tests whose name contains `filter`, with `full` also those marked ignored.
+pub(super) fn tests(programs: &[Program], filter: Option<&str>, full: bool) -> Result<Vec<Test>> {
+    let mut all = Vec::new();
+    for suite in SUITES {
+        let Some(program) = programs.iter().find(|program| program.suite.name == suite.name) else { continue };
+        let names = |more: &[&str]| -> Result<BTreeSet<String>> {
+            let text = exec::output(Command::new(&program.path).args(["--list", "--format", "terse"]).args(more))?;
+            Ok(text.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
+        };
+        let ignored = if full { BTreeSet::new() } else { names(&["--ignored"])? };
+        for name in names(&[])?.difference(&ignored) {
+            if filter.is_none_or(|filter| name.contains(filter)) {
+                all.push(Test {
+                    suite: suite.name.to_owned(),
+                    name: name.clone(),
+                    program: program.path.clone(),
+                    directory: program.directory.clone(),
+                    retries: suite.retries,
+                    limit: LIMIT,
+                });
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// Copies of programs without what only debuggers read, for they have to fit into memory. Kept as long as they are new.
+pub(super) fn strip(programs: &[PathBuf], into: &Path) -> Result<Vec<(PathBuf, PathBuf)>> {
+    fs::create_dir_all(into).with_context(|| format!("creating {}", into.display()))?;
+    let mut kept = BTreeSet::new();
+    let mut all = Vec::new();
+    for program in programs {
+        let stripped = into.join(program.file_name().context("a program has a name")?);
+        let time = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified());
+        let new = time(&stripped).is_ok_and(|made| time(program).is_ok_and(|built| made >= built));
+        if !new {
+            let partial = tempfile::NamedTempFile::new_in(into).context("creating a file")?;
+            exec::output(Command::new("strip").arg("--strip-all").arg("-o").arg(partial.path()).arg(program))?;
+            fs::set_permissions(partial.path(), fs::Permissions::from_mode(0o755))?;
+            partial.persist(&stripped).with_context(|| format!("writing {}", stripped.display()))?;
+        }
+        kept.insert(stripped.clone());
+        all.push((program.clone(), stripped));
+    }
+    for old in fs::read_dir(into).with_context(|| format!("listing {}", into.display()))?.flatten() {
+        if !kept.contains(&old.path()) && !old.file_name().to_string_lossy().starts_with('.') {
+            // Another copy of this program may have been faster.
+            let _ = fs::remove_file(old.path());
+        }
+    }
+    Ok(all)
+}
