@@ -225,6 +225,8 @@ fn environment(full: bool) -> BTreeMap<String, String> {
         ("UNDERPASS_BIN", underpass.as_str()),
         ("TESTBED_APP", app.as_str()),
         (pace::SLOWNESS, SLOWNESS),
+        // Where the kernel can protect records, tests of the relay leave it to the kernel.
+        ("UNDERPASS_TEST_KTLS", "1"),
     ]
     .map(|(name, value)| (name.to_owned(), value.to_owned()))
     .into();

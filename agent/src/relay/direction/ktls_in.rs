@@ -3,7 +3,10 @@
 //! Few bytes are received and sent; many are spliced, one record after the other into a pipe and all together out of it, so that they
 //! are never copied here. Everything that is no data is received: splice does not say what it is.
 
-use std::{io::IoSlice, os::fd::AsFd as _};
+use std::{
+    io::{self, IoSlice},
+    os::fd::AsFd as _,
+};
 
 use rustls::AlertDescription;
 
@@ -16,7 +19,7 @@ use crate::{
     },
     sys::tls::Incoming,
     tunnel::{
-        ktls::{Event, KernelTls},
+        ktls::{Broken, Event, KernelTls},
         records::MAX_PLAINTEXT,
         session::kernel::from_kernel,
     },
@@ -37,12 +40,14 @@ pub(in crate::relay) struct KtlsIn {
     pipe: Option<Pipe>,
     /// Rounds of splicing left without a full record; 0 is receiving.
     bulk: u8,
+    /// The socket has failed. The kernel tells so before it hands out what had arrived by then, which may explain it or be all there was to come.
+    lost: Option<io::Error>,
 }
 
 impl KtlsIn {
     /// Starts with plaintext that came with the hand-over.
     pub(in crate::relay) fn new(plaintext: Vec<u8>) -> Self {
-        Self { phase: Phase::Open, held: Held::from(plaintext), pipe: None, bulk: 0 }
+        Self { phase: Phase::Open, held: Held::from(plaintext), pipe: None, bulk: 0, lost: None }
     }
 
     /// Bytes held back.
@@ -87,7 +92,7 @@ impl KtlsIn {
         tls: &mut KernelTls,
         scratch: &mut Scratch,
     ) -> Result<Step, Fault> {
-        let Some((event, length)) = next(tunnel, tls, &mut scratch.bytes)? else { return Ok(Step::Blocked) };
+        let Some((event, length)) = self.next(tunnel, tls, &mut scratch.bytes)? else { return Ok(Step::Blocked) };
         match event {
             Event::Data => {
                 if length >= BULK {
@@ -133,9 +138,11 @@ impl KtlsIn {
                     other = true;
                     break;
                 }
-                // Data that came before is delivered before the end is.
-                Err(_) if pipe.held > 0 => break,
-                Err(error) => return Err(Fault::kernel(from_kernel(error), Fault::Read)),
+                Err(error) => {
+                    self.lost = Some(error);
+                    other = true;
+                    break;
+                }
             }
         }
         let moved = pipe.held;
@@ -170,39 +177,55 @@ impl KtlsIn {
     /// Looks for the alert with which the peer explained why it no longer takes anything. Data on the way is dropped: the connection
     /// is over.
     pub(in crate::relay) fn last_words(
-        &self,
+        &mut self,
         tunnel: &mut Side,
         tls: &mut KernelTls,
         scratch: &mut Scratch,
     ) -> Option<AlertDescription> {
+        tunnel.expect_data();
         for _ in 0..LAST_READS {
-            tunnel.expect_data();
-            match next(tunnel, tls, &mut scratch.bytes) {
+            match self.next(tunnel, tls, &mut scratch.bytes) {
                 Ok(Some((Event::Alert(alert), _))) => return Some(alert),
-                // The kernel tells of a reset once, and then goes on with what came before it.
-                Ok(Some((Event::Data | Event::Control, _))) | Err(Fault::Read(_)) => {}
+                Ok(Some((Event::Data | Event::Control, _))) => {}
                 _ => return None,
             }
         }
         None
     }
 
+    /// Receives and judges records of one type. `None` when there are none.
+    fn next(
+        &mut self,
+        tunnel: &mut Side,
+        tls: &mut KernelTls,
+        buffer: &mut [u8],
+    ) -> Result<Option<(Event, usize)>, Fault> {
+        loop {
+            let incoming = match tunnel.receive(buffer).map_err(from_kernel) {
+                Ok(incoming) => incoming,
+                Err(Broken::Socket(error)) if self.lost.is_none() => {
+                    self.lost = Some(error);
+                    tunnel.expect_data();
+                    continue;
+                }
+                Err(broken) => return Err(Fault::kernel(broken, Fault::Read)),
+            };
+            return match (incoming, self.lost.take()) {
+                (Some(Incoming::Records { content_type, length }), lost) => {
+                    self.lost = lost;
+                    let event = tls.received(tunnel.as_fd(), content_type, &buffer[..length]);
+                    event.map(|event| Some((event, length))).map_err(|broken| Fault::kernel(broken, Fault::Read))
+                }
+                (_, Some(error)) => Err(Fault::Read(error)),
+                (Some(Incoming::Fin), None) => Err(Fault::Truncated),
+                (None, None) => Ok(None),
+            };
+        }
+    }
+
     fn finish(&mut self, application: &Side) -> Result<Step, Fault> {
         application.finish().map_err(Fault::Write)?;
         self.phase = Phase::Done;
         Ok(Step::Done)
-    }
-}
-
-/// Receives and judges records of one type. `None` when there are none.
-fn next(tunnel: &mut Side, tls: &mut KernelTls, buffer: &mut [u8]) -> Result<Option<(Event, usize)>, Fault> {
-    let read = |broken| Fault::kernel(broken, Fault::Read);
-    match tunnel.receive(buffer).map_err(|error| read(from_kernel(error)))? {
-        None => Ok(None),
-        Some(Incoming::Fin) => Err(Fault::Truncated),
-        Some(Incoming::Records { content_type, length }) => {
-            let event = tls.received(tunnel.as_fd(), content_type, &buffer[..length]).map_err(read)?;
-            Ok(Some((event, length)))
-        }
     }
 }

@@ -7,20 +7,22 @@ use std::{
 };
 
 use super::*;
-use crate::tunnel::{
+use crate::{
+    telemetry::RefusalReason,
+    tunnel::{
     post_handshake::REQUESTING_KEY_UPDATE,
-    records::{MAX_PLAINTEXT, Opened},
-};
+    records::{MAX_PLAINTEXT, Opened, RecordError},
+}};
 
 #[test]
 fn bulk_both_ways_at_once() {
     let (near, far) = (Node::new(), Node::new());
     let ends = tunnelled(&near, &far);
-    exchange(&ends, seed() >> 1, 32 << 20, 128 << 10);
+    exchange(&ends, seed() >> 1, scaled(32 << 20), 128 << 10);
     assert_eq!(ends.reasons(), [CloseReason::Finished; 2]);
     for watched in &ends.relayed {
-        assert_eq!(watched.connection.sent.load(Relaxed), 32 << 20);
-        assert_eq!(watched.connection.received.load(Relaxed), 32 << 20);
+        assert_eq!(watched.connection.sent.load(Relaxed), scaled(32 << 20) as u64);
+        assert_eq!(watched.connection.received.load(Relaxed), scaled(32 << 20) as u64);
     }
     assert_eq!(near.counters.closed_clean.load(Relaxed), 1);
     assert!(near.table.is_empty());
@@ -30,7 +32,7 @@ fn bulk_both_ways_at_once() {
 fn bulk_in_plaintext() {
     let node = Node::new();
     let ends = plain(&node);
-    exchange(&ends, seed() >> 1, 32 << 20, 128 << 10);
+    exchange(&ends, seed() >> 1, scaled(32 << 20), 128 << 10);
     assert_eq!(ends.reasons(), [CloseReason::Finished]);
 }
 
@@ -130,6 +132,9 @@ fn dribble(from: &TcpStream, to: &TcpStream, seed: u64) -> JoinHandle<()> {
 /// Both sides change their keys again and again while data flows.
 #[test]
 fn key_updates_in_the_middle() {
+    if cannot_replace_keys() {
+        return a_key_that_cannot_be_replaced_ends_the_connection();
+    }
     let seed = seed() >> 1;
     let (near, far) = (Node::new(), Node::new());
     let (mut ours, mut theirs) = pair();
@@ -139,8 +144,42 @@ fn key_updates_in_the_middle() {
     let (client, one) = near.tunnel(Direction::Outbound, a, ours);
     let (server, two) = far.tunnel(Direction::Inbound, b, theirs);
     let ends = Ends { client, server, relayed: vec![one, two] };
-    exchange(&ends, seed, 4 << 20, 64 << 10);
+    exchange(&ends, seed, scaled(4 << 20), 64 << 10);
     assert_eq!(ends.reasons(), [CloseReason::Finished; 2]);
+}
+
+/// A key that has done what it may and cannot be replaced ends the connection, with a reset at both applications.
+#[test]
+fn a_key_that_cannot_be_replaced_ends_the_connection() {
+    let Some(support) = ktls() else { return key_limit_of_records() };
+    let fixed = Support { rekey: false, ..support.clone() };
+    let (near, far) = (Node::new(), Node::new());
+    let (mut ours, theirs) = pair();
+    ours.per_key = Some(20);
+    let (a, b) = sockets();
+    let (mut client, one) = near.ktls_tunnel(Direction::Outbound, a, ours, &fixed);
+    let (server, two) = far.ktls_tunnel(Direction::Inbound, b, theirs, &fixed);
+    let reader = thread::spawn(move || read_all(&server));
+    let mut sent = 0;
+    while client.write_all(&[1; 1000]).is_ok() {
+        sent += 1;
+    }
+    assert!(sent >= 1, "nothing was sent");
+    let (received, end) = reader.join().expect("reading");
+    assert_eq!(end, Err(ErrorKind::ConnectionReset));
+    assert!(received.len() <= 20 * MAX_PLAINTEXT + (256 << 10), "{} bytes under one key", received.len());
+    assert_eq!(one.ended(), CloseReason::KeyLimit);
+    assert_eq!(near.counters.refused(RefusalReason::KeyLimit), 1);
+    assert_eq!(two.ended(), CloseReason::Denied);
+}
+
+/// In the agent keys can always be replaced, so the limit is only met by a defect: then nothing more is sealed.
+fn key_limit_of_records() {
+    let (ours, _) = pair();
+    let mut records = ours.records();
+    records.limit_for_tests(u64::MAX, 1);
+    records.seal(b"the last one").expect("a record");
+    assert_eq!(records.seal(b"one too many"), Err(RecordError::Exhausted));
 }
 
 /// A key update that asks for ours is answered at once, though the application sends nothing; then data flows under the new
@@ -155,6 +194,10 @@ fn a_requested_key_update_is_answered() {
     let update = theirs.update_tx(REQUESTING_KEY_UPDATE).expect("an update");
     let data = theirs.seal(b"under new keys").expect("a record");
     write_all(&b, &[&update, &data]);
+    if cannot_replace_keys() {
+        assert_reset(&application);
+        return assert_eq!(watched.ended(), CloseReason::KeyLimit);
+    }
     let mut got = [0; 14];
     (&application).read_exact(&mut got).expect("receiving");
     assert_eq!(&got, b"under new keys");

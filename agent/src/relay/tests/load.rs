@@ -28,12 +28,12 @@ fn many_descriptors() {
 
 #[test]
 fn two_thousand_connections_on_two_threads() {
-    const CONNECTIONS: usize = 2000;
+    let connections = scaled(2000);
     many_descriptors();
     let node = Node::with(&RelayOptions { threads: 2, ..RelayOptions::default() });
     // Both relays of each connection on the same two threads: 4,000 in all.
-    let all: Vec<_> = (0..CONNECTIONS).map(|_| tunnelled(&node, &node)).collect();
-    assert_eq!(node.table.len(), 2 * CONNECTIONS);
+    let all: Vec<_> = (0..connections).map(|_| tunnelled(&node, &node)).collect();
+    assert_eq!(node.table.len(), 2 * connections);
     let mut random = StdRng::seed_from_u64(seed());
     for round in 0..3u8 {
         let messages: Vec<Vec<u8>> =
@@ -62,7 +62,7 @@ fn two_thousand_connections_on_two_threads() {
         assert_eq!(ends.reasons(), [CloseReason::Finished; 2]);
     }
     assert_eq!(node.table.len(), 0);
-    assert_eq!(node.counters.closed_clean.load(Relaxed), 2 * CONNECTIONS as u64);
+    assert_eq!(node.counters.closed_clean.load(Relaxed), 2 * connections as u64);
 }
 
 /// A turn ends although there is more to move and nothing in its way.

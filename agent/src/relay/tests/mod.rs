@@ -41,7 +41,7 @@ use crate::{
 };
 
 /// Longer than anything takes on a busy machine; a test that waits this long has failed.
-const PATIENCE: Duration = Duration::from_mins(1);
+const PATIENCE: Duration = Duration::from_mins(2);
 
 /// A seed, printed so that a failure can be repeated with `UNDERPASS_TEST_SEED`.
 fn seed() -> u64 {
@@ -60,6 +60,16 @@ fn ktls() -> Option<&'static Support> {
         Some(support)
     });
     SUPPORT.as_ref()
+}
+
+/// Whether the kernel protects records under keys that stay the same for ever.
+fn cannot_replace_keys() -> bool {
+    ktls().is_some_and(|support| !support.rekey)
+}
+
+/// As many of `bytes` as make sense on a slow machine.
+fn scaled(bytes: usize) -> usize {
+    testbed::pace::scaled(bytes as u64) as usize
 }
 
 /// Both ends' keys, client first.
@@ -130,6 +140,17 @@ impl Node {
         let Some(support) = ktls() else {
             return self.user_tunnel(direction, tunnel, keys.records(), Vec::new(), Vec::new());
         };
+        self.ktls_tunnel(direction, tunnel, keys, support)
+    }
+
+    /// One whose records the kernel protects.
+    fn ktls_tunnel(
+        &self,
+        direction: Direction,
+        tunnel: TcpStream,
+        keys: Keys,
+        support: &Support,
+    ) -> (TcpStream, Watched) {
         let (application, inner) = sockets();
         let connection = self.add(direction, DataPath::Ktls);
         let tls = Box::new(keys.kernel(tunnel.as_fd(), support));
