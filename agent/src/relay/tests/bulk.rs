@@ -170,7 +170,8 @@ fn a_key_that_cannot_be_replaced_ends_the_connection() {
     assert!(received.len() <= 20 * MAX_PLAINTEXT + (256 << 10), "{} bytes under one key", received.len());
     assert_eq!(one.ended(), CloseReason::KeyLimit);
     assert_eq!(near.counters.refused(RefusalReason::KeyLimit), 1);
-    assert_eq!(two.ended(), CloseReason::Denied);
+    // An alert explains it, unless the reset behind overtakes it.
+    assert!(matches!(two.ended(), CloseReason::Denied | CloseReason::UpstreamReset));
 }
 
 /// In the agent keys can always be replaced, so the limit is only met by a defect: then nothing more is sealed.
