@@ -1,6 +1,6 @@
 //! Makes a machine out of an initramfs: file systems, limits, the loopback interface.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
 use nix::{
@@ -22,6 +22,13 @@ const MOUNTS: &[(&str, &str)] = &[
     ("securityfs", "/sys/kernel/security"),
     ("tracefs", "/sys/kernel/tracing"),
 ];
+/// What is udev's work elsewhere: names of a program's own descriptors.
+const LINKS: &[(&str, &str)] = &[
+    ("/dev/fd", "/proc/self/fd"),
+    ("/dev/stdin", "/proc/self/fd/0"),
+    ("/dev/stdout", "/proc/self/fd/1"),
+    ("/dev/stderr", "/proc/self/fd/2"),
+];
 /// Descriptors of a process, as a node's agent gets them from its service or DaemonSet.
 const OPEN_FILES: u64 = 100_000;
 
@@ -33,6 +40,9 @@ pub(crate) fn prepare() -> Result<()> {
         }
         mount(Some(*kind), *point, Some(*kind), MsFlags::empty(), None::<&str>)
             .with_context(|| format!("mounting {kind} at {point}"))?;
+    }
+    for (name, to) in LINKS {
+        symlink(to, name).with_context(|| format!("creating {name}"))?;
     }
     setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES).context("raising the limit of open files")?;
     setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).context("raising the limit of locked memory")?;

@@ -22,6 +22,7 @@ const WANTED: &[&str] = &[
     "drivers/net/veth",
     "drivers/net/dummy",
     "drivers/net/macvlan",
+    "drivers/net/tun",
     "net/bridge/bridge",
     "net/802",
     "net/llc",
