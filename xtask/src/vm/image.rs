@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use testbed::pace;
-use vm_guest::{PLAN, Plan, Test};
+use vm_guest::{PLAN, PROGRAMS, Plan, Test};
 
 use super::{archive::Archive, contents};
 use crate::{exec, places};
@@ -51,7 +51,7 @@ fn own_programs() -> [PathBuf; 3] {
 fn environment(full: bool) -> BTreeMap<String, String> {
     let [underpass, app, _] = own_programs().map(|path| path.display().to_string());
     let mut all: BTreeMap<String, String> = [
-        ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+        ("PATH", PROGRAMS),
         ("HOME", "/root"),
         ("UNDERPASS_BIN", underpass.as_str()),
         ("TESTBED_APP", app.as_str()),
