@@ -31,7 +31,7 @@ enum Command {
     Setup(setup::Options),
     /// Show mutual TLS between two nodes full of unmodified programs (root).
     Demo(demo::Options),
-    /// Run every test, then every fuzz target for a short time (root).
+    /// Run every test, then every fuzz target for a short time, then tests on other kernels (root).
     Test(test::Options),
     /// Run the tests that talk to the kernel on other kernels, in virtual machines.
     Vm(vm::Options),

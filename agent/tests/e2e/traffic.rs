@@ -3,7 +3,10 @@
 use std::{fs, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use testbed::{Nginx, Redis, Sniffer, SnifferOptions};
+use testbed::{
+    Nginx, Redis, Sniffer, SnifferOptions,
+    pace::{patience, scaled},
+};
 
 use crate::world::{
     MARKER, Stage, World, app, app_error, assert_encrypted, assert_plaintext_seen, at, eventually, live, serve, sniff,
@@ -92,15 +95,16 @@ fn two_hundred_megabytes_both_ways_at_once_with_checksums() -> Result<()> {
     let world = World::new("bulk")?;
     let _bulk = serve(&world.server, 8080, &["--mode", "bulk"])?;
     let sniffer = world.sniff()?;
-    let bytes = (200_u64 << 20).to_string();
+    let each = scaled(200 << 20);
+    let (bytes, timeout) = (each.to_string(), patience(Duration::from_secs(85)).as_secs().to_string());
     let report = app(
         &world.client,
-        &["bulk", &at(world.server.ipv4(), 8080), "--up", &bytes, "--down", &bytes, "--timeout", "85"],
+        &["bulk", &at(world.server.ipv4(), 8080), "--up", &bytes, "--down", &bytes, "--timeout", &timeout],
     )?;
-    ensure!(report["up"] == 200 << 20, "{report}");
+    ensure!(report["up"] == each, "{report}");
     let capture = sniffer.stop()?;
     ensure!(capture.tcp_15008_payload > 0 && capture.plaintext_payload == 0 && capture.marker_hits == 0, "{capture:?}");
-    ensure!(capture.bytes > 400 << 20, "the bulk did not cross the wire: {capture:?}");
+    ensure!(capture.bytes > 2 * each, "the bulk did not cross the wire: {capture:?}");
     Ok(())
 }
 
@@ -143,6 +147,7 @@ fn redis_pipelines() -> Result<()> {
     let run = |arguments: &[&str]| world.client.check(&[&redis[..], arguments].concat());
     ensure!(run(&["set", "key", MARKER])?.trim() == "OK");
     ensure!(run(&["get", "key"])?.trim() == MARKER);
+    let requests = scaled(20_000).to_string();
     let bench = world.client.check(&[
         "redis-benchmark",
         "-h",
@@ -150,7 +155,7 @@ fn redis_pipelines() -> Result<()> {
         "-t",
         "set,get",
         "-n",
-        "20000",
+        &requests,
         "-P",
         "16",
         "-c",
@@ -210,9 +215,10 @@ fn five_hundred_parallel_short_connections() -> Result<()> {
     let world = World::new("many")?;
     let _echo = serve(&world.server, 8080, &[])?;
     let sniffer = world.sniff()?;
-    let report =
-        app(&world.client, &["parallel", &at(world.server.ipv4(), 8080), "--count", "500", "--concurrency", "100"])?;
-    ensure!(report["ok"] == 500, "{report}");
+    let count = scaled(500);
+    let (count_text, to) = (count.to_string(), at(world.server.ipv4(), 8080));
+    let report = app(&world.client, &["parallel", &to, "--count", &count_text, "--concurrency", "100"])?;
+    ensure!(report["ok"] == count, "{report}");
     assert_encrypted(&sniffer.stop()?)?;
     // Nothing stays behind.
     eventually(Duration::from_secs(10), || {

@@ -8,7 +8,8 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use testbed::{
-    Agent, AgentOptions, Capture, MeshConfig, Node, Pod, Process, Sniffer, SnifferOptions, Testbed, underpass_path,
+    Agent, AgentOptions, Capture, MeshConfig, Node, Pod, Process, Sniffer, SnifferOptions, Testbed, pace::patience,
+    underpass_path,
 };
 
 /// Text that only occurs in plaintext; every test's payload carries it.
@@ -146,6 +147,7 @@ pub fn counter(agent: &Agent, path: &str) -> Result<u64> {
 
 /// Waits until `check` succeeds; what it waits for happens in another process that announces nothing.
 pub fn eventually(within: Duration, mut check: impl FnMut() -> Result<()>) -> Result<()> {
+    let within = patience(within);
     let deadline = Instant::now() + within;
     loop {
         match check() {

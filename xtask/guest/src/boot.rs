@@ -1,6 +1,6 @@
 //! Makes a machine out of an initramfs: file systems, limits, the loopback interface.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
 use nix::{
@@ -8,6 +8,7 @@ use nix::{
     sys::resource::{RLIM_INFINITY, Resource, setrlimit},
     unistd::sethostname,
 };
+use vm_guest::PROGRAMS;
 
 /// File systems in the order of mounting: type and mount point. Everything else is in the initramfs, which is a file system in
 /// memory already; one over `/tmp` could hide the tests, which are where they were built.
@@ -22,7 +23,14 @@ const MOUNTS: &[(&str, &str)] = &[
     ("securityfs", "/sys/kernel/security"),
     ("tracefs", "/sys/kernel/tracing"),
 ];
-/// Descriptors of a process, as a node's agent gets them from its service or DaemonSet.
+/// What is udev's work elsewhere: names of a program's own descriptors.
+const LINKS: &[(&str, &str)] = &[
+    ("/dev/fd", "/proc/self/fd"),
+    ("/dev/stdin", "/proc/self/fd/0"),
+    ("/dev/stdout", "/proc/self/fd/1"),
+    ("/dev/stderr", "/proc/self/fd/2"),
+];
+/// Descriptors of a process, as many as container runtimes and services usually give.
 const OPEN_FILES: u64 = 100_000;
 
 pub(crate) fn prepare() -> Result<()> {
@@ -34,13 +42,13 @@ pub(crate) fn prepare() -> Result<()> {
         mount(Some(*kind), *point, Some(*kind), MsFlags::empty(), None::<&str>)
             .with_context(|| format!("mounting {kind} at {point}"))?;
     }
+    for (name, to) in LINKS {
+        symlink(to, name).with_context(|| format!("creating {name}"))?;
+    }
     setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES).context("raising the limit of open files")?;
     setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).context("raising the limit of locked memory")?;
     sethostname("vm").context("setting the host name")?;
-    let status = Command::new("ip").args(["link", "set", "lo", "up"]).env("PATH", PATH).status();
+    let status = Command::new("ip").args(["link", "set", "lo", "up"]).env("PATH", PROGRAMS).status();
     ensure!(status.context("running ip")?.success(), "`ip link set lo up` failed; its message is on the console");
     Ok(())
 }
-
-/// Where programs are.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 pub const PLAN: &str = "/plan.json";
 /// The second serial port; the first one is the kernel's console.
 pub const CHANNEL: &str = "/dev/ttyS1";
+/// Where programs are, for `PATH`.
+pub const PROGRAMS: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Most bytes of a test's output that are reported; the end of it is kept. A serial port is slow.
 pub const OUTPUT_BYTES: usize = 32 << 10;
 

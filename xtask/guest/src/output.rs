@@ -3,16 +3,22 @@
 use std::{
     collections::VecDeque,
     io::{PipeReader, Read},
-    sync::{Arc, Mutex},
-    thread::JoinHandle,
+    sync::{
+        Arc, Mutex,
+        mpsc::{Receiver, channel},
+    },
+    time::Duration,
 };
 
 use vm_guest::OUTPUT_BYTES;
 
+/// How long the last output of a test that has ended may take to be read.
+const DRAIN: Duration = Duration::from_secs(5);
+
 /// The end of what comes out of a pipe.
 pub(crate) struct Tail {
     kept: Arc<Mutex<VecDeque<u8>>>,
-    thread: JoinHandle<()>,
+    end: Receiver<()>,
 }
 
 impl Tail {
@@ -20,7 +26,10 @@ impl Tail {
     pub(crate) fn of(mut pipe: PipeReader) -> Self {
         let kept = Arc::new(Mutex::new(VecDeque::new()));
         let shared = Arc::clone(&kept);
-        let thread = std::thread::spawn(move || {
+        let (send, end) = channel::<()>();
+        std::thread::spawn(move || {
+            // Dropped with the thread, which is what the other side waits for.
+            let _end = send;
             let mut buffer = vec![0; 16 << 10];
             while let Ok(read @ 1..) = pipe.read(&mut buffer) {
                 let mut kept = shared.lock().expect("nothing panics while holding it");
@@ -29,16 +38,12 @@ impl Tail {
                 kept.drain(..over);
             }
         });
-        Self { kept, thread }
+        Self { kept, end }
     }
 
-    /// What was kept, complete once no process has the pipe any more. A daemon may hold it for ever, so `complete` says whether
-    /// all of them are known to be gone.
-    pub(crate) fn text(self, complete: bool) -> String {
-        if complete {
-            // A panic there loses nothing that matters more than the test's own result.
-            let _ = self.thread.join();
-        }
+    /// What was kept. Complete unless a process that left the test's group still holds the pipe.
+    pub(crate) fn text(self) -> String {
+        let _ = self.end.recv_timeout(DRAIN);
         let mut kept = self.kept.lock().expect("nothing panics while holding it");
         String::from_utf8_lossy(kept.make_contiguous()).into_owned()
     }

@@ -96,10 +96,9 @@ impl Sandbox {
         if any { Ok(()) } else { result.and(Err(anyhow::anyhow!("the mirrors gave no package list"))) }
     }
 
-    /// Versions of a package on offer.
+    /// Versions of a package on offer, from new to old.
     pub(crate) fn versions(&self, package: &str) -> Result<Vec<String>> {
-        let table = exec::output(self.apt("apt-cache").args(["madison", package]))?;
-        Ok(table.lines().filter_map(|line| line.split('|').nth(1)).map(|version| version.trim().to_owned()).collect())
+        Ok(madison(&exec::output(self.apt("apt-cache").args(["madison", package]))?))
     }
 
     /// What a version of a package depends on, in the words of its control file.
@@ -132,6 +131,11 @@ impl Sandbox {
         command.args(&self.options);
         command
     }
+}
+
+/// The versions in the table that `apt-cache madison` prints: package, version and source, separated by bars.
+fn madison(table: &str) -> Vec<String> {
+    table.lines().filter_map(|line| line.split('|').nth(1)).map(|version| version.trim().to_owned()).collect()
 }
 
 /// Unpacks a package file without installing it.
@@ -283,7 +287,15 @@ fn one_line(text: &str) -> Vec<Source> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Source, deb822, one_line};
+    use super::{Source, deb822, madison, one_line};
+
+    #[test]
+    fn versions_on_offer() {
+        let table = " linux-image |   7.2.13-1 | http://mirror.example/debian sid/main amd64 Packages\n \
+                     linux-image | 6.12.95-1~bpo12+1 | http://mirror.example/debian bookworm-backports/main amd64 Packages\n";
+        assert_eq!(madison(table), ["7.2.13-1", "6.12.95-1~bpo12+1"]);
+        assert!(madison("N: Unable to locate package\n").is_empty());
+    }
 
     #[test]
     fn both_formats_are_read() {

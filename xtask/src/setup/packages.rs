@@ -36,6 +36,7 @@ const NEEDS: &[Need] = &[
     Need { file: "iperf3", package: "iperf3", why: "throughput" },
     Need { file: "curl", package: "curl", why: "a client in tests and demo" },
     Need { file: "openssl", package: "openssl", why: "hostile and foreign certificates in tests" },
+    Need { file: "sysctl", package: "procps", why: "kernel parameters in tests" },
     Need { file: "depmod", package: "kmod", why: "kernel modules of test machines" },
     Need { file: "xz", package: "xz-utils", why: "kernel modules of test machines" },
     Need { file: "tcpdump", package: "tcpdump", why: "looking at test networks by hand" },

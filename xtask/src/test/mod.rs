@@ -1,4 +1,4 @@
-//! `cargo xtask test`: every test and a short run of every fuzz target, one closing line.
+//! `cargo xtask test`: every test, a short run of every fuzz target, and tests on other kernels; one closing line.
 
 mod tally;
 
@@ -8,7 +8,7 @@ use anyhow::{Result, bail, ensure};
 use nix::unistd::geteuid;
 use testbed::Testbed;
 
-use crate::{exec, fuzz, places, setup, ui::Ui};
+use crate::{exec, fuzz, places, setup, ui::Ui, vm};
 use tally::Tally;
 
 /// How long each fuzz target runs, in general and with `--full`.
@@ -24,7 +24,10 @@ pub(crate) struct Options {
     /// Do not fuzz.
     #[arg(long)]
     no_fuzz: bool,
-    /// Only tests whose name contains this; nothing is fuzzed then.
+    /// Do not run tests on other kernels in virtual machines.
+    #[arg(long)]
+    no_vm: bool,
+    /// Only tests whose name contains this; nothing is fuzzed then, and no virtual machine started.
     filter: Option<String>,
 }
 
@@ -57,6 +60,15 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
         let outcome = fuzz::run_all(ui, None, FUZZ[usize::from(options.full)])?;
         total.passed += outcome.passed;
         total.failed += outcome.failed.len();
+    }
+    if options.filter.is_none() {
+        if options.no_vm {
+            ui.say("No tests run on other kernels (--no-vm).");
+        } else {
+            let outcome = vm::run_all(ui, &vm::Options::all_kernels(options.full))?;
+            total.passed += outcome.passed;
+            total.failed += outcome.failed;
+        }
     }
     let left = Testbed::sweep()?.removed;
     for path in &left {

@@ -68,11 +68,13 @@ pub(super) struct Kernel {
 /// The kernel of a series from the store, fetched when it is not there or when `update` asks for the newest.
 pub(super) fn get(ui: &Ui, store: &Store, series: Series, update: bool) -> Result<Kernel> {
     let name = series.facts().0;
-    if update || store.current(name).is_none() {
+    let usable = store.current(name).is_some_and(|(version, _)| version.ends_with(&modules::edition()));
+    if update || !usable {
         ui.step(&format!("fetching Debian's kernel {series}"), |step| fetch(store, series, step))
             .with_context(|| format!("fetching kernel {series}"))?;
     }
     let (version, directory) = store.current(name).context("it has just been put there")?;
+    let version = version.strip_suffix(&modules::edition()).context("it has just been put there")?.to_owned();
     Ok(Kernel { series, version, image: directory.join(IMAGE), modules: directory.join(MODULES) })
 }
 
@@ -83,7 +85,7 @@ fn fetch(store: &Store, series: Series, step: &Step) -> Result<()> {
     sandbox.update(step)?;
     let version = newest(&sandbox.versions(PACKAGE)?, prefix)
         .with_context(|| format!("looking for {PACKAGE} in {}", suites.join(", ")))?;
-    store.put(name, &version, |directory| {
+    store.put(name, &format!("{version}{}", modules::edition()), |directory| {
         let root = scratch.path().join("root");
         for (package, version) in with_own_parts(&sandbox, &version)? {
             unpack(&sandbox.download(&package, &version, step)?, &root, step)?;

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    hash::{DefaultHasher, Hash, Hasher},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -22,6 +23,7 @@ const WANTED: &[&str] = &[
     "drivers/net/veth",
     "drivers/net/dummy",
     "drivers/net/macvlan",
+    "drivers/net/tun",
     "net/bridge/bridge",
     "net/802",
     "net/llc",
@@ -43,6 +45,13 @@ const WANTED: &[&str] = &[
 ];
 /// Lists that depmod and modprobe read.
 const LISTS: &[&str] = &["modules.builtin", "modules.builtin.modinfo", "modules.order"];
+
+/// What is appended to the version of a prepared kernel, so that one prepared with other modules is not taken for it.
+pub(super) fn edition() -> String {
+    let mut hasher = DefaultHasher::new();
+    WANTED.hash(&mut hasher);
+    format!("-modules-{:08x}", hasher.finish() as u32)
+}
 
 /// Copies the wanted modules of a release to `<root>/lib/modules/<name>`, decompressed.
 pub(super) fn select(release: &Path, root: &Path, name: &str) -> Result<()> {

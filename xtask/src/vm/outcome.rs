@@ -10,14 +10,16 @@ pub(super) struct Outcome<'a> {
     label: String,
     tests: &'a [Test],
     running: BTreeSet<usize>,
-    passed: usize,
-    flaky: Vec<usize>,
-    failed: Vec<usize>,
+    /// Tests that failed and had another try.
+    retried: BTreeSet<usize>,
+    passed: BTreeSet<usize>,
+    failed: BTreeSet<usize>,
 }
 
 impl<'a> Outcome<'a> {
     pub(super) fn new(label: String, tests: &'a [Test]) -> Self {
-        Self { label, tests, running: BTreeSet::new(), passed: 0, flaky: Vec::new(), failed: Vec::new() }
+        let none = BTreeSet::new;
+        Self { label, tests, running: none(), retried: none(), passed: none(), failed: none() }
     }
 
     /// Takes a report in; what there is to say about it.
@@ -28,54 +30,44 @@ impl<'a> Outcome<'a> {
                 None
             }
             Report::Ended { test, failure, again, seconds, output } => {
-                let first = self.running.contains(&test);
-                if again {
-                    // Remembered until the second try ends.
-                    self.flaky.push(test);
-                } else {
+                let word = match (&failure, again) {
+                    (_, true) => {
+                        self.retried.insert(test);
+                        "RETRY"
+                    }
+                    (None, false) => {
+                        self.passed.insert(test);
+                        if self.retried.contains(&test) { "FLAKY" } else { "PASS" }
+                    }
+                    (Some(_), false) => {
+                        self.failed.insert(test);
+                        "FAIL"
+                    }
+                };
+                if !again {
                     self.running.remove(&test);
                 }
-                debug_assert!(first, "test {test} ended without a start");
-                Some(self.ended(test, failure.as_deref(), again, seconds, &output))
+                let mut line = format!("{word:>8} [{seconds:8.1}s] {} {}", self.label, self.name(test));
+                if let Some(failure) = failure {
+                    let _ = write!(line, ": {failure}");
+                    for printed in output.lines() {
+                        let _ = write!(line, "\n    {printed}");
+                    }
+                }
+                Some(line)
             }
             Report::Ready { .. } | Report::Done | Report::Broken { .. } => None,
         }
     }
 
-    fn ended(&mut self, test: usize, failure: Option<&str>, again: bool, seconds: f64, output: &str) -> String {
-        let second = !again && self.flaky.contains(&test);
-        let word = match (failure, again) {
-            (_, true) => "TRY 1",
-            (None, _) if second => "FLAKY",
-            (None, _) => "PASS",
-            (Some(_), _) => "FAIL",
-        };
-        match failure {
-            None => self.passed += 1,
-            Some(_) if !again => {
-                self.flaky.retain(|other| *other != test);
-                self.failed.push(test);
-            }
-            Some(_) => {}
-        }
-        let mut line = format!("{word:>8} [{seconds:8.1}s] {} {}", self.label, self.name(test));
-        if let Some(failure) = failure {
-            let _ = write!(line, ": {failure}");
-            for printed in output.lines() {
-                let _ = write!(line, "\n    {printed}");
-            }
-        }
-        line
-    }
-
-    /// Tests that passed.
+    /// How many tests passed.
     pub(super) fn passed(&self) -> usize {
-        self.passed
+        self.passed.len()
     }
 
-    /// Tests that did not, with those that were never run to an end.
+    /// How many did not, with those that were never run to an end.
     pub(super) fn failed(&self) -> usize {
-        self.tests.len() - self.passed
+        self.tests.len() - self.passed.len()
     }
 
     /// Names of the tests that are running.
@@ -85,16 +77,18 @@ impl<'a> Outcome<'a> {
 
     /// The closing lines.
     pub(super) fn summary(&self, seconds: f64) -> String {
-        let flaky = if self.flaky.is_empty() { String::new() } else { format!(" ({} flaky)", self.flaky.len()) };
-        let not_run = self.tests.len() - self.passed - self.failed.len();
-        let not_run = if not_run == 0 { String::new() } else { format!(", {not_run} not run to an end") };
-        let mut text = format!(
-            " Summary [{seconds:8.1}s] {} {} passed{flaky}, {} failed{not_run}",
-            self.label,
-            self.passed,
-            self.failed.len()
-        );
-        for (word, tests) in [("FLAKY", &self.flaky), ("FAIL", &self.failed)] {
+        let flaky: BTreeSet<_> = self.retried.intersection(&self.passed).copied().collect();
+        let (passed, failed) = (self.passed.len(), self.failed.len());
+        let mut text = format!(" Summary [{seconds:8.1}s] {} {passed} passed", self.label);
+        if !flaky.is_empty() {
+            let _ = write!(text, " ({} flaky)", flaky.len());
+        }
+        let _ = write!(text, ", {failed} failed");
+        let not_run = self.tests.len() - passed - failed;
+        if not_run > 0 {
+            let _ = write!(text, ", {not_run} not run to an end");
+        }
+        for (word, tests) in [("FLAKY", &flaky), ("FAIL", &self.failed)] {
             for test in tests {
                 let _ = write!(text, "\n{word:>8} {} {}", self.label, self.name(*test));
             }
@@ -138,7 +132,7 @@ mod tests {
         }
         assert_eq!(outcome.take(ended(0, None, false)).unwrap(), "    PASS [     1.2s] 6.1 e2e one");
         let line = outcome.take(ended(1, Some("exit status 101"), true)).unwrap();
-        assert_eq!(line, "   TRY 1 [     1.2s] 6.1 e2e two: exit status 101\n    said");
+        assert_eq!(line, "   RETRY [     1.2s] 6.1 e2e two: exit status 101\n    said");
         assert_eq!(outcome.take(ended(1, None, false)).unwrap(), "   FLAKY [     1.2s] 6.1 e2e two");
         outcome.take(ended(2, Some("exit status 101"), true));
         let line = outcome.take(ended(2, Some("still running after 10 s"), false)).unwrap();

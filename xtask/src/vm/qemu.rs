@@ -83,7 +83,9 @@ fn fetch(store: &Store, step: &Step) -> Result<()> {
         Some(version.to_owned())
     });
     let version = file.with_context(|| format!("apt downloaded no {PACKAGE}"))?;
-    store.put("qemu", &version, |root| {
+    // Without the epoch: directories of libraries are separated by colons.
+    let version = version.rsplit("%3a").next().unwrap_or_default();
+    store.put("qemu", version, |root| {
         for package in &packages {
             unpack(package, root, step)?;
         }

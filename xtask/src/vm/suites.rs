@@ -1,14 +1,8 @@
 //! Which tests run in the machine: those that talk to the kernel.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{collections::BTreeSet, path::PathBuf, process::Command};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use serde::Deserialize;
 use vm_guest::Test;
 
@@ -32,20 +26,48 @@ struct Suite {
     kind: &'static str,
     /// As in `.config/nextest.toml`: tests on real networks have a second try.
     retries: u32,
+    /// What is run without `--full`.
+    usual: Usual,
 }
 
+/// Some tests of a program.
+enum Usual {
+    All,
+    /// Those whose name begins with one of the first and with none of the second.
+    Parts(&'static [&'static str], &'static [&'static str]),
+    /// None: they say little about kernels.
+    Nothing,
+}
+
+impl Usual {
+    fn has(&self, name: &str) -> bool {
+        let begins = |parts: &[&str]| parts.iter().any(|part| name.starts_with(part));
+        match self {
+            Self::All => true,
+            Self::Parts(wanted, unwanted) => begins(wanted) && !begins(unwanted),
+            Self::Nothing => false,
+        }
+    }
+}
+
+/// Modules of the agent that call the kernel for what kernels differ in, without minutes of load.
+const KERNEL: Usual = Usual::Parts(
+    &["admin::", "capture::", "cli::", "proxy::", "relay::", "sys::"],
+    &["relay::tests::load::", "relay::tests::measure::"],
+);
+
 const SUITES: &[Suite] = &[
-    Suite { name: "bpf-load", package: BPF, target: "load", kind: "test", retries: 1 },
-    Suite { name: "bpf-capture", package: BPF, target: "capture", kind: "test", retries: 1 },
-    Suite { name: "bpf-guard", package: BPF, target: "guard", kind: "test", retries: 1 },
-    Suite { name: "bpf-inbound", package: BPF, target: "inbound", kind: "test", retries: 1 },
-    Suite { name: "bpf-interfaces", package: BPF, target: "interfaces", kind: "test", retries: 1 },
-    Suite { name: "cli", package: AGENT, target: "cli", kind: "test", retries: 1 },
-    Suite { name: "e2e", package: AGENT, target: "e2e", kind: "test", retries: 1 },
-    Suite { name: "underpass", package: AGENT, target: "underpass", kind: "lib", retries: 0 },
-    Suite { name: "testbed", package: TESTBED, target: "testbed", kind: "test", retries: 1 },
-    Suite { name: "testbed-app", package: TESTBED, target: "app", kind: "test", retries: 1 },
-    Suite { name: "testbed-agent", package: TESTBED, target: "agent", kind: "test", retries: 1 },
+    Suite { name: "bpf-load", package: BPF, target: "load", kind: "test", retries: 1, usual: Usual::All },
+    Suite { name: "bpf-capture", package: BPF, target: "capture", kind: "test", retries: 1, usual: Usual::All },
+    Suite { name: "bpf-guard", package: BPF, target: "guard", kind: "test", retries: 1, usual: Usual::All },
+    Suite { name: "bpf-inbound", package: BPF, target: "inbound", kind: "test", retries: 1, usual: Usual::All },
+    Suite { name: "bpf-interfaces", package: BPF, target: "interfaces", kind: "test", retries: 1, usual: Usual::All },
+    Suite { name: "cli", package: AGENT, target: "cli", kind: "test", retries: 1, usual: Usual::All },
+    Suite { name: "e2e", package: AGENT, target: "e2e", kind: "test", retries: 1, usual: Usual::All },
+    Suite { name: "underpass", package: AGENT, target: "underpass", kind: "lib", retries: 0, usual: KERNEL },
+    Suite { name: "testbed", package: TESTBED, target: "testbed", kind: "test", retries: 1, usual: Usual::Nothing },
+    Suite { name: "testbed-app", package: TESTBED, target: "app", kind: "test", retries: 1, usual: Usual::Nothing },
+    Suite { name: "testbed-agent", package: TESTBED, target: "agent", kind: "test", retries: 1, usual: Usual::Nothing },
 ];
 /// Seconds that one try of a test may take; five times 60 on the host.
 const LIMIT: u64 = 300;
@@ -77,7 +99,7 @@ pub(super) struct Program {
 pub(super) fn build(cargo: &mut Command, step: &Step) -> Result<Vec<Program>> {
     let mut all = Vec::new();
     // The same selection as `cargo xtask test` makes: another one has other features, and builds everything again.
-    cargo.args(["test", "--locked", "--no-run", "--message-format=json-render-diagnostics"]);
+    cargo.args(["--no-run", "--message-format=json-render-diagnostics"]);
     exec::each_line(cargo, |line| {
         let Ok(built) = serde_json::from_str::<Built>(line) else {
             step.now(line.trim());
@@ -104,7 +126,8 @@ fn program(built: Built) -> Option<Program> {
     (built.reason == "compiler-artifact").then_some(Program { suite, path, directory })
 }
 
-/// The tests whose name contains `filter`, with `full` also those marked ignored.
+/// The tests to run, in the order of the list above. A filter is part of the name as it is printed, `e2e traffic::redis_pipelines`,
+/// and leaves only ignored tests out; `full` leaves nothing out.
 pub(super) fn tests(programs: &[Program], filter: Option<&str>, full: bool) -> Result<Vec<Test>> {
     let mut all = Vec::new();
     for suite in SUITES {
@@ -115,7 +138,11 @@ pub(super) fn tests(programs: &[Program], filter: Option<&str>, full: bool) -> R
         };
         let ignored = if full { BTreeSet::new() } else { names(&["--ignored"])? };
         for name in names(&[])?.difference(&ignored) {
-            if filter.is_none_or(|filter| name.contains(filter)) {
+            let wanted = match filter {
+                Some(filter) => format!("{} {name}", suite.name).contains(filter),
+                None => full || suite.usual.has(name),
+            };
+            if wanted {
                 all.push(Test {
                     suite: suite.name.to_owned(),
                     name: name.clone(),
@@ -125,33 +152,6 @@ pub(super) fn tests(programs: &[Program], filter: Option<&str>, full: bool) -> R
                     limit: LIMIT,
                 });
             }
-        }
-    }
-    Ok(all)
-}
-
-/// Copies of programs without what only debuggers read, for they have to fit into memory. Kept as long as they are new.
-pub(super) fn strip(programs: &[PathBuf], into: &Path) -> Result<Vec<(PathBuf, PathBuf)>> {
-    fs::create_dir_all(into).with_context(|| format!("creating {}", into.display()))?;
-    let mut kept = BTreeSet::new();
-    let mut all = Vec::new();
-    for program in programs {
-        let stripped = into.join(program.file_name().context("a program has a name")?);
-        let time = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified());
-        let new = time(&stripped).is_ok_and(|made| time(program).is_ok_and(|built| made >= built));
-        if !new {
-            let partial = tempfile::NamedTempFile::new_in(into).context("creating a file")?;
-            exec::output(Command::new("strip").arg("--strip-all").arg("-o").arg(partial.path()).arg(program))?;
-            fs::set_permissions(partial.path(), fs::Permissions::from_mode(0o755))?;
-            partial.persist(&stripped).with_context(|| format!("writing {}", stripped.display()))?;
-        }
-        kept.insert(stripped.clone());
-        all.push((program.clone(), stripped));
-    }
-    for old in fs::read_dir(into).with_context(|| format!("listing {}", into.display()))?.flatten() {
-        if !kept.contains(&old.path()) && !old.file_name().to_string_lossy().starts_with('.') {
-            // Another copy of this program may have been faster.
-            let _ = fs::remove_file(old.path());
         }
     }
     Ok(all)

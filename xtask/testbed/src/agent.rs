@@ -14,6 +14,7 @@ use serde_json::Value;
 use crate::{
     bpffs,
     node::Node,
+    pace::patience,
     process::{Output, Process, Stream},
 };
 
@@ -130,6 +131,7 @@ impl Agent {
         /// The agent need not log what it is waited for, so it is asked again after this long.
         const ASK_AGAIN: Duration = Duration::from_millis(100);
         let log = || format!("agent of node {}; its log:\n{}", self.node.name(), self.log());
+        let within = patience(within);
         let deadline = Instant::now() + within;
         let mut seen = 0;
         loop {

@@ -11,6 +11,8 @@ use std::{
 use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::pace::patience;
+
 /// How long killed processes may take to leave their cgroup.
 const EMPTY_WITHIN: Duration = Duration::from_secs(10);
 
@@ -42,7 +44,8 @@ pub(crate) fn remove(root: &Path) -> Result<()> {
 fn wait_empty(root: &Path) -> Result<()> {
     let path = root.join("cgroup.events");
     let mut events = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
-    let deadline = Instant::now() + EMPTY_WITHIN;
+    let within = patience(EMPTY_WITHIN);
+    let deadline = Instant::now() + within;
     loop {
         let mut text = String::new();
         events.seek(SeekFrom::Start(0)).and_then(|_| events.read_to_string(&mut text))?;
@@ -51,7 +54,7 @@ fn wait_empty(root: &Path) -> Result<()> {
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            bail!("processes in {} survive SIGKILL for {EMPTY_WITHIN:?}", root.display());
+            bail!("processes in {} survive SIGKILL for {within:?}", root.display());
         }
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         poll(&mut [PollFd::new(events.as_fd(), PollFlags::POLLPRI)], timeout)?;

@@ -8,6 +8,8 @@
 //! of kernel objects contain the process id and a counter, so testbeds of one or several processes do not meet, and
 //! [`Testbed::sweep`] can tell what a killed process left. Dropping the [`Testbed`] removes everything, also during a panic.
 //!
+//! Limits of time given to this library are for real processors; on emulated ones it waits longer ([`pace`]).
+//!
 //! Needs root, cgroup v2 (also beside v1), iproute2 and nsenter.
 
 #![forbid(unsafe_code)]

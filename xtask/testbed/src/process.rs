@@ -1,4 +1,4 @@
-//! A running program with its output, killed when it goes out of scope.
+//! A running program with its output, killed when it goes out of scope. Limits of time are stretched by [`patience`].
 
 use std::{
     collections::VecDeque,
@@ -17,6 +17,8 @@ use nix::{
     },
     unistd::Pid,
 };
+
+use crate::pace::patience;
 
 /// Most output kept of one program, in bytes; the oldest lines go first.
 const KEEP_BYTES: usize = 8 << 20;
@@ -158,11 +160,12 @@ impl Process {
         let status = self.wait_end(within)?;
         let state = self.shared.lock();
         // A child of it may hold the streams open for longer.
-        drop(self.shared.changed.wait_timeout_while(state, DRAIN, |state| state.streams_open > 0));
+        drop(self.shared.changed.wait_timeout_while(state, patience(DRAIN), |state| state.streams_open > 0));
         Ok(status)
     }
 
     fn wait_end(&self, within: Duration) -> Result<ExitStatus> {
+        let within = patience(within);
         let state = self.shared.lock();
         let (state, _) = self
             .shared
@@ -197,6 +200,7 @@ impl Process {
     }
 
     fn wait_for<T>(&self, within: Duration, mut find: impl FnMut(&State) -> Option<T>) -> Result<T> {
+        let (within, drain) = (patience(within), patience(DRAIN));
         let deadline = Instant::now() + within;
         let mut ended_at = None;
         let mut state = self.shared.lock();
@@ -206,11 +210,11 @@ impl Process {
             }
             let now = Instant::now();
             if let Some(status) = state.status {
-                let drained = state.streams_open == 0 || now >= *ended_at.get_or_insert(now) + DRAIN;
+                let drained = state.streams_open == 0 || now >= *ended_at.get_or_insert(now) + drain;
                 ensure!(!drained, "it has ended ({status}); its output:\n{}", tail(&state));
             }
             ensure!(now < deadline, "not within {within:?}; its output:\n{}", tail(&state));
-            let until = ended_at.map_or(deadline, |ended| deadline.min(ended + DRAIN));
+            let until = ended_at.map_or(deadline, |ended| deadline.min(ended + drain));
             let waited = self.shared.changed.wait_timeout(state, until.saturating_duration_since(now));
             state = waited.expect("nothing panics while holding it").0;
         }

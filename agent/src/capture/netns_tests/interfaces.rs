@@ -7,7 +7,7 @@ use super::*;
 use crate::capture::netns::tests::{PATIENCE, TestNamespace};
 
 async fn next(watch: &mut Watch) -> Change {
-    timeout(PATIENCE, watch.next()).await.expect("a change").expect("a live subscription")
+    timeout(*PATIENCE, watch.next()).await.expect("a change").expect("a live subscription")
 }
 
 fn named(interfaces: &[Interface], name: &str) -> Interface {
@@ -85,7 +85,7 @@ async fn lost_notifications_are_made_up_for() {
     let expected = list(&netns).await.expect("list");
     assert_eq!(expected.len(), 40);
     while !watch.resync {
-        timeout(PATIENCE, watch.advance()).await.expect("an overrun").expect("a live subscription");
+        timeout(*PATIENCE, watch.advance()).await.expect("an overrun").expect("a live subscription");
     }
     watch.pending.clear();
     let (mut seen, mut old_gone) = (BTreeMap::new(), false);

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicU32, Ordering},
         mpsc,
     },
@@ -15,6 +15,7 @@ use std::{
 };
 
 use socket2::{Domain, Socket, Type};
+use testbed::pace::patience;
 
 use super::{Netns, workers::Workers};
 use crate::{
@@ -26,7 +27,7 @@ use crate::{
 };
 
 /// Longer than anything takes that a test waits for.
-pub(in crate::capture) const PATIENCE: Duration = Duration::from_secs(10);
+pub(in crate::capture) static PATIENCE: LazyLock<Duration> = LazyLock::new(|| patience(Duration::from_secs(10)));
 
 /// A namespace made with `ip netns add`; removed when dropped.
 pub(in crate::capture) struct TestNamespace {
@@ -190,7 +191,7 @@ async fn a_slow_pod_holds_up_itself_only() {
         })
         .collect();
     for _ in 0..20 {
-        let cookie = tokio::time::timeout(PATIENCE, other.run(cookie_here)).await.expect("not held up");
+        let cookie = tokio::time::timeout(*PATIENCE, other.run(cookie_here)).await.expect("not held up");
         assert_eq!(cookie, other.cookie());
     }
     assert!(jobs.iter().all(|job| !job.is_finished()));
@@ -198,7 +199,7 @@ async fn a_slow_pod_holds_up_itself_only() {
         release.send(()).expect("jobs wait");
     }
     for job in jobs {
-        assert!(tokio::time::timeout(PATIENCE, job).await.expect("released").expect("no panic"));
+        assert!(tokio::time::timeout(*PATIENCE, job).await.expect("released").expect("no panic"));
     }
 }
 
@@ -210,7 +211,7 @@ async fn a_caller_that_goes_away_leaves_the_namespace_usable() {
     let run = netns.run(move || blocked.recv());
     assert!(tokio::time::timeout(Duration::from_millis(20), run).await.is_err());
     release.send(()).expect("the job goes on");
-    let cookie = tokio::time::timeout(PATIENCE, netns.run(cookie_here)).await.expect("turn given back");
+    let cookie = tokio::time::timeout(*PATIENCE, netns.run(cookie_here)).await.expect("turn given back");
     assert_eq!(cookie, netns.cookie());
 }
 
@@ -224,7 +225,7 @@ async fn an_idle_worker_does_not_keep_a_namespace_alive() {
     netns.run(cookie_here).await;
     drop((netns, pod));
     // The other end of the pod's interface goes when the kernel really ends the namespace.
-    let change = tokio::time::timeout(PATIENCE, watch.next()).await.expect("the namespace ended");
+    let change = tokio::time::timeout(*PATIENCE, watch.next()).await.expect("the namespace ended");
     assert_eq!(change, Some(Change::Gone(eth0.index)));
 }
 
@@ -247,5 +248,6 @@ async fn a_run_costs_far_less_than_a_handshake() {
     let alternating = started.elapsed() / RUNS;
     println!("Netns::run: {same:?} in one namespace, {alternating:?} between two");
     // About 1 ms is what a TLS handshake costs; the machine may be busy.
-    assert!(same < Duration::from_millis(2) && alternating < Duration::from_millis(2), "{same:?} {alternating:?}");
+    let most = patience(Duration::from_millis(2));
+    assert!(same < most && alternating < most, "{same:?} {alternating:?}");
 }

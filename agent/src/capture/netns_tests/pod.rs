@@ -75,9 +75,9 @@ async fn unenrolling_wakes_all_who_wait_and_those_who_come_later() {
     tokio::task::yield_now().await;
     pod.signal_unenrolled();
     for waiter in waiting {
-        timeout(PATIENCE, waiter).await.expect("in time").expect("no panic");
+        timeout(*PATIENCE, waiter).await.expect("in time").expect("no panic");
     }
-    timeout(PATIENCE, pod.unenrolled()).await.expect("already");
+    timeout(*PATIENCE, pod.unenrolled()).await.expect("already");
     // Live connections still get sockets.
     pod.application_socket([192, 0, 2, 7].into()).await.expect("socket");
 }
@@ -92,7 +92,7 @@ async fn the_last_reference_takes_the_reply_route_with_it() {
     assert!(has_rule());
     drop(connection);
     // Removal is queued to a worker; nothing reports its end.
-    timeout(PATIENCE, async {
+    timeout(*PATIENCE, async {
         while has_rule() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

@@ -36,7 +36,7 @@ async fn two_thousand_at_once_get_a_socket_each() {
     let mut sockets = Vec::new();
     for taker in takers {
         sockets
-            .push(tokio::time::timeout(PATIENCE, taker).await.expect("in time").expect("no panic").expect("a socket"));
+            .push(tokio::time::timeout(*PATIENCE, taker).await.expect("in time").expect("no panic").expect("a socket"));
     }
     println!("2000 sockets in {:?}", started.elapsed());
     let cookies: HashSet<_> = sockets.iter().map(|socket| socket.cookie().expect("cookie")).collect();
@@ -105,11 +105,11 @@ async fn an_error_reaches_everyone_who_waits_and_passes() {
         })
         .collect();
     for taker in takers {
-        let taken = tokio::time::timeout(PATIENCE, taker).await.expect("in time").expect("no panic");
+        let taken = tokio::time::timeout(*PATIENCE, taker).await.expect("in time").expect("no panic");
         assert_eq!(taken.expect_err("no descriptors").raw_os_error(), Some(libc::EMFILE));
     }
     broken.store(false, Ordering::Relaxed);
-    tokio::time::timeout(PATIENCE, pool.take()).await.expect("in time").expect("a socket");
+    tokio::time::timeout(*PATIENCE, pool.take()).await.expect("in time").expect("a socket");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -122,5 +122,5 @@ async fn takers_that_give_up_lose_nothing_and_block_nobody() {
         tokio::task::yield_now().await;
         task.abort();
     }
-    tokio::time::timeout(PATIENCE, pool.take()).await.expect("in time").expect("a socket");
+    tokio::time::timeout(*PATIENCE, pool.take()).await.expect("in time").expect("a socket");
 }

@@ -123,7 +123,7 @@ async fn connect_as(netns: &Netns, source: IpAddr, to: SocketAddr) -> io::Result
             sockets::bind_to_client(&socket, source)?;
             socket.set_nonblocking(false)?;
             // Long enough for a loaded machine, shorter than a lost reset would take.
-            socket.connect_timeout(&to.into(), PATIENCE)?;
+            socket.connect_timeout(&to.into(), *PATIENCE)?;
             Ok(socket.into())
         })
         .await
@@ -156,7 +156,7 @@ async fn an_application_sees_the_client_and_answers_reach_the_agent() {
         let mut agent = connect_as(&netns, source, to).await.unwrap_or_else(|error| panic!("{case}: {error}"));
         let (mut accepted, peer) = application.accept().expect("accept");
         for stream in [&agent, &accepted] {
-            stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+            stream.set_read_timeout(Some(*PATIENCE)).expect("timeout");
         }
         assert_eq!(peer.ip().to_canonical(), source, "{case}");
         assert_eq!(accepted.peer_addr().expect("peer").ip().to_canonical(), source, "{case}");

@@ -51,7 +51,7 @@ async fn pair(name: &'static str, from: &Netns, to: &'static str, listener: &Tcp
 fn accepted(name: &'static str, dialled: TcpStream, listener: &TcpListener) -> Pair {
     let (accepted, _) = listener.accept().expect("accept");
     for stream in [&dialled, &accepted] {
-        stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        stream.set_read_timeout(Some(*PATIENCE)).expect("timeout");
     }
     Pair { name, dialled, accepted }
 }
@@ -64,7 +64,7 @@ async fn from_agent(name: &'static str, pod: &Netns, source: &str, to: &str, lis
         let socket = agent_sockets::application(Domain::for_address(to), &*mark)?;
         agent_sockets::bind_to_client(&socket, source)?;
         socket.set_nonblocking(false)?;
-        socket.connect_timeout(&to.into(), PATIENCE).map(|()| TcpStream::from(socket))
+        socket.connect_timeout(&to.into(), *PATIENCE).map(|()| TcpStream::from(socket))
     });
     accepted(name, dialled.await.unwrap_or_else(|error| panic!("{name}: {error}")), listener)
 }
@@ -127,7 +127,7 @@ async fn connections_nobody_accepted_yet_end_too() {
     let (pod, client) = (pod_namespace.open(), client_namespace.open());
     let listener = listen(&pod, "0.0.0.0:80").await;
     let mut waiting = client.run(|| TcpStream::connect("10.77.0.2:80")).await.expect("connect");
-    waiting.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    waiting.set_read_timeout(Some(*PATIENCE)).expect("timeout");
     assert_eq!(destroy_plaintext(&pod, |_| true).await.expect("destroy"), 1);
     assert_eq!(waiting.read(&mut [0]).expect_err("reset").kind(), io::ErrorKind::ConnectionReset);
     // The listener itself goes on.

@@ -79,7 +79,7 @@ async fn accepted_sockets_inherit_the_options_and_work_on_the_runtime() {
         // Outbound connections come spread over 127/8.
         to.set_ip(if to.is_ipv6() { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::new(127, 9, 8, 7).into() });
         let mut client = netns.run(move || TcpStream::connect(to)).await.expect("connect");
-        let (mut accepted, _) = timeout(PATIENCE, listener.accept()).await.expect("in time").expect("accept");
+        let (mut accepted, _) = timeout(*PATIENCE, listener.accept()).await.expect("in time").expect("accept");
         assert_eq!(accepted.local_addr().expect("address"), to);
         let socket = SockRef::from(&accepted);
         assert!(socket.tcp_nodelay().expect("nodelay"), "{to}");
@@ -89,7 +89,7 @@ async fn accepted_sockets_inherit_the_options_and_work_on_the_runtime() {
         }
         std::io::Write::write_all(&mut client, b"hello").expect("write");
         let mut bytes = [0; 5];
-        timeout(PATIENCE, accepted.read_exact(&mut bytes)).await.expect("in time").expect("read");
+        timeout(*PATIENCE, accepted.read_exact(&mut bytes)).await.expect("in time").expect("read");
         drop(accepted);
         let end = std::io::Read::read(&mut client, &mut bytes);
         if to.port() == TUNNEL_PORT {

@@ -56,13 +56,13 @@ async fn an_enrolled_pod_is_captured_and_guarded_and_gets_plain_traffic_back() {
     let own = pod.upstream_socket(PEER.parse().unwrap()).await.unwrap();
     own.set_nonblocking(false).unwrap();
     let to: SocketAddr = format!("{PEER}:{PORT}").parse().unwrap();
-    tokio::task::spawn_blocking(move || own.connect_timeout(&to.into(), SOON)).await.unwrap().unwrap();
+    tokio::task::spawn_blocking(move || own.connect_timeout(&to.into(), *SOON)).await.unwrap().unwrap();
     assert_eq!(scene.arrived(), 1, "and nothing else arrived in plaintext");
     assert_eq!(scene.dial_from_peer().await, Connected::Yes, "PERMISSIVE");
     assert_eq!(scene.arrived(), 1);
 
     capture.unenroll(&scene.web.key).await;
-    timeout(SOON, pod.unenrolled()).await.unwrap();
+    timeout(*SOON, pod.unenrolled()).await.unwrap();
     drop((pod, listeners));
     assert!(capture.pods().is_empty());
     scene.no_rule().await;
@@ -80,7 +80,7 @@ async fn strict_ends_what_was_admitted_and_admits_no_more() {
     let again = capture.enroll(&scene.web).await.unwrap();
     assert!(Arc::ptr_eq(&pod, &again), "an update, not another enrolment");
     let read = tokio::task::spawn_blocking(move || {
-        client.set_read_timeout(Some(SOON))?;
+        client.set_read_timeout(Some(*SOON))?;
         client.read(&mut [0; 1])
     });
     assert_eq!(read.await.unwrap().unwrap_err().kind(), io::ErrorKind::ConnectionReset);
@@ -96,7 +96,7 @@ async fn strict_ends_what_was_admitted_and_admits_no_more() {
 /// A connection from the peer that the pod admitted.
 async fn plaintext_connection(scene: &Scene) -> (std::net::TcpStream, std::net::TcpStream) {
     let address: SocketAddr = format!("{POD}:{PORT}").parse().unwrap();
-    let client = inside(&scene.net.peer, move || std::net::TcpStream::connect_timeout(&address, SOON)).await.unwrap();
+    let client = inside(&scene.net.peer, move || std::net::TcpStream::connect_timeout(&address, *SOON)).await.unwrap();
     let mut accepted = None;
     until("the connection is accepted", || {
         accepted = scene.listeners[2].accept().ok();
@@ -118,7 +118,7 @@ async fn a_mesh_wide_exclusion_that_goes_away_ends_plaintext_too() {
     let (mut client, _server) = plaintext_connection(&scene).await;
     capture.apply(&snapshot(MeshSettings::default(), vec![scene.web.clone()])).unwrap();
     let read = tokio::task::spawn_blocking(move || {
-        client.set_read_timeout(Some(SOON))?;
+        client.set_read_timeout(Some(*SOON))?;
         client.read(&mut [0; 1])
     });
     assert_eq!(read.await.unwrap().unwrap_err().kind(), io::ErrorKind::ConnectionReset);

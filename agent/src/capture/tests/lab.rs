@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use testbed::pace::patience;
 use tokio::time::{sleep, timeout};
 
 use super::super::{
@@ -125,7 +126,7 @@ impl Lab {
             format!("echo $$ > {}/cgroup.procs && exec ip netns exec {namespace} bash -c \"$0\"", cgroup.display());
         let mut command = tokio::process::Command::new("bash");
         command.args(["-c", &enter, script]).kill_on_drop(true);
-        timeout(DEADLINE, command.output()).await.expect("the script takes too long").unwrap()
+        timeout(patience(DEADLINE), command.output()).await.expect("the script takes too long").unwrap()
     }
 
     /// Can a process connect there?
@@ -211,7 +212,7 @@ pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
             sleep(Duration::from_millis(10)).await;
         }
     };
-    timeout(DEADLINE, wait).await.unwrap_or_else(|_| panic!("still not true: {what}"));
+    timeout(patience(DEADLINE), wait).await.unwrap_or_else(|_| panic!("still not true: {what}"));
 }
 
 /// A mesh of these workloads and nothing else.

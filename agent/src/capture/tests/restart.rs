@@ -50,7 +50,7 @@ async fn restart_under_load(tc: TcMode) {
                 *seen.entry(lines.next_line().await.unwrap().unwrap()).or_default() += 1;
             }
         };
-        timeout(SOON, wait).await.unwrap_or_else(|_| panic!("not {outcome}"));
+        timeout(*SOON, wait).await.unwrap_or_else(|_| panic!("not {outcome}"));
     };
     attempts(&mut seen, "connected").await;
     let (mut pod, mut capture) = (pod, capture);

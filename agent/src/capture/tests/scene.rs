@@ -3,10 +3,11 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener},
-    sync::Arc,
+    sync::{Arc, LazyLock},
     time::Duration,
 };
 
+use testbed::pace::patience;
 use tokio::time::timeout;
 
 use super::{
@@ -18,7 +19,7 @@ use crate::mesh::{MeshSettings, Workload};
 
 /// A port of no agent.
 pub const PORT: u16 = 8080;
-pub const SOON: Duration = Duration::from_secs(20);
+pub static SOON: LazyLock<Duration> = LazyLock::new(|| patience(Duration::from_secs(20)));
 
 /// A lab with one pod, whose peer is in the mesh and listens in plaintext.
 pub struct Scene {
@@ -125,7 +126,7 @@ pub async fn accept(capture: &Capture, pod: &Pod, listeners: &PodListeners, v4: 
         .filter(|l| l.local_addr().unwrap().is_ipv4() == v4)
         .map(|l| Box::pin(async { (l.accept().await.unwrap(), l.local_addr().unwrap().port()) }));
     let (((stream, client), port), ..) =
-        timeout(SOON, futures_util::future::select_all(accepts)).await.expect("nothing was captured");
+        timeout(*SOON, futures_util::future::select_all(accepts)).await.expect("nothing was captured");
     let listener = stream.local_addr().unwrap();
     assert_eq!(listener.port(), port);
     assert!(listener.ip().is_loopback());

@@ -9,6 +9,7 @@ use std::{
 use anyhow::{Context, Result};
 use clap::Args;
 use socket2::{Domain, Protocol, Socket, Type};
+use testbed::pace::patience;
 use tokio::net::{TcpSocket, TcpStream};
 
 /// Whom to connect to and how.
@@ -26,8 +27,13 @@ pub(crate) struct Target {
     #[arg(long)]
     mptcp: bool,
     /// Give up after this many seconds.
-    #[arg(long, default_value_t = 50)]
+    #[arg(long, default_value_t = default_timeout())]
     timeout: u64,
+}
+
+/// Seconds that a command may take by default.
+fn default_timeout() -> u64 {
+    patience(Duration::from_secs(50)).as_secs()
 }
 
 impl Target {

@@ -1,0 +1,142 @@
+//! The same tests on one kernel after the other.
+
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        mpsc::{Sender, channel},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use tempfile::TempDir;
+use vm_guest::{Report, Test};
+
+use super::{
+    Options, image,
+    kernels::Kernel,
+    machine::{Event, Machine},
+    outcome::Outcome,
+    qemu::Qemu,
+};
+use crate::ui::Ui;
+
+/// A machine that says nothing for so long hangs: tests have a limit of their own, which the machine enforces.
+const SILENCE: Duration = Duration::from_mins(12);
+/// How long a machine may run, in general and with `--full`.
+const LIMIT: [Duration; 2] = [Duration::from_mins(40), Duration::from_hours(4)];
+
+/// Everything that does not depend on the kernel.
+pub(super) struct Run<'a> {
+    ui: &'a Ui,
+    options: &'a Options,
+    qemu: &'a Qemu,
+    tests: &'a [Test],
+    /// Files of this run, removed with it.
+    directory: TempDir,
+    /// The part of the initramfs that all kernels have.
+    system: PathBuf,
+    interrupt: Interrupt,
+}
+
+impl<'a> Run<'a> {
+    pub(super) fn prepare(
+        ui: &'a Ui,
+        options: &'a Options,
+        qemu: &'a Qemu,
+        programs: &[PathBuf],
+        tests: &'a [Test],
+    ) -> Result<Self> {
+        let interrupt = Interrupt::prepare()?;
+        let directory = tempfile::Builder::new().prefix("underpass-vm-").tempdir().context("creating a directory")?;
+        let system = directory.path().join("system.cpio");
+        ui.step("making the virtual machines' file system", |_| {
+            image::make(programs, tests, options.full)?.write(&system)
+        })?;
+        Ok(Self { ui, options, qemu, tests, directory, system, interrupt })
+    }
+
+    /// Runs the tests on one kernel and tells how they went.
+    pub(super) fn on(&self, kernel: &Kernel) -> Result<Outcome<'a>> {
+        let initramfs = self.directory.path().join("initramfs");
+        concatenate(&[&kernel.modules, &self.system], &initramfs)?;
+        let (sender, events) = channel();
+        self.interrupt.send_to(sender.clone());
+        self.ui.say(&format!("Starting Linux {} for {} tests", kernel.version, self.tests.len()));
+        let machine = Machine::start(self.qemu, kernel, &initramfs, self.directory.path(), (sender, events))?;
+        let mut outcome = Outcome::new(kernel.series.to_string(), self.tests);
+        let result = machine.follow(SILENCE, LIMIT[usize::from(self.options.full)], |report| {
+            if let Report::Ready { kernel, uptime, lsm } = &report {
+                let boot = machine.age().as_secs_f64();
+                self.ui.say(&format!(
+                    "Linux {kernel} is ready after {boot:.1} s (by its own clock {uptime:.1} s); security modules: {lsm}"
+                ));
+            }
+            if let Some(line) = outcome.take(report) {
+                self.ui.say(&line);
+            }
+        });
+        // QEMU has got the signal too, and its end is no failure then.
+        ensure!(!self.interrupt.happened(), "interrupted");
+        if let Err(error) = result {
+            let running = match outcome.running() {
+                none if none.is_empty() => String::new(),
+                some => format!(" while running {}", some.join(" and ")),
+            };
+            self.ui.failure(&error.context(format!("Linux {}{running}", kernel.version)));
+        } else if self.options.verbose {
+            self.ui.say(&machine.console()?);
+        }
+        self.ui.say(&outcome.summary(machine.age().as_secs_f64()));
+        Ok(outcome)
+    }
+}
+
+fn concatenate(parts: &[&Path], into: &Path) -> Result<()> {
+    let mut out = File::create(into).with_context(|| format!("creating {}", into.display()))?;
+    for part in parts {
+        let mut part = File::open(part).with_context(|| format!("opening {}", part.display()))?;
+        io::copy(&mut part, &mut out).with_context(|| format!("writing {}", into.display()))?;
+    }
+    Ok(())
+}
+
+/// SIGINT, SIGTERM and SIGHUP: the machine is ended, and then this program in the usual way, which removes its files.
+struct Interrupt {
+    shared: Arc<Mutex<Shared>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    happened: bool,
+    /// Where the running machine is told.
+    machine: Option<Sender<Event>>,
+}
+
+impl Interrupt {
+    fn prepare() -> Result<Self> {
+        let shared = Arc::new(Mutex::new(Shared::default()));
+        let ours = Arc::clone(&shared);
+        ctrlc::set_handler(move || {
+            let mut shared = ours.lock().expect("nothing panics while holding it");
+            shared.happened = true;
+            if let Some(machine) = &shared.machine {
+                // Between two machines nobody listens; then the flag is looked at.
+                let _ = machine.send(Event::Interrupted);
+            }
+        })
+        .context("handling SIGINT, SIGTERM and SIGHUP")?;
+        Ok(Self { shared })
+    }
+
+    fn send_to(&self, machine: Sender<Event>) {
+        self.shared.lock().expect("nothing panics while holding it").machine = Some(machine);
+    }
+
+    fn happened(&self) -> bool {
+        self.shared.lock().expect("nothing panics while holding it").happened
+    }
+}
