@@ -162,7 +162,7 @@ async fn kernel_tls(mode: KtlsMode) -> Support {
             info!(ciphers = %names(&support.suites), rekey = support.rekey, "the kernel protects the tunnels' records");
         }
         Availability::Missing(why) => {
-            warn!(%why, "no kernel TLS: records are protected in the agent, which costs more CPU")
+            warn!(%why, "no kernel TLS: records are protected in the agent, which costs more CPU");
         }
         Availability::Disabled => info!("kernel TLS is off: records are protected in the agent"),
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::world::{World, at, eventually, serve};
+use crate::world::{World, at, data_path, eventually, serve};
 
 #[test]
 fn both_agents_list_identities_addresses_and_data_path_and_can_close() -> Result<()> {
@@ -23,7 +23,7 @@ fn both_agents_list_identities_addresses_and_data_path_and_can_close() -> Result
     for c in [&out, &inb] {
         ensure!(c["source_identity"] == "spiffe://cluster.local/ns/default/sa/client", "{c}");
         ensure!(c["destination_identity"] == "spiffe://cluster.local/ns/default/sa/server", "{c}");
-        ensure!(c["data_path"] == "user", "{c}");
+        ensure!(c["data_path"] == data_path(&world.a)?.as_str(), "{c}");
         ensure!(c["cipher"].as_str().is_some_and(|s| s.starts_with("TLS13_")), "{c}");
     }
     ensure!(out["direction"] == "outbound" && inb["direction"] == "inbound", "{out} {inb}");

@@ -6,6 +6,7 @@ mod bypass;
 mod certificates;
 mod connections;
 mod failures;
+mod ktls;
 mod lifecycle;
 mod limits;
 mod refusals;

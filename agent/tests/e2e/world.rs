@@ -167,6 +167,16 @@ pub fn wait_counter(agent: &Agent, path: &str, least: u64) -> Result<()> {
     })
 }
 
+/// What the agent says that tunnels use: `ktls`, or `user` with a reason. Where the tests are told to expect kernel TLS, it has to be.
+pub fn data_path(agent: &Agent) -> Result<String> {
+    let status = agent.status()?;
+    let path = status["data_path"].as_str().with_context(|| format!("no data path in {status}"))?.to_owned();
+    let expected = std::env::var_os("UNDERPASS_TEST_KTLS").is_some();
+    ensure!(path == "ktls" || !expected, "kernel TLS is expected here: {}", status["ktls"]);
+    ensure!(path == "ktls" || status["ktls"]["reason"].is_string(), "no reason: {}", status["ktls"]);
+    Ok(path)
+}
+
 /// Number of live connections in an agent's table.
 pub fn live(agent: &Agent) -> Result<u64> {
     let all = agent.connections()?;

@@ -10,9 +10,10 @@ use super::*;
 use crate::{
     telemetry::RefusalReason,
     tunnel::{
-    post_handshake::REQUESTING_KEY_UPDATE,
-    records::{MAX_PLAINTEXT, Opened, RecordError},
-}};
+        post_handshake::REQUESTING_KEY_UPDATE,
+        records::{MAX_PLAINTEXT, Opened, RecordError},
+    },
+};
 
 #[test]
 fn bulk_both_ways_at_once() {

@@ -86,7 +86,8 @@ pub(crate) struct Hold {
 }
 
 impl Hold {
-    /// `{"held", "failed", "errors"}` when all have been tried, then, after standard input has closed, `{"alive", "dead"}`.
+    /// `{"held", "failed", "errors"}` when all have been tried, then, after standard input has closed, `{"alive", "dead", "endings"}`,
+    /// where `endings` counts the dead by how they ended: `end` for a clean one, else the error's name.
     ///
     /// Connections that fail are counted, not a failure. The time limit is for the opening only.
     pub(crate) async fn run(&self) -> Result<Value> {
@@ -118,26 +119,33 @@ impl Hold {
 
         let input = tokio::task::spawn_blocking(|| std::io::copy(&mut std::io::stdin(), &mut std::io::sink()));
         input.await?.context("waiting for the end of input")?;
-        let mut alive = 0;
+        let mut endings = BTreeMap::<String, usize>::new();
         let all = held.len();
         for mut stream in held {
-            alive +=
-                usize::from(if talk { exchange(&mut stream, "closing").await.is_ok() } else { still_open(&stream) });
+            let mut ending = ending(&stream);
+            if talk && ending.is_none() {
+                ending = exchange(&mut stream, "closing").await.err().map(|error| name_of(&error));
+            }
+            if let Some(ending) = ending {
+                *endings.entry(ending).or_default() += 1;
+            }
         }
-        Ok(json!({ "alive": alive, "dead": all - alive }))
+        let dead: usize = endings.values().sum();
+        Ok(json!({ "alive": all - dead, "dead": dead, "endings": endings }))
     }
 }
 
-/// Whether neither an end nor an error has come; what was sent until now is read and forgotten.
-fn still_open(stream: &TcpStream) -> bool {
+/// How a connection ended, if it did; what was sent until now is read and forgotten.
+fn ending(stream: &TcpStream) -> Option<String> {
     // Past tokio, which only knows of events that its driver has already seen.
     let socket = socket2::SockRef::from(stream);
     let mut buffer = [0; 4096];
     loop {
         match (&*socket).read(&mut buffer) {
-            Ok(0) => return false,
+            Ok(0) => return Some("end".to_owned()),
             Ok(_) => {}
-            Err(error) => return error.kind() == std::io::ErrorKind::WouldBlock,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return None,
+            Err(error) => return Some(name_of(&error.into())),
         }
     }
 }
