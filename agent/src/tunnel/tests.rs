@@ -1,4 +1,5 @@
 mod handshakes;
+mod ktls;
 mod native;
 mod openssl;
 mod records;

@@ -24,6 +24,7 @@ use kernels::{Kernel, Series};
 use qemu::Qemu;
 use run::Run;
 use store::Store;
+pub(crate) use suites::NEED_KTLS;
 
 #[derive(clap::Args, Default)]
 pub(crate) struct Options {

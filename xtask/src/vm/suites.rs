@@ -52,7 +52,7 @@ impl Usual {
 
 /// Modules of the agent that call the kernel for what kernels differ in, without minutes of load.
 const KERNEL: Usual = Usual::Parts(
-    &["admin::", "capture::", "cli::", "proxy::", "relay::", "sys::"],
+    &["admin::", "capture::", "cli::", "proxy::", "relay::", "sys::", "tunnel::tests::ktls::"],
     &["relay::tests::load::", "relay::tests::measure::"],
 );
 
@@ -69,6 +69,8 @@ const SUITES: &[Suite] = &[
     Suite { name: "testbed-app", package: TESTBED, target: "app", kind: "test", retries: 1, usual: Usual::Nothing },
     Suite { name: "testbed-agent", package: TESTBED, target: "agent", kind: "test", retries: 1, usual: Usual::Nothing },
 ];
+/// Part of the names of tests that are ignored elsewhere because they need kernel TLS.
+pub(crate) const NEED_KTLS: &str = "::ktls::";
 /// Seconds that one try of a test may take; five times 60 on the host.
 const LIMIT: u64 = 300;
 
@@ -137,6 +139,7 @@ pub(super) fn tests(programs: &[Program], filter: Option<&str>, full: bool) -> R
             Ok(text.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
         };
         let ignored = if full { BTreeSet::new() } else { names(&["--ignored"])? };
+        let ignored = ignored.into_iter().filter(|name| !name.contains(NEED_KTLS)).collect();
         for name in names(&[])?.difference(&ignored) {
             let wanted = match filter {
                 Some(filter) => format!("{} {name}", suite.name).contains(filter),
