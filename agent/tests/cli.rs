@@ -167,7 +167,7 @@ fn without_an_agent_the_remedy_is_named() {
     }
 }
 
-const POLICIES: &str = r#"
+const POLICIES: &str = r"
 apiVersion: underpass.io/v1alpha1
 kind: NodeConfig
 node: node-a
@@ -179,7 +179,7 @@ workloads:
 policies:
   - { name: clients, namespace: shop, rules: [{ from: [{ source: { serviceAccounts: [client] } }] }] }
   - { name: custom, namespace: other, action: CUSTOM }
-"#;
+";
 
 #[test]
 fn policies_from_a_file_alone() {

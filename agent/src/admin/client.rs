@@ -120,7 +120,7 @@ impl Client {
             ("plaintext_from", parameters.plaintext_from),
         ] {
             if let Some(value) = value {
-                target.push_str(&format!("&{name}={value}"));
+                target.extend(["&", name, "=", &value]);
             }
         }
         self.call(Method::GET, &target).await

@@ -18,7 +18,7 @@ impl Bits {
     pub(super) fn ones(len: usize) -> Self {
         let mut words = vec![u64::MAX; len.div_ceil(WORD)];
         if let Some(last) = words.last_mut()
-            && len % WORD != 0
+            && !len.is_multiple_of(WORD)
         {
             *last = (1 << (len % WORD)) - 1;
         }
@@ -27,10 +27,6 @@ impl Bits {
 
     pub(super) fn set(&mut self, at: usize) {
         self.words[at / WORD] |= 1 << (at % WORD);
-    }
-
-    pub(super) fn clear(&mut self, at: usize) {
-        self.words[at / WORD] &= !(1 << (at % WORD));
     }
 
     pub(super) fn clear_all(&mut self) {

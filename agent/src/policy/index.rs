@@ -4,7 +4,11 @@
 //! can still match, so that a thousand rows cost a few hundred word operations. Memory is linear in the values that the
 //! policies write down.
 
-use std::{cmp::Ordering, collections::BTreeMap, collections::HashMap, sync::Arc};
+use std::{
+    cmp::Ordering,
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use ipnet::IpNet;
 
@@ -36,7 +40,9 @@ impl Posting {
 
 fn bits(rows: &[u32], width: usize) -> Bits {
     let mut bits = Bits::zeros(width);
-    rows.iter().for_each(|row| bits.set(*row as usize));
+    for row in rows {
+        bits.set(*row as usize);
+    }
     bits
 }
 
@@ -52,26 +58,35 @@ pub(super) trait Index {
     fn collect(&self, value: &Self::Value, into: &mut Bits);
 }
 
+/// Lists of wanted values that one row can have for one property: a source's field and a condition.
+pub(super) const LISTS: usize = 2;
+
 /// What the rows want of one property of a connection.
 #[derive(Debug)]
 pub(super) struct Dimension<I> {
-    /// Absent when no row wants a particular value.
-    wanted: Option<I>,
-    /// Rows that want no particular value.
-    indifferent: Bits,
+    /// The first list of each row, the second one of those that have two.
+    wanted: Vec<Wanted<I>>,
     /// Absent when no row excludes a value.
     excluded: Option<I>,
     /// Rows that neither want nor exclude anything.
     untouched: Bits,
 }
 
+/// One list of wanted values per row.
+#[derive(Debug)]
+struct Wanted<I> {
+    index: I,
+    /// Rows without such a list.
+    indifferent: Bits,
+}
+
 impl<I: Index> Dimension<I> {
     /// Leaves alive the rows that `value` satisfies. An absent value is none that a row wants, and none that it excludes.
     pub(super) fn narrow(&self, value: Option<&I::Value>, alive: &mut Bits, scratch: &mut Bits) {
-        if let Some(wanted) = &self.wanted {
-            scratch.copy_from(&self.indifferent);
+        for wanted in &self.wanted {
+            scratch.copy_from(&wanted.indifferent);
             if let Some(value) = value {
-                wanted.collect(value, scratch);
+                wanted.index.collect(value, scratch);
             }
             alive.keep(scratch);
         }
@@ -91,48 +106,64 @@ impl<I: Index> Dimension<I> {
 /// Collects what the rows want, row by row.
 #[derive(Debug)]
 pub(super) struct DimensionBuilder<P> {
-    wanted: BTreeMap<P, Vec<u32>>,
-    excluded: BTreeMap<P, Vec<u32>>,
-    wanting: Vec<u32>,
-    touched: Vec<u32>,
+    wanted: [Rows<P>; LISTS],
+    excluded: Rows<P>,
+}
+
+/// Rows by pattern, and all of them.
+#[derive(Debug)]
+struct Rows<P> {
+    by_pattern: BTreeMap<P, Vec<u32>>,
+    all: Vec<u32>,
+}
+
+impl<P> Default for Rows<P> {
+    fn default() -> Self {
+        Self { by_pattern: BTreeMap::new(), all: Vec::new() }
+    }
 }
 
 impl<P> Default for DimensionBuilder<P> {
     fn default() -> Self {
-        Self { wanted: BTreeMap::new(), excluded: BTreeMap::new(), wanting: Vec::new(), touched: Vec::new() }
+        Self { wanted: Default::default(), excluded: Rows::default() }
+    }
+}
+
+impl<P: Ord> Rows<P> {
+    fn add(&mut self, row: u32, pattern: P) {
+        push(self.by_pattern.entry(pattern).or_default(), row);
+        push(&mut self.all, row);
+    }
+
+    fn index<I: Index<Pattern = P>>(self, width: usize) -> Option<I> {
+        let postings = self.by_pattern.into_iter().map(|(pattern, rows)| (pattern, Posting::new(&rows, width)));
+        (!self.all.is_empty()).then(|| I::build(postings.collect()))
     }
 }
 
 impl<P: Ord> DimensionBuilder<P> {
-    /// Row `row` wants this value, or another one that is named for it.
-    pub(super) fn want(&mut self, row: u32, pattern: P) {
-        push(self.wanted.entry(pattern).or_default(), row);
-        push(&mut self.wanting, row);
-        push(&mut self.touched, row);
+    /// In its `list`th list, row `row` wants this value, or another one of the list.
+    pub(super) fn want(&mut self, list: usize, row: u32, pattern: P) {
+        self.wanted[list].add(row, pattern);
     }
 
     /// Row `row` excludes this value.
     pub(super) fn exclude(&mut self, row: u32, pattern: P) {
-        push(self.excluded.entry(pattern).or_default(), row);
-        push(&mut self.touched, row);
+        self.excluded.add(row, pattern);
     }
 
     pub(super) fn build<I: Index<Pattern = P>>(self, width: usize) -> Dimension<I> {
-        let without = |rows: &[u32]| {
-            let mut bits = Bits::ones(width);
-            rows.iter().for_each(|row| bits.clear(*row as usize));
-            bits
-        };
-        let index = |postings: BTreeMap<P, Vec<u32>>| {
-            (!postings.is_empty())
-                .then(|| I::build(postings.into_iter().map(|(p, rows)| (p, Posting::new(&rows, width))).collect()))
-        };
-        Dimension {
-            indifferent: without(&self.wanting),
-            untouched: without(&self.touched),
-            wanted: index(self.wanted),
-            excluded: index(self.excluded),
+        let mut untouched = Bits::ones(width);
+        untouched.remove(&bits(&self.excluded.all, width));
+        let mut wanted = Vec::new();
+        for rows in self.wanted {
+            let wanting = bits(&rows.all, width);
+            untouched.remove(&wanting);
+            let mut indifferent = Bits::ones(width);
+            indifferent.remove(&wanting);
+            wanted.extend(rows.index(width).map(|index| Wanted { index, indifferent }));
         }
+        Dimension { wanted, excluded: self.excluded.index(width), untouched }
     }
 }
 
@@ -210,47 +241,52 @@ impl Index for StringIndex {
     }
 }
 
-/// A pattern that stands for a range of an order, where two ranges are nested or apart.
-pub(super) trait Range: Ord {
+/// A pattern that covers every value with the same beginning. In order, what begins alike is together.
+pub(super) trait Beginning: Ord {
     type Value: ?Sized;
 
-    /// Where the range begins, compared with `value`.
-    fn begins(&self, value: &Self::Value) -> Ordering;
-    fn covers(&self, value: &Self::Value) -> bool;
-    /// `self` comes before `other`; does it contain it?
+    /// Its place in the order, compared with `value`.
+    fn place(&self, value: &Self::Value) -> Ordering;
+    /// How much of it must agree.
+    fn length(&self) -> usize;
+    /// How much of it agrees with `value`; `None` when nothing ever could.
+    fn agreement(&self, value: &Self::Value) -> Option<usize>;
+    /// Does it cover all that `other` covers?
     fn contains(&self, other: &Self) -> bool;
 }
 
-/// Patterns in order, each with the smallest one around it. All that cover a value are the last one that begins at or
-/// before it, as far as it covers it, and those around.
+/// Patterns in order, each with the smallest one around it. All that cover a value are the last one at or before its
+/// place or around that, and no longer than what that one has in common with the value.
 #[derive(Debug)]
-pub(super) struct Nested<R> {
-    ranges: Vec<(R, Posting)>,
+pub(super) struct Nested<B> {
+    patterns: Vec<(B, Posting)>,
     around: Vec<Option<u32>>,
 }
 
-impl<R: Range> Index for Nested<R> {
-    type Pattern = R;
-    type Value = R::Value;
+impl<B: Beginning> Index for Nested<B> {
+    type Pattern = B;
+    type Value = B::Value;
 
-    fn build(postings: BTreeMap<R, Posting>) -> Self {
-        let ranges: Vec<(R, Posting)> = postings.into_iter().collect();
-        let mut around = Vec::with_capacity(ranges.len());
+    fn build(postings: BTreeMap<B, Posting>) -> Self {
+        let patterns: Vec<(B, Posting)> = postings.into_iter().collect();
+        let mut around = Vec::with_capacity(patterns.len());
         let mut open: Vec<usize> = Vec::new();
-        for (i, (range, _)) in ranges.iter().enumerate() {
-            while open.pop_if(|last| !ranges[*last].0.contains(range)).is_some() {}
+        for (i, (pattern, _)) in patterns.iter().enumerate() {
+            while open.pop_if(|last| !patterns[*last].0.contains(pattern)).is_some() {}
             around.push(open.last().map(|outer| *outer as u32));
             open.push(i);
         }
-        Self { ranges, around }
+        Self { patterns, around }
     }
 
-    fn collect(&self, value: &R::Value, into: &mut Bits) {
-        let after = self.ranges.partition_point(|(range, _)| range.begins(value) != Ordering::Greater);
-        let mut next = after.checked_sub(1);
+    fn collect(&self, value: &B::Value, into: &mut Bits) {
+        let after = self.patterns.partition_point(|(pattern, _)| pattern.place(value) != Ordering::Greater);
+        let Some(last) = after.checked_sub(1) else { return };
+        let Some(agreement) = self.patterns[last].0.agreement(value) else { return };
+        let mut next = Some(last);
         while let Some(at) = next {
-            let (range, posting) = &self.ranges[at];
-            if range.covers(value) {
+            let (pattern, posting) = &self.patterns[at];
+            if pattern.length() <= agreement {
                 posting.add_to(into);
             }
             next = self.around[at].map(|outer| outer as usize);
@@ -258,32 +294,41 @@ impl<R: Range> Index for Nested<R> {
     }
 }
 
+/// How many items two sequences begin with in common.
+fn in_common<T: PartialEq>(a: impl Iterator<Item = T>, b: impl Iterator<Item = T>) -> usize {
+    a.zip(b).take_while(|(a, b)| a == b).count()
+}
+
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Prefix(Arc<str>);
 
-impl Range for Prefix {
+impl Beginning for Prefix {
     type Value = str;
 
-    fn begins(&self, value: &str) -> Ordering {
+    fn place(&self, value: &str) -> Ordering {
         (*self.0).cmp(value)
     }
 
-    fn covers(&self, value: &str) -> bool {
-        value.starts_with(&*self.0)
+    fn length(&self) -> usize {
+        self.0.len()
+    }
+
+    fn agreement(&self, value: &str) -> Option<usize> {
+        Some(in_common(self.0.bytes(), value.bytes()))
     }
 
     fn contains(&self, other: &Self) -> bool {
-        self.covers(&other.0)
+        other.0.starts_with(&*self.0)
     }
 }
 
-/// A prefix, read from the end.
+/// A suffix: the beginning of what is read from the end.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Suffix(Arc<str>);
 
 impl Ord for Suffix {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.begins(&other.0)
+        self.place(&other.0)
     }
 }
 
@@ -293,32 +338,45 @@ impl PartialOrd for Suffix {
     }
 }
 
-impl Range for Suffix {
+impl Beginning for Suffix {
     type Value = str;
 
-    fn begins(&self, value: &str) -> Ordering {
+    fn place(&self, value: &str) -> Ordering {
         self.0.bytes().rev().cmp(value.bytes().rev())
     }
 
-    fn covers(&self, value: &str) -> bool {
-        value.ends_with(&*self.0)
+    fn length(&self) -> usize {
+        self.0.len()
+    }
+
+    fn agreement(&self, value: &str) -> Option<usize> {
+        Some(in_common(self.0.bytes().rev(), value.bytes().rev()))
     }
 
     fn contains(&self, other: &Self) -> bool {
-        self.covers(&other.0)
+        other.0.ends_with(&*self.0)
     }
 }
 
 /// Networks are ordered by family, first address and length; an address is a network of full length.
-impl Range for IpNet {
+impl Beginning for IpNet {
     type Value = IpNet;
 
-    fn begins(&self, value: &IpNet) -> Ordering {
+    fn place(&self, value: &IpNet) -> Ordering {
         self.cmp(value)
     }
 
-    fn covers(&self, value: &IpNet) -> bool {
-        IpNet::contains(self, value)
+    fn length(&self) -> usize {
+        self.prefix_len().into()
+    }
+
+    fn agreement(&self, value: &IpNet) -> Option<usize> {
+        let zeros = match (self, value) {
+            (IpNet::V4(a), IpNet::V4(b)) => (u32::from(a.addr()) ^ u32::from(b.addr())).leading_zeros(),
+            (IpNet::V6(a), IpNet::V6(b)) => (u128::from(a.addr()) ^ u128::from(b.addr())).leading_zeros(),
+            _ => return None,
+        };
+        Some(zeros as usize)
     }
 
     fn contains(&self, other: &Self) -> bool {

@@ -64,8 +64,8 @@ impl PolicySet {
         let (dry_run, enforced): (Vec<_>, Vec<_>) = selection.policies.iter().cloned().partition(|p| p.dry_run);
         let unknown = selection.unknown.first().cloned().map(Decision::Unknown);
         Self {
-            enforced: Layer::new(enforced, unknown),
-            dry_run: (!dry_run.is_empty()).then(|| Layer::new(dry_run, None)),
+            enforced: Layer::new(&enforced, unknown),
+            dry_run: (!dry_run.is_empty()).then(|| Layer::new(&dry_run, None)),
             selection,
         }
     }
@@ -119,7 +119,7 @@ impl PolicySet {
 }
 
 impl Layer {
-    fn new(policies: Vec<Arc<Policy>>, obstacle: Option<Decision>) -> Self {
+    fn new(policies: &[Arc<Policy>], obstacle: Option<Decision>) -> Self {
         let invalid = policies.iter().find(|p| matches!(p.status(), PolicyStatus::Invalid { .. })).cloned();
         let of = |action| Table::new(policies.iter().filter(|p| p.action == action).cloned().collect());
         Self { obstacle: invalid.map(Decision::Invalid).or(obstacle), deny: of(Action::Deny), allow: of(Action::Allow) }

@@ -10,12 +10,12 @@ use ipnet::IpNet;
 use super::{
     RuleRef,
     bits::Bits,
-    index::{Dimension, DimensionBuilder, Nested, Posting, StringIndex},
+    index::{Dimension, DimensionBuilder, LISTS, Nested, Posting, StringIndex},
     matching,
     ports::PortSet,
     request::{SourceAddress, Subject},
 };
-use crate::mesh::{Action, Condition, Policy, Rule, ServiceAccount, Source, StringMatch, Values};
+use crate::mesh::{Action, Condition, Policy, Rule, ServiceAccount, Source, StringMatch, Values, canonical_block};
 
 /// Policies of one action, compiled.
 #[derive(Debug)]
@@ -35,7 +35,7 @@ pub(super) struct Table {
 struct Row {
     policy: u32,
     rule: u32,
-    /// What the dimensions cannot hold: second lists of wanted values for one property.
+    /// What the dimensions have no room for: third lists of wanted values for one property.
     also: Box<[Condition]>,
 }
 
@@ -128,21 +128,23 @@ impl Builder {
         let rest = enter(&mut self.namespaces, row, once(&source.namespaces).chain(more), StringMatch::clone);
         also.extend(rest.into_iter().map(Condition::SourceNamespace));
 
+        // The order of the index relies on it, whatever the source of the policy did.
+        let block = |b: &IpNet| canonical_block(*b);
         let account = |a: &ServiceAccount| Arc::from([&*a.namespace, "/", &*a.name].concat());
         let more = when.iter().filter_map(|c| if let Condition::SourceServiceAccount(v) = c { Some(v) } else { None });
         let rest = enter(&mut self.accounts, row, once(&source.service_accounts).chain(more), account);
         also.extend(rest.into_iter().map(Condition::SourceServiceAccount));
 
         let more = when.iter().filter_map(|c| if let Condition::SourceIp(v) = c { Some(v) } else { None });
-        let rest = enter(&mut self.sources, row, once(&source.ip_blocks).chain(more), IpNet::clone);
+        let rest = enter(&mut self.sources, row, once(&source.ip_blocks).chain(more), block);
         also.extend(rest.into_iter().map(Condition::SourceIp));
 
         let more = when.iter().filter_map(|c| if let Condition::DestinationIp(v) = c { Some(v) } else { None });
-        let rest = enter(&mut self.destinations, row, more, IpNet::clone);
+        let rest = enter(&mut self.destinations, row, more, block);
         also.extend(rest.into_iter().map(Condition::DestinationIp));
 
         match ports {
-            PortSet::Only(ports) => ports.iter().for_each(|p| self.ports.want(row, *p)),
+            PortSet::Only(ports) => ports.iter().for_each(|p| self.ports.want(0, row, *p)),
             PortSet::AllBut(ports) => ports.iter().for_each(|p| self.ports.exclude(row, *p)),
         }
         self.rows.push(Row { policy, rule, also: also.into() });
@@ -163,8 +165,8 @@ impl Builder {
     }
 }
 
-/// Enters what a row wants and excludes. A dimension has room for one list of wanted values per row, usually the only
-/// one; further ones are returned. Excluded values add up.
+/// Enters what a row wants and excludes. A dimension has room for [`LISTS`] lists of wanted values per row; further ones
+/// are returned. Excluded values add up.
 fn enter<'a, T: Clone + 'a, P: Ord>(
     dimension: &mut DimensionBuilder<P>,
     row: u32,
@@ -172,15 +174,22 @@ fn enter<'a, T: Clone + 'a, P: Ord>(
     pattern: impl Fn(&T) -> P,
 ) -> Vec<Values<T>> {
     let mut rest = Vec::new();
-    let mut room = true;
+    let mut lists = 0;
     for Values { any_of, none_of } in constraints {
-        none_of.iter().for_each(|v| dimension.exclude(row, pattern(v)));
-        if room {
-            any_of.iter().for_each(|v| dimension.want(row, pattern(v)));
-            room = any_of.is_empty();
-        } else if !any_of.is_empty() {
-            rest.push(Values { any_of: any_of.clone(), none_of: Vec::new() });
+        for value in none_of {
+            dimension.exclude(row, pattern(value));
         }
+        if any_of.is_empty() {
+            continue;
+        }
+        if lists == LISTS {
+            rest.push(Values { any_of: any_of.clone(), none_of: Vec::new() });
+            continue;
+        }
+        for value in any_of {
+            dimension.want(lists, row, pattern(value));
+        }
+        lists += 1;
     }
     rest
 }

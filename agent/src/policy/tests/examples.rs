@@ -127,9 +127,9 @@ const EXAMPLES: &[Example<'_>] = &[
     ),
     (
         "any one ALLOW policy suffices",
-        r#"
+        r"
   - { name: one, namespace: foo, rules: [{ from: [{ source: { namespaces: [test] } }] }] }
-  - { name: two, namespace: foo, rules: [{ from: [{ source: { namespaces: [dev] } }] }] }"#,
+  - { name: two, namespace: foo, rules: [{ from: [{ source: { namespaces: [dev] } }] }] }",
         &[("foo/httpbin", DEV, 80, true), ("foo/httpbin", TEST, 80, true), ("foo/httpbin", SLEEP, 80, false)],
     ),
     (
@@ -228,10 +228,10 @@ fn documented_examples() {
 #[test]
 fn dry_run_policies_only_report() {
     let snapshot = mesh(
-        r#"
+        r"
   - { name: trial, namespace: foo, dryRun: true, action: DENY, rules: [{ from: [{ source: { namespaces: [dev] } }] }] }
   - { name: trial-allow, namespace: foo, dryRun: true, rules: [{ from: [{ source: { namespaces: [dev, test] } }] }] }
-  - { name: trial-custom, namespace: bar, dryRun: true, action: CUSTOM }"#,
+  - { name: trial-custom, namespace: bar, dryRun: true, action: CUSTOM }",
     );
     for (workload, peer, would) in [
         ("foo/httpbin", id("dev", "a"), "DENY policy foo/trial, rules[0]"),

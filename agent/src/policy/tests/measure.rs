@@ -43,7 +43,7 @@ fn nanoseconds(snapshot: &Snapshot, peer: Option<&SpiffeId>) -> (f64, bool) {
 fn costs() {
     let peer = id("team-500", "account-500");
     let long = id(&"a".repeat(253), &"b".repeat(253));
-    let prefix = |i: usize| format!("cluster.local/ns/{}", &"a".repeat(253)[..1 + i % 253]);
+    let prefix = |i: usize| format!("cluster.local/ns/{}", &"a".repeat(253)[..=i % 253]);
     let cases = [
         (
             "exact principals, 10 each",
@@ -93,11 +93,20 @@ fn costs() {
             &peer,
         ),
         (
-            "two lists for one property, the second read row by row",
+            "two lists for one property, prefix and suffix",
             thousand(|i| {
                 format!(
                     "{{ from: [{{ source: {{ namespaces: [\"team-*\"] }} }}], when: [{{ key: source.namespace, values: [\"*-{}\"] }}] }}",
                     i + 10_000
+                )
+            }),
+            &peer,
+        ),
+        (
+            "three lists for one property, the third read row by row",
+            thousand(|i| {
+                format!(
+                    "{{ from: [{{ source: {{ namespaces: [\"team-*\"] }} }}], when: [{{ key: source.namespace, values: [\"*-500\"] }}, {{ key: source.namespace, values: [x-{i}] }}] }}",
                 )
             }),
             &peer,

@@ -172,8 +172,8 @@ fn bits(address: IpAddr) -> Vec<bool> {
     bytes.iter().flat_map(|byte| (0..8).rev().map(move |bit| byte >> bit & 1 == 1)).collect()
 }
 
-/// The document for policies and workloads; the workloads are called `w0`, `w1` and so on, with the addresses 10.1.0.N
-/// and fd01::N.
+/// The document for policies and workloads; the workloads are called `w0`, `w1` and so on, with the addresses `10.1.0.N`
+/// and `fd01::N`.
 pub(super) fn document(policies: &[RawPolicy], workloads: &[RawWorkload]) -> String {
     let labels =
         |labels: &[(&str, &str)]| -> Value { labels.iter().map(|(k, v)| ((*k).to_owned(), Value::from(*v))).collect() };

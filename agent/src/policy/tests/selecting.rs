@@ -31,7 +31,9 @@ fn controlled(policies: Vec<Policy>, names: &[&str]) -> (Snapshot, Workload) {
     let key = |name: &&str| PolicyKey { namespace: "foo".into(), name: (*name).into() };
     let facts = WorkloadPolicy { policies: names.iter().map(key).collect(), ..WorkloadPolicy::default() };
     builder.workload_policy(&workload.key, facts);
-    policies.into_iter().for_each(|p| builder.policy(p).unwrap());
+    for policy in policies {
+        builder.policy(policy).unwrap();
+    }
     (builder.build(), workload)
 }
 

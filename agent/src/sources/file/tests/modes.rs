@@ -6,7 +6,7 @@ use crate::mesh::{EffectiveMode, InboundMode, ModeSource, WorkloadKey};
 #[test]
 fn the_narrowest_place_wins() {
     use InboundMode::{Permissive, Strict};
-    let text = r#"
+    let text = r"
 apiVersion: underpass.io/v1alpha1
 kind: NodeConfig
 node: node-a
@@ -21,7 +21,7 @@ workloads:
   - { name: a, namespace: open }
   - { name: b, namespace: open, mode: strict }
   - { name: a, namespace: other }
-"#;
+";
     for (mesh, of_mesh) in [("strict", Strict), ("permissive", Permissive)] {
         let snapshot = parse("n.yaml", &text.replace("MESH", mesh)).unwrap().snapshot;
         for (namespace, name, port, mode, set_by) in [
