@@ -1,14 +1,15 @@
 //! Underpass: a transparent mTLS dataplane.
 //!
 //! The modules read in the order a connection meets them: [`capture`] redirects it to the agent, [`proxy`]
-//! decides, [`tunnel`] authenticates, [`relay`] moves the bytes. [`mesh`] and [`identity`] are what
-//! those decisions are based on, [`sources`] fills them, [`cli`] and [`admin`] are what operators touch.
+//! decides, [`tunnel`] authenticates, [`relay`] moves the bytes. [`mesh`], [`policy`] and [`identity`] are
+//! what those decisions are based on, [`sources`] fills them, [`cli`] and [`admin`] are what operators touch.
 
 pub mod admin;
 pub mod capture;
 pub mod cli;
 pub mod identity;
 pub mod mesh;
+pub mod policy;
 pub mod proxy;
 pub mod relay;
 pub mod sources;

@@ -119,7 +119,17 @@ fn check_tables_end_with_the_verdict() {
 
 #[test]
 fn help_of_every_command() {
-    for command in [&[][..], &["run"], &["check"], &["connections"], &["status"], &["cleanup"]] {
+    for command in [
+        &[][..],
+        &["run"],
+        &["check"],
+        &["connections"],
+        &["status"],
+        &["policies"],
+        &["policy"],
+        &["policy", "explain"],
+        &["cleanup"],
+    ] {
         let out = underpass(&[command, &["--help"]].concat());
         assert_eq!(out.status.code(), Some(0));
         assert!(out.stderr.is_empty());
@@ -143,7 +153,7 @@ fn wrong_usage_is_2() {
 fn without_an_agent_the_remedy_is_named() {
     let dir = tempfile::tempdir().expect("a directory");
     let run_dir = dir.path().to_str().expect("UTF-8");
-    for command in ["status", "connections"] {
+    for command in ["status", "connections", "policies"] {
         let out = underpass(&[command, "--run-dir", run_dir]);
         assert_eq!(out.status.code(), Some(1));
         assert!(out.stdout.is_empty());
@@ -155,4 +165,55 @@ fn without_an_agent_the_remedy_is_named() {
             )
         );
     }
+}
+
+const POLICIES: &str = r"
+apiVersion: underpass.io/v1alpha1
+kind: NodeConfig
+node: node-a
+trustDomain: cluster.local
+issuer: { local: { caDir: /ca } }
+workloads:
+  - { name: web, namespace: shop, addresses: [10.77.0.2] }
+  - { name: client, namespace: shop, serviceAccount: client, addresses: [10.77.0.3] }
+policies:
+  - { name: clients, namespace: shop, rules: [{ from: [{ source: { serviceAccounts: [client] } }] }] }
+  - { name: custom, namespace: other, action: CUSTOM }
+";
+
+#[test]
+fn policies_from_a_file_alone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("node.yaml");
+    std::fs::write(&file, POLICIES).expect("written");
+    let file = file.to_str().expect("UTF-8");
+    let json = |args: &[&str]| -> serde_json::Value {
+        let out = underpass(&[args, &["--config", file, "-o", "json"]].concat());
+        assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+        serde_json::from_slice(&out.stdout).expect("JSON and nothing else")
+    };
+    let list = json(&["policies"]);
+    let states: Vec<_> = list["policies"].as_array().expect("a list").iter().map(|p| &p["status"]["state"]).collect();
+    assert_eq!(states, ["invalid", "active"]);
+    let explain = |who: [&str; 2], to: &str| {
+        let answer = json(&["policy", "explain", who[0], who[1], "--to", to]);
+        answer["explanations"][0]["allowed"].as_bool().expect("a verdict")
+    };
+    assert!(explain(["--from", "spiffe://cluster.local/ns/shop/sa/client"], "10.77.0.2:80"));
+    assert!(!explain(["--from", "spiffe://cluster.local/ns/shop/sa/other"], "10.77.0.2:80"));
+    assert!(!explain(["--plaintext-from", "10.77.0.3"], "10.77.0.2:80"));
+
+    let out =
+        underpass(&["policy", "explain", "--config", file, "--plaintext-from", "10.9.9.9", "--to", "10.77.0.2:80"]);
+    assert!(text(&out.stdout).starts_with("DENIED: plaintext -> shop/web (10.77.0.2:80)\n"), "{}", text(&out.stdout));
+
+    let failing = |args: &[&str]| {
+        let out = underpass(&[&["policy", "explain", "--config", file, "--plaintext-from", "10.9.9.9"], args].concat());
+        assert_eq!(out.status.code(), Some(1));
+        text(&out.stderr).to_owned()
+    };
+    assert!(failing(&["--to", "10.9.9.8:80"]).contains("10.9.9.8 is the address of no workload"));
+    assert!(failing(&["--to", "10.77.0.2:15008"]).contains("is no application's"));
+    std::fs::write(file, POLICIES.replace("CUSTOM", "custom")).expect("written");
+    assert!(failing(&["--to", "10.77.0.2:80"]).contains("policies[1].action: \"custom\" is not accepted"));
 }

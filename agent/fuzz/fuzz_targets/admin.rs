@@ -16,6 +16,8 @@ use underpass::{
         api::{AllCounters, Connections, Status},
         server::{Source, connection, router},
     },
+    mesh::Snapshot,
+    policy::{self, Explanations, PolicyList, Query, QueryError},
     relay::{ConnectionId, DataPath},
     sources::file::ReloadStatus,
 };
@@ -44,6 +46,18 @@ impl Source for Agent {
     fn counters(&self) -> AllCounters {
         AllCounters::default()
     }
+
+    fn policies(&self) -> PolicyList {
+        policy::summaries(&mesh())
+    }
+
+    fn explain(&self, query: &Query) -> Result<Explanations, QueryError> {
+        policy::explain(&mesh(), query)
+    }
+}
+
+fn mesh() -> Snapshot {
+    Snapshot::empty("node-a", "cluster.local".parse().expect("a trust domain"))
 }
 
 fuzz_target!(|bytes: &[u8]| {

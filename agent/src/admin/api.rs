@@ -1,10 +1,16 @@
 //! What goes over the socket. A public interface: fields are added, never renamed or removed.
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+    time::SystemTime,
+};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    policy::{Peer, Query},
     relay::{ConnectionId, ConnectionInfo, DataPath},
     sources::file::ReloadStatus,
     telemetry::CountersSnapshot,
@@ -150,6 +156,68 @@ pub struct AllCounters {
     pub agent: CountersSnapshot,
     /// Counted by the BPF programs.
     pub bpf: BTreeMap<String, u64>,
+}
+
+/// Parameters of `GET /v1/policies/explain`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExplainParameters {
+    /// `ADDRESS:PORT` of a workload or service, IPv6 as `[ADDRESS]:PORT`.
+    pub to: String,
+    /// SPIFFE ID of a mesh peer.
+    pub from: Option<String>,
+    /// The mesh peer's address.
+    pub source_ip: Option<String>,
+    /// Address of a peer outside of the mesh, instead of `from`.
+    pub plaintext_from: Option<String>,
+}
+
+impl ExplainParameters {
+    /// The question, or what is wrong with it.
+    pub fn query(&self) -> Result<Query, String> {
+        let to: SocketAddr = parsed("to", &self.to, "ADDRESS:PORT, like 10.0.0.1:80 or [fd00::1]:80")?;
+        if to.port() == 0 || underpass_abi::is_agent_port(to.port()) {
+            return Err(format!(
+                "to: port {} is no application's: it does not exist or is the agent's own in every pod; give another",
+                to.port()
+            ));
+        }
+        let address = |name, text: &Option<String>| {
+            text.as_ref().map(|t| parsed::<IpAddr>(name, t, "an address, like 10.0.0.1 or fd00::1")).transpose()
+        };
+        let source = address("source_ip", &self.source_ip)?;
+        let peer = match (&self.from, address("plaintext_from", &self.plaintext_from)?) {
+            (Some(id), None) => {
+                let form = "spiffe://TRUST-DOMAIN/ns/NAMESPACE/sa/SERVICE-ACCOUNT";
+                Peer::Mesh { identity: parsed("from", id, form)?, source }
+            }
+            (None, Some(address)) if source.is_none() => Peer::Plaintext(address),
+            _ => return Err("give from (a SPIFFE ID, with source_ip if wanted) or plaintext_from, one of them".into()),
+        };
+        Ok(Query { peer, to })
+    }
+}
+
+impl From<&Query> for ExplainParameters {
+    fn from(query: &Query) -> Self {
+        let to = query.to.to_string();
+        match &query.peer {
+            Peer::Mesh { identity, source } => {
+                let source_ip = source.map(|s| s.to_string());
+                Self { to, from: Some(identity.to_string()), source_ip, plaintext_from: None }
+            }
+            Peer::Plaintext(address) => Self { to, plaintext_from: Some(address.to_string()), ..Self::default() },
+        }
+    }
+}
+
+fn parsed<T: FromStr>(name: &str, text: &str, form: &str) -> Result<T, String> {
+    /// Longest piece of foreign text in an answer, in characters.
+    const QUOTED: usize = 80;
+    text.parse().map_err(|_| {
+        let shown: String = text.chars().take(QUOTED).collect();
+        format!("{name}: {shown:?} is not of the form {form}")
+    })
 }
 
 /// Body of every answer that is not a success.

@@ -13,8 +13,11 @@ use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::{net::UnixStream, time::timeout};
 
-use super::api::{AllCounters, Closed, Connections, Problem, Status};
-use crate::relay::ConnectionId;
+use super::api::{AllCounters, Closed, Connections, ExplainParameters, Problem, Status};
+use crate::{
+    policy::{Explanations, PolicyList, Query},
+    relay::ConnectionId,
+};
 
 /// Largest answer read, in bytes: the most connections that are listed, generously.
 const MAX_ANSWER: usize = 128 * 1024 * 1024;
@@ -98,6 +101,29 @@ impl Client {
     /// What was counted.
     pub async fn counters(&self) -> Result<AllCounters, ClientError> {
         self.call(Method::GET, "/v1/counters").await
+    }
+
+    /// The policies in force.
+    pub async fn policies(&self) -> Result<PolicyList, ClientError> {
+        self.call(Method::GET, "/v1/policies").await
+    }
+
+    /// What would become of a connection.
+    pub async fn explain(&self, query: &Query) -> Result<Explanations, ClientError> {
+        let parameters = ExplainParameters::from(query);
+        let mut target = format!("/v1/policies/explain?to={}", parameters.to);
+        // Identities and addresses consist of characters that a query may hold as they are (RFC 3986, section 3.4), but
+        // for the brackets of an IPv6 address and its zone, which HTTP's parser lets pass.
+        for (name, value) in [
+            ("from", parameters.from),
+            ("source_ip", parameters.source_ip),
+            ("plaintext_from", parameters.plaintext_from),
+        ] {
+            if let Some(value) = value {
+                target.extend(["&", name, "=", &value]);
+            }
+        }
+        self.call(Method::GET, &target).await
     }
 
     async fn call<T: DeserializeOwned>(&self, method: Method, target: &str) -> Result<T, ClientError> {

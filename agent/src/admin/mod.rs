@@ -6,6 +6,8 @@
 //! | `GET /v1/connections?limit=N` | [`api::Connections`], oldest first, `N` from 1 to 100000, 1000 by default |
 //! | `POST /v1/connections/{id}/close` | [`api::Closed`], or 404 when there is no such connection |
 //! | `GET /v1/counters` | [`api::AllCounters`] |
+//! | `GET /v1/policies` | [`crate::policy::PolicyList`] |
+//! | `GET /v1/policies/explain?to=..&from=..` | [`crate::policy::Explanations`], parameters [`api::ExplainParameters`] |
 //!
 //! Whatever is refused is answered with [`api::Problem`].
 

@@ -30,11 +30,12 @@ use tokio::{
 use tracing::{debug, warn};
 
 use super::{
-    api::{AllCounters, Closed, Connections, DEFAULT_LIMIT, MAX_LIMIT, Problem, Status},
+    api::{AllCounters, Closed, Connections, DEFAULT_LIMIT, ExplainParameters, MAX_LIMIT, Problem, Status},
     socket::AdminSocket,
 };
 use crate::{
     mesh::MeshStore,
+    policy::{self, Explanations, PolicyList, Query as PolicyQuery, QueryError},
     relay::{CloseReason, ConnectionId, ConnectionTable},
     telemetry::Counters,
 };
@@ -84,6 +85,10 @@ pub trait Source: Send + Sync + 'static {
     fn close(&self, id: ConnectionId) -> bool;
     /// See [`AllCounters`].
     fn counters(&self) -> AllCounters;
+    /// See [`PolicyList`].
+    fn policies(&self) -> PolicyList;
+    /// What would become of a connection.
+    fn explain(&self, query: &PolicyQuery) -> Result<Explanations, QueryError>;
 }
 
 impl Source for AdminState {
@@ -109,6 +114,14 @@ impl Source for AdminState {
 
     fn counters(&self) -> AllCounters {
         AllCounters { agent: self.counters.snapshot(), bpf: self.provider.bpf_counters() }
+    }
+
+    fn policies(&self) -> PolicyList {
+        policy::summaries(&self.mesh.load())
+    }
+
+    fn explain(&self, query: &PolicyQuery) -> Result<Explanations, QueryError> {
+        policy::explain(&self.mesh.load(), query)
     }
 }
 
@@ -193,8 +206,13 @@ pub fn router(source: Arc<dyn Source>) -> Router {
         .route("/v1/connections", get(connections))
         .route("/v1/connections/{id}/close", post(close))
         .route("/v1/counters", get(counters))
+        .route("/v1/policies", get(policies))
+        .route("/v1/policies/explain", get(explain))
         .fallback(async || {
-            refuse(StatusCode::NOT_FOUND, "no such resource; there are /v1/status, /v1/connections and /v1/counters")
+            refuse(
+                StatusCode::NOT_FOUND,
+                "no such resource; there are /v1/status, /v1/connections, /v1/counters and /v1/policies",
+            )
         })
         .method_not_allowed_fallback(async || {
             refuse(
@@ -236,6 +254,32 @@ async fn status(State(source): State<Arc<dyn Source>>) -> Response {
 
 async fn counters(State(source): State<Arc<dyn Source>>) -> Response {
     answer(source, Source::counters).await
+}
+
+async fn policies(State(source): State<Arc<dyn Source>>) -> Response {
+    answer(source, Source::policies).await
+}
+
+async fn explain(
+    State(source): State<Arc<dyn Source>>,
+    parameters: Result<Query<ExplainParameters>, QueryRejection>,
+) -> Response {
+    let query = match parameters {
+        Ok(Query(parameters)) => parameters.query(),
+        Err(_) => {
+            Err("the query takes to=ADDR:PORT and either from=SPIFFE-ID (and source_ip=IP) or plaintext_from=IP"
+                .to_owned())
+        }
+    };
+    let query = match query {
+        Ok(query) => query,
+        Err(problem) => return refuse(StatusCode::BAD_REQUEST, problem),
+    };
+    match tokio::task::spawn_blocking(move || source.explain(&query)).await {
+        Ok(Ok(explanations)) => Json(explanations).into_response(),
+        Ok(Err(problem)) => refuse(StatusCode::NOT_FOUND, problem.to_string()),
+        Err(_) => refuse(StatusCode::INTERNAL_SERVER_ERROR, "the agent failed to answer; see its log"),
+    }
 }
 
 #[derive(Deserialize)]

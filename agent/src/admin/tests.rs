@@ -28,6 +28,8 @@ use super::{
     server::{MAX_CONNECTIONS, Source, serve_source},
 };
 use crate::{
+    mesh::Snapshot,
+    policy::{self, Explanations, Peer, PolicyList, Query, QueryError},
     relay::{ConnectionId, ConnectionInfo, DataPath, Direction},
     sources::file::ReloadStatus,
     telemetry::KtlsFallback,
@@ -92,6 +94,33 @@ impl Source for Fake {
         counters.refuse(RefusalReason::NotTls);
         AllCounters { agent: counters.snapshot(), bpf: [("captured".to_owned(), 7)].into() }
     }
+
+    fn policies(&self) -> PolicyList {
+        policy::summaries(&mesh())
+    }
+
+    fn explain(&self, query: &Query) -> Result<Explanations, QueryError> {
+        policy::explain(&mesh(), query)
+    }
+}
+
+/// One pod with a policy.
+fn mesh() -> Snapshot {
+    let text = r#"
+apiVersion: underpass.io/v1alpha1
+kind: NodeConfig
+node: node-a
+trustDomain: cluster.local
+issuer: { local: { caDir: /ca } }
+workloads:
+  - { name: web, namespace: default, addresses: [10.0.0.1, "fd00::1"], enroll: { netns: /run/netns/web } }
+  - { name: client, namespace: default, serviceAccount: client, addresses: [10.0.0.2, "fd00::2"] }
+policies:
+  - name: clients
+    namespace: default
+    rules: [{ from: [{ source: { principals: [cluster.local/ns/default/sa/client] } }] }]
+"#;
+    crate::sources::file::parse("node.yaml", text).unwrap().snapshot
 }
 
 struct Server {
@@ -168,6 +197,34 @@ async fn every_request_is_answered() {
 }
 
 #[tokio::test]
+async fn policies_are_listed_and_explained() {
+    let server = Server::start();
+    let client = server.client();
+    assert_eq!(client.policies().await.unwrap(), server.source.policies());
+
+    let identity = |account: &str| format!("spiffe://cluster.local/ns/default/sa/{account}").parse().unwrap();
+    for to in ["10.0.0.1:80", "[fd00::1]:80", "[::ffff:10.0.0.1]:80"] {
+        for (peer, allowed) in [
+            (Peer::Mesh { identity: identity("client"), source: None }, true),
+            (Peer::Mesh { identity: identity("client"), source: Some("fd00::7".parse().unwrap()) }, true),
+            (Peer::Mesh { identity: identity("other"), source: None }, false),
+            (Peer::Plaintext("fd00::2".parse().unwrap()), false),
+        ] {
+            let query = Query { peer, to: to.parse().unwrap() };
+            let explained = client.explain(&query).await.unwrap();
+            assert_eq!(explained, server.source.explain(&query).unwrap());
+            assert_eq!(explained.explanations[0].allowed, allowed, "{query:?}");
+        }
+    }
+    let nowhere = Query { peer: Peer::Plaintext("10.9.9.9".parse().unwrap()), to: "10.9.9.8:80".parse().unwrap() };
+    let error = client.explain(&nowhere).await.unwrap_err();
+    assert!(
+        matches!(&error, ClientError::Refused { status: 404, error } if error.contains("10.9.9.8 is the address of no")),
+        "{error}"
+    );
+}
+
+#[tokio::test]
 async fn what_is_not_a_request_is_refused() {
     let server = Server::start();
     for (request, status) in [
@@ -180,6 +237,19 @@ async fn what_is_not_a_request_is_refused() {
         ("POST /v1/connections/18446744073709551616/close", 400),
         ("GET /v1/connections/1/close", 405),
         ("POST /v1/status", 405),
+        ("POST /v1/policies", 405),
+        ("GET /v1/policies/explain", 400),
+        ("GET /v1/policies/explain?to=10.0.0.1:80", 400),
+        ("GET /v1/policies/explain?to=10.0.0.1&plaintext_from=10.0.0.2", 400),
+        ("GET /v1/policies/explain?to=10.0.0.1:0&plaintext_from=10.0.0.2", 400),
+        ("GET /v1/policies/explain?to=10.0.0.1:15008&plaintext_from=10.0.0.2", 400),
+        ("GET /v1/policies/explain?to=10.0.0.1:80&plaintext_from=x", 400),
+        ("GET /v1/policies/explain?to=10.0.0.1:80&from=client", 400),
+        ("GET /v1/policies/explain?to=10.0.0.1:80&from=%1b%5b2J", 400),
+        ("GET /v1/policies/explain?to=10.0.0.1:80&from=spiffe://td/ns/a/sa/b&plaintext_from=10.0.0.2", 400),
+        ("GET /v1/policies/explain?to=10.0.0.1:80&source_ip=10.0.0.2&plaintext_from=10.0.0.2", 400),
+        ("GET /v1/policies/explain?to=10.0.0.1:80&plaintext_from=10.0.0.2&x=1", 400),
+        ("GET /v1/policies/explain?to=10.0.0.9:80&plaintext_from=10.0.0.2", 404),
         ("GET /", 404),
         ("GET /v2/status", 404),
     ] {

@@ -7,6 +7,7 @@ pub mod check;
 mod cleanup;
 mod connections;
 mod output;
+mod policy;
 mod run;
 mod status;
 #[cfg(test)]
@@ -49,7 +50,8 @@ Examples:
   underpass check                               what this host offers
   underpass run --config /etc/underpass/node.yaml
   underpass status
-  underpass connections -o json",
+  underpass connections -o json
+  underpass policy explain --from spiffe://cluster.local/ns/default/sa/client --to 10.77.0.2:8080",
     propagate_version = true,
     disable_help_subcommand = true
 )]
@@ -75,6 +77,10 @@ enum Command {
     Connections(connections::ConnectionsArgs),
     /// Show a running agent: its pods, certificates, configuration and counters.
     Status(status::StatusArgs),
+    /// List the authorization policies, and whether they are enforced as written.
+    Policies(policy::PoliciesArgs),
+    /// Ask about single connections.
+    Policy(policy::PolicyArgs),
     /// Remove what a stopped agent left: programs, pins, rules. Gives the pods plain traffic back.
     Cleanup(cleanup::CleanupArgs),
 }
@@ -94,6 +100,8 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::check(&args),
         Command::Connections(args) => connections::connections(&args).map(|()| ExitCode::SUCCESS),
         Command::Status(args) => status::status(&args).map(|()| ExitCode::SUCCESS),
+        Command::Policies(args) => policy::policies(&args).map(|()| ExitCode::SUCCESS),
+        Command::Policy(args) => policy::policy(&args).map(|()| ExitCode::SUCCESS),
         Command::Cleanup(args) => cleanup::cleanup(&args).map(|()| ExitCode::SUCCESS),
     };
     // Before the error, so that it is the last thing on the screen.

@@ -7,11 +7,13 @@ use clap::{CommandFactory as _, Parser as _};
 use super::{
     Cli, Command, cgroup, connections,
     output::{Columns, age, bytes},
-    status,
+    policy, status,
 };
 use crate::{
     admin::api::{AllCounters, Connections, KtlsStatus, PodState, PodStatus, Status},
     capture::TcMode,
+    mesh::{Action, EffectiveMode, InboundMode, ModeSource, PolicyStatus},
+    policy::{Considered, Explanation, Explanations, Opinion, PolicyList, PolicySummary},
     relay::{ConnectionId, ConnectionInfo, DataPath, Direction},
     sources::file::ReloadStatus,
 };
@@ -47,7 +49,7 @@ fn every_command_has_help_with_exit_codes_and_examples() {
         }
         seen.push(sub.get_name().to_owned());
     }
-    assert_eq!(seen, ["run", "check", "connections", "status", "cleanup"]);
+    assert_eq!(seen, ["run", "check", "connections", "status", "policies", "policy", "cleanup"]);
 }
 
 #[test]
@@ -207,4 +209,105 @@ fn a_status_report() {
     let yaml = serde_saphyr::to_string(&report).unwrap();
     let back: serde_json::Value = serde_saphyr::from_str(&yaml).unwrap();
     assert_eq!(back["pods"][0]["workload"], HOSTILE);
+}
+
+#[test]
+fn who_connects_is_one_of_two() {
+    let explain = |args: &[&str]| {
+        let all = ["underpass", "policy", "explain", "--to", "10.0.0.1:80"].into_iter().chain(args.iter().copied());
+        Cli::try_parse_from(all).map(drop).map_err(|e| e.to_string())
+    };
+    let id = "spiffe://td/ns/a/sa/b";
+    explain(&["--from", id]).unwrap();
+    explain(&["--from", id, "--source-ip", "fd00::1", "--config", "n.yaml"]).unwrap();
+    explain(&["--plaintext-from", "10.0.0.2"]).unwrap();
+    for wrong in [
+        &[][..],
+        &["--from", id, "--plaintext-from", "10.0.0.2"],
+        &["--plaintext-from", "10.0.0.2", "--source-ip", "10.0.0.3"],
+        &["--from", "td/ns/a/sa/b"],
+        &["--plaintext-from", "10.0.0.2:80"],
+    ] {
+        assert!(explain(wrong).is_err(), "{wrong:?}");
+    }
+    let error = explain(&["--from", "web\x1b[2J"]).unwrap_err();
+    assert!(error.contains("is not of the form spiffe://") && !error.contains('\x1b'), "{error:?}");
+}
+
+#[test]
+fn policies_for_people() {
+    let summary = |name: &str, status| PolicySummary {
+        name: name.into(),
+        scope: "namespace".into(),
+        action: Action::Deny,
+        dry_run: true,
+        rules: 2,
+        workloads: 7,
+        local_workloads: 3,
+        status,
+    };
+    let list = PolicyList {
+        policies: vec![
+            summary("a/one", PolicyStatus::Active),
+            summary("a/two", PolicyStatus::Partial { ignored: vec!["hosts".into(), "paths".into()] }),
+            summary("a/three", PolicyStatus::Invalid { reason: HOSTILE.into() }),
+        ],
+    };
+    let text = policy::table(&list);
+    assert_eq!(text.lines().count(), 4, "{text}");
+    for part in ["a/one", "namespace", "DENY", "yes", "7 (3)", "active", "not evaluated: hosts, paths", "invalid"] {
+        assert!(text.contains(part), "{part} in\n{text}");
+    }
+    assert!(!text.chars().any(|c| c != '\n' && (c.is_control() || c == '\u{202e}')), "{text:?}");
+    assert!(policy::table(&PolicyList { policies: vec![] }).starts_with("no policies: "));
+}
+
+#[test]
+fn an_explanation_for_people() {
+    let opinion = |allowed, reason: &str| Opinion { allowed, reason: reason.into(), decided_by: None };
+    let considered = Considered {
+        policy: "shop/clients".into(),
+        scope: None,
+        action: None,
+        dry_run: false,
+        matches: false,
+        rule: None,
+        because: HOSTILE.into(),
+    };
+    let explanation = Explanation {
+        from: None,
+        source: "192.0.2.7".parse().unwrap(),
+        source_of: None,
+        to: "[fd00::2]:8080".parse().unwrap(),
+        workload: HOSTILE.into(),
+        node: "node-a".into(),
+        allowed: false,
+        reason: "mode strict (set for the namespace) refuses plaintext".into(),
+        decided_by: None,
+        mode: EffectiveMode { mode: InboundMode::Strict, set_by: ModeSource::Namespace },
+        policy: opinion(true, "nothing denies"),
+        dry_run: Some(opinion(false, "DENY policy a/b, rules[0]")),
+        considered: vec![considered],
+    };
+    let answer = Explanations {
+        service: Some("web.shop.svc.cluster.local".into()),
+        explanations: vec![explanation],
+        endpoints_left_out: 3,
+    };
+    let text = policy::text(&answer);
+    for part in [
+        "service web.shop.svc.cluster.local: 4 endpoints\n",
+        "DENIED: plaintext -> ",
+        "([fd00::2]:8080)\n",
+        "  because    mode strict (set for the namespace) refuses plaintext\n",
+        "  policies   allowed: nothing denies\n",
+        "  dry run    with the dry-run policies denied: DENY policy a/b, rules[0]\n",
+        "  shop/clients",
+        "and 3 more endpoints",
+    ] {
+        assert!(text.contains(part), "{part:?} in\n{text}");
+    }
+    assert!(!text.chars().any(|c| c != '\n' && (c.is_control() || c == '\u{202e}')), "{text:?}");
+    let json: Explanations = serde_json::from_str(&serde_json::to_string(&answer).unwrap()).unwrap();
+    assert_eq!(json, answer);
 }

@@ -1,12 +1,12 @@
 //! Puts a [`Snapshot`] together and refuses what does not fit together.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, btree_map, hash_map::Entry},
     net::IpAddr,
     sync::Arc,
 };
 
-use super::{MeshSettings, Service, Snapshot, TrustDomain, Workload, WorkloadKey};
+use super::{MeshSettings, Policy, PolicyKey, Service, Snapshot, TrustDomain, Workload, WorkloadKey, WorkloadPolicy};
 
 /// Why a set of workloads and services is not a mesh. Nothing of it is applied.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -37,6 +37,9 @@ pub enum BuildError {
     /// A local workload without an address cannot be enrolled.
     #[error("local workload {0} has no address; list at least one under `addresses`")]
     NoAddress(WorkloadKey),
+    /// Two policies with one key.
+    #[error("policy {0} is defined twice; give one of them another name or namespace")]
+    DuplicatePolicy(PolicyKey),
 }
 
 /// Collects workloads and services, then [`build`](Self::build)s.
@@ -92,6 +95,22 @@ impl SnapshotBuilder {
         }
         self.snapshot.services.push(service);
         Ok(())
+    }
+
+    /// Adds a policy.
+    pub fn policy(&mut self, policy: Policy) -> Result<(), BuildError> {
+        match self.snapshot.policies.entry(policy.key.clone()) {
+            btree_map::Entry::Occupied(e) => Err(BuildError::DuplicatePolicy(e.key().clone())),
+            btree_map::Entry::Vacant(e) => {
+                e.insert(Arc::new(policy));
+                Ok(())
+            }
+        }
+    }
+
+    /// Says what policies have to know of a workload; one that nothing is said of has no labels.
+    pub fn workload_policy(&mut self, workload: &WorkloadKey, policy: WorkloadPolicy) {
+        self.snapshot.workload_policies.insert(workload.clone(), policy);
     }
 
     /// The finished snapshot, still without a generation.

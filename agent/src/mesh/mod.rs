@@ -5,7 +5,9 @@
 
 mod builder;
 mod identity;
+mod mode;
 mod model;
+mod policy;
 mod snapshot;
 mod store;
 #[cfg(test)]
@@ -14,9 +16,14 @@ mod tests;
 pub use builder::{BuildError, SnapshotBuilder};
 pub(crate) use identity::check_name;
 pub use identity::{IdentityError, SpiffeId, TrustDomain};
+pub use mode::{EffectiveMode, ModeDefaults, ModeSource};
 pub use model::{
     CertificateFiles, Endpoint, Exclusions, InboundMode, LocalPod, MeshSettings, PortMode, Protocol, Service,
     ServicePort, Workload, WorkloadKey,
+};
+pub use policy::{
+    Action, Condition, Labels, Operation, Policy, PolicyKey, PolicyStatus, Rule, Scope, ServiceAccount, Source,
+    StringMatch, Values, WorkloadPolicy, canonical_block,
 };
 pub use snapshot::{Resolution, Snapshot};
 pub use store::MeshStore;

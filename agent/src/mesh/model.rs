@@ -3,7 +3,7 @@
 use std::{fmt, net::IpAddr, path::PathBuf, sync::Arc};
 
 use ipnet::IpNet;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::SpiffeId;
 
@@ -29,7 +29,7 @@ impl Serialize for WorkloadKey {
 }
 
 /// What to do with plaintext that arrives for a workload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum InboundMode {
     /// Plaintext and the tunnel are both accepted.
@@ -37,6 +37,15 @@ pub enum InboundMode {
     Permissive,
     /// Only the tunnel is accepted.
     Strict,
+}
+
+impl fmt::Display for InboundMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            InboundMode::Permissive => "permissive",
+            InboundMode::Strict => "strict",
+        })
+    }
 }
 
 /// How a workload is reached.

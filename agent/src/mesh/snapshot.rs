@@ -1,12 +1,15 @@
 //! The immutable index over workloads and services.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, LazyLock},
 };
 
-use super::{MeshSettings, Service, SpiffeId, TrustDomain, Workload, WorkloadKey};
+use super::{
+    EffectiveMode, MeshSettings, ModeSource, Policy, PolicyKey, Service, SpiffeId, TrustDomain, Workload, WorkloadKey,
+    WorkloadPolicy,
+};
 
 /// Everything known about the mesh at one moment.
 #[derive(Debug, Clone)]
@@ -23,6 +26,8 @@ pub struct Snapshot {
     pub(super) by_address: HashMap<IpAddr, Arc<Workload>>,
     pub(super) services: Vec<Arc<Service>>,
     pub(super) by_vip: HashMap<IpAddr, Arc<Service>>,
+    pub(super) policies: BTreeMap<PolicyKey, Arc<Policy>>,
+    pub(super) workload_policies: HashMap<WorkloadKey, WorkloadPolicy>,
 }
 
 /// What a destination address means.
@@ -48,6 +53,8 @@ impl Snapshot {
             by_address: HashMap::new(),
             services: Vec::new(),
             by_vip: HashMap::new(),
+            policies: BTreeMap::new(),
+            workload_policies: HashMap::new(),
         }
     }
 
@@ -103,6 +110,29 @@ impl Snapshot {
         let service = self.by_vip.get(&ip)?;
         let endpoint = service.endpoints.iter().find(|e| e.workload.key == workload.key)?;
         service.target_port(endpoint, destination.port())
+    }
+
+    /// All policies, ordered by key.
+    pub fn policies(&self) -> impl ExactSizeIterator<Item = &Arc<Policy>> {
+        self.policies.values()
+    }
+
+    /// The policy with this key.
+    pub fn policy(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
+        self.policies.get(key)
+    }
+
+    /// What policies have to know of a workload.
+    pub fn workload_policy(&self, key: &WorkloadKey) -> &WorkloadPolicy {
+        static NOTHING: LazyLock<WorkloadPolicy> = LazyLock::new(WorkloadPolicy::default);
+        self.workload_policies.get(key).unwrap_or(&NOTHING)
+    }
+
+    /// The mode in force on a port of a workload, and who set it.
+    pub fn effective_mode(&self, workload: &Workload, port: u16) -> EffectiveMode {
+        let of_port = workload.port_modes.iter().any(|m| m.port == port);
+        let set_by = if of_port { ModeSource::Port } else { self.workload_policy(&workload.key).mode_set_by };
+        EffectiveMode { mode: workload.mode_of(port), set_by }
     }
 
     /// Every address that must be captured: workloads in the mesh or not, and VIPs.

@@ -1,19 +1,22 @@
 //! From the schema to the model: everything that one field's type cannot say.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use serde_saphyr::Spanned;
 
 use super::{
     ConfigError, IssuerConfig, NodeConfig,
-    fields::Check,
-    schema::{API_VERSION, Document, Issuer, KIND},
+    fields::{Check, mode},
+    policies::Policies,
+    schema::{API_VERSION, Document, Issuer, KIND, Mesh},
     services::Services,
     workloads::Workloads,
     yaml::quoted,
 };
-use crate::mesh::{MeshSettings, SnapshotBuilder, TrustDomain};
+use crate::mesh::{MeshSettings, ModeDefaults, SnapshotBuilder, TrustDomain};
 
+/// Namespace whose policies hold for the whole mesh when `mesh.rootNamespace` is absent: Istio's default.
+const DEFAULT_ROOT_NAMESPACE: &str = "istio-system";
 /// Lifetime of a certificate when `issuer.local.lifetime` is absent.
 const DEFAULT_LIFETIME: Duration = Duration::from_hours(24);
 /// Shortest lifetime: below it, renewal at half-life is faster than a handshake deadline allows.
@@ -49,7 +52,8 @@ pub(super) fn node_config(file: &str, document: &Document) -> Result<NodeConfig,
 
     let node = &document.node.value;
     let mut builder = SnapshotBuilder::new(node, trust_domain.clone(), settings);
-    let mut workloads = Workloads::new(check, node, &trust_domain, &issuer, document.mesh.mode);
+    let modes = modes(check, document)?;
+    let mut workloads = Workloads::new(check, node, &trust_domain, &issuer, modes);
     for (i, w) in document.workloads.iter().enumerate() {
         workloads.add(&mut builder, i, w)?;
     }
@@ -57,7 +61,31 @@ pub(super) fn node_config(file: &str, document: &Document) -> Result<NodeConfig,
     for (i, s) in document.services.iter().enumerate() {
         services.add(&mut builder, i, s)?;
     }
+    let policies = Policies::new(check, root_namespace(check, &document.mesh)?);
+    for (i, p) in document.policies.iter().enumerate() {
+        policies.add(&mut builder, i, p)?;
+    }
     Ok(NodeConfig { snapshot: builder.build(), issuer })
+}
+
+/// Modes of workloads that set none.
+fn modes(check: Check<'_>, document: &Document) -> Result<ModeDefaults, ConfigError> {
+    let mut modes = ModeDefaults { mesh: mode(document.mesh.mode), namespaces: BTreeMap::new() };
+    for (i, namespace) in document.namespaces.iter().enumerate() {
+        let field = format!("namespaces[{i}].name");
+        check.name("namespace", &field, &namespace.name)?;
+        let name = namespace.name.value.as_str();
+        if modes.namespaces.insert(name.into(), mode(namespace.mode)).is_some() {
+            return Err(check.wrong(&namespace.name, &field, format!("namespace {name} is listed twice; remove one")));
+        }
+    }
+    Ok(modes)
+}
+
+fn root_namespace<'a>(check: Check<'_>, mesh: &'a Mesh) -> Result<&'a str, ConfigError> {
+    let Some(name) = &mesh.root_namespace else { return Ok(DEFAULT_ROOT_NAMESPACE) };
+    check.name("namespace", "mesh.rootNamespace", name)?;
+    Ok(&name.value)
 }
 
 fn issuer(check: Check<'_>, issuer: &Spanned<Issuer>) -> Result<IssuerConfig, ConfigError> {

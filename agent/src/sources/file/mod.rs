@@ -4,7 +4,10 @@
 
 mod convert;
 mod fields;
+mod labels;
 mod last_good;
+mod policies;
+mod policy_values;
 mod schema;
 mod services;
 mod source;
@@ -56,6 +59,11 @@ pub struct NodeConfig {
 /// Parses and checks a document. `name` is used in messages. Pure: reads no file.
 pub fn parse(name: &str, text: &str) -> Result<NodeConfig, ConfigError> {
     convert::node_config(name, &yaml::document(name, text)?)
+}
+
+/// Reads `path` and parses it. Unlike [`load`], neither uses nor writes a last good copy.
+pub fn read(path: &Path) -> Result<NodeConfig, ConfigError> {
+    parse(&path.display().to_string(), &source::read(path)?)
 }
 
 /// Loads `path`; when it cannot be read or is invalid, the last good copy in `state_dir` (and says so). A valid file becomes the new last good copy.

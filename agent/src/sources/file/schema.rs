@@ -3,8 +3,12 @@
 //! Scalars that can be wrong in more ways than their YAML type are kept as positioned strings, so that the message
 //! can quote them.
 
+mod policy;
+
 use serde::Deserialize;
 use serde_saphyr::Spanned;
+
+pub(super) use policy::{Action, Condition, Labels, Operation, Policy, Rule, Source, Strings};
 
 /// The only accepted `apiVersion`.
 pub(super) const API_VERSION: &str = "underpass.io/v1alpha1";
@@ -22,9 +26,13 @@ pub(super) struct Document {
     #[serde(default)]
     pub(super) mesh: Mesh,
     #[serde(default)]
+    pub(super) namespaces: Vec<Namespace>,
+    #[serde(default)]
     pub(super) workloads: Vec<Spanned<Workload>>,
     #[serde(default)]
     pub(super) services: Vec<Spanned<Service>>,
+    #[serde(default)]
+    pub(super) policies: Vec<Spanned<Policy>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -49,9 +57,17 @@ pub(super) struct FilesIssuer {}
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub(super) struct Mesh {
     pub(super) mode: Mode,
+    pub(super) root_namespace: Option<Spanned<String>>,
     pub(super) capture_all: bool,
     pub(super) cidrs: Vec<Spanned<String>>,
     pub(super) exclude: Exclude,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Namespace {
+    pub(super) name: Spanned<String>,
+    pub(super) mode: Mode,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -87,6 +103,8 @@ pub(super) struct Workload {
     pub(super) service_account: Option<Spanned<String>>,
     pub(super) trust_domain: Option<Spanned<String>>,
     pub(super) node: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(super) labels: Labels,
     #[serde(default)]
     pub(super) addresses: Vec<Spanned<String>>,
     #[serde(default)]

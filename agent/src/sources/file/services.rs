@@ -88,7 +88,7 @@ impl<'a> Services<'a> {
                 BuildError::DuplicateAddress { address, .. } | BuildError::UnusableAddress { address, .. } => {
                     vips.iter().position(|a| a == address)
                 }
-                BuildError::DuplicateWorkload(_) | BuildError::NoAddress(_) => None,
+                _ => None,
             };
             match place {
                 Some(i) => check.wrong(&s.vips[i], &at(&format!("vips[{i}]")), e),

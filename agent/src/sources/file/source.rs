@@ -117,6 +117,7 @@ impl FileSource {
                     generation = snapshot.generation,
                     workloads = snapshot.workloads().count(),
                     services = snapshot.services().len(),
+                    policies = snapshot.policies().len(),
                     "configuration in force"
                 );
                 keep(&self.state_dir, &text);
@@ -186,7 +187,7 @@ fn keep(state_dir: &Path, text: &str) {
     }
 }
 
-fn read(path: &Path) -> Result<String, ConfigError> {
+pub(super) fn read(path: &Path) -> Result<String, ConfigError> {
     let name = path.display();
     let failed =
         |e: std::io::Error| ConfigError(format!("reading {name}: {e}; check --config and the file's permissions"));

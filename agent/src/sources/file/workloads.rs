@@ -11,11 +11,12 @@ use serde_saphyr::{Location, Spanned};
 use super::{
     ConfigError, IssuerConfig,
     fields::{Check, mode},
+    labels::labels,
     schema::{self, Enroll, Mode},
 };
 use crate::mesh::{
-    BuildError, CertificateFiles, LocalPod, PortMode, Protocol, SnapshotBuilder, SpiffeId, TrustDomain, Workload,
-    WorkloadKey,
+    BuildError, CertificateFiles, EffectiveMode, InboundMode, LocalPod, ModeDefaults, ModeSource, PortMode, Protocol,
+    SnapshotBuilder, SpiffeId, TrustDomain, Workload, WorkloadKey, WorkloadPolicy,
 };
 
 /// Service account of a workload that names none, as in Kubernetes.
@@ -27,7 +28,7 @@ pub(super) struct Workloads<'a> {
     node: &'a str,
     trust_domain: &'a TrustDomain,
     issuer: &'a IssuerConfig,
-    default_mode: Mode,
+    modes: ModeDefaults,
     known: HashMap<WorkloadKey, Arc<Workload>>,
     namespaces: HashMap<PathBuf, WorkloadKey>,
 }
@@ -38,9 +39,9 @@ impl<'a> Workloads<'a> {
         node: &'a str,
         trust_domain: &'a TrustDomain,
         issuer: &'a IssuerConfig,
-        default_mode: Mode,
+        modes: ModeDefaults,
     ) -> Self {
-        Self { check, node, trust_domain, issuer, default_mode, known: HashMap::new(), namespaces: HashMap::new() }
+        Self { check, node, trust_domain, issuer, modes, known: HashMap::new(), namespaces: HashMap::new() }
     }
 
     /// The workloads added, for services to refer to.
@@ -108,11 +109,17 @@ impl<'a> Workloads<'a> {
             }
             None => None,
         };
+        let mode = self.mode(w, &at("mode"), protocol, &key.namespace)?;
+        let policy = WorkloadPolicy {
+            labels: labels(check, &at("labels"), &w.labels)?,
+            policies: Vec::new(),
+            mode_set_by: mode.set_by,
+        };
         let workload = Workload {
             identity,
             node: node.into(),
             protocol,
-            mode: self.mode(w, &at("mode"), protocol)?,
+            mode: mode.mode,
             port_modes: port_modes(check, &at("ports"), &w.ports)?,
             local,
             addresses: addresses.clone(),
@@ -123,13 +130,14 @@ impl<'a> Workloads<'a> {
                 BuildError::DuplicateAddress { address, .. } | BuildError::UnusableAddress { address, .. } => {
                     addresses.iter().position(|a| a == address)
                 }
-                BuildError::DuplicateWorkload(_) | BuildError::NoAddress(_) => None,
+                _ => None,
             };
             match place {
                 Some(i) => check.wrong(&w.addresses[i], &at(&format!("addresses[{i}]")), e),
                 None => check.wrong(&w.name, &at("name"), e),
             }
         })?;
+        builder.workload_policy(&key, policy);
         self.known.insert(key, added);
         Ok(())
     }
@@ -139,16 +147,16 @@ impl<'a> Workloads<'a> {
         w: &schema::Workload,
         field: &str,
         protocol: Protocol,
-    ) -> Result<crate::mesh::InboundMode, ConfigError> {
+        namespace: &str,
+    ) -> Result<EffectiveMode, ConfigError> {
         match (&w.mode, protocol) {
             (Some(m), Protocol::Plain) if m.value == Mode::Strict => Err(self.check.wrong(
                 m,
                 field,
                 "a workload with protocol: plain is reached by plaintext only, which strict refuses; remove one of them",
             )),
-            (Some(m), _) => Ok(mode(m.value)),
-            (None, Protocol::Plain) => Ok(mode(Mode::Permissive)),
-            (None, Protocol::Underpass) => Ok(mode(self.default_mode)),
+            (_, Protocol::Plain) => Ok(EffectiveMode { mode: InboundMode::Permissive, set_by: ModeSource::Workload }),
+            (own, Protocol::Underpass) => Ok(self.modes.resolve(namespace, own.as_ref().map(|m| mode(m.value)))),
         }
     }
 

@@ -135,16 +135,17 @@ fn a_node_with_many_workloads_is_within_the_limits() {
 /// Every ```` ```yaml ```` block of the document that operators read.
 #[test]
 fn examples_in_the_documentation() {
-    let documentation = include_str!("../../../../../docs/configuration.md");
-    let blocks: Vec<_> = documentation
-        .split("```yaml\n")
-        .skip(1)
-        .map(|rest| rest.split("```").next().expect("split yields one"))
-        .collect();
-    assert!(blocks.len() >= 2, "the documentation has examples");
-    for block in blocks {
-        if let Err(e) = parse("docs/configuration.md", block) {
-            panic!("{e}\n{block}");
+    for (name, documentation, least) in [
+        ("docs/configuration.md", include_str!("../../../../../docs/configuration.md"), 2),
+        ("docs/policy.md", include_str!("../../../../../docs/policy.md"), 1),
+    ] {
+        let blocks = documentation.split("```yaml\n").skip(1);
+        let blocks: Vec<_> = blocks.map(|rest| rest.split("```").next().expect("split yields one")).collect();
+        assert!(blocks.len() >= least, "{name} has examples");
+        for block in blocks {
+            if let Err(e) = parse(name, block) {
+                panic!("{e}\n{block}");
+            }
         }
     }
 }

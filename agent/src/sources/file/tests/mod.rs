@@ -1,6 +1,8 @@
 //! The `file` source.
 
 mod accepted;
+mod modes;
+mod policies;
 mod refused;
 mod reload;
 
@@ -33,3 +35,10 @@ services:
     ports: [{ port: 80, targetPort: 8080 }]
     endpoints: [{ workload: default/web }]
 "#;
+
+/// A text with a `@`: without it, and how a message about its place begins.
+pub(super) fn unmarked(marked: &str) -> (String, String) {
+    let (before, after) = marked.split_once('@').expect("a marker");
+    let (line, start) = before.rsplit_once('\n').map_or((1, before), |(b, l)| (b.matches('\n').count() + 2, l));
+    (format!("{before}{after}"), format!("n.yaml:{line}:{}: ", start.chars().count() + 1))
+}

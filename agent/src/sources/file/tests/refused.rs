@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::{
     super::{MAX_DOCUMENT, parse},
-    BASE,
+    BASE, unmarked,
 };
 
 fn refusal(text: &str) -> String {
@@ -16,10 +16,8 @@ fn check(cases: &[(&str, &str, &str)]) {
     for (from, to, expected) in cases {
         assert_eq!(BASE.matches(from).count(), 1, "{from:?} must occur once");
         let marked = BASE.replacen(from, to, 1);
-        let (before, after) = marked.split_once('@').expect("a marker");
-        let (line, start) = before.rsplit_once('\n').map_or((1, before), |(b, l)| (b.matches('\n').count() + 2, l));
-        let expected = format!("n.yaml:{line}:{}: {expected}", start.chars().count() + 1);
-        assert_eq!(refusal(&format!("{before}{after}")), expected, "after {from:?} -> {to:?}");
+        let (text, place) = unmarked(&marked);
+        assert_eq!(refusal(&text), format!("{place}{expected}"), "after {from:?} -> {to:?}");
     }
 }
 
@@ -71,7 +69,7 @@ fn unknown_fields_everywhere() {
         (
             "node: node-a",
             "@nodes: node-a",
-            r#"nodes: unknown field "nodes"; known here: apiVersion, kind, node, trustDomain, issuer, mesh, workloads, services"#,
+            r#"nodes: unknown field "nodes"; known here: apiVersion, kind, node, trustDomain, issuer, mesh, namespaces, workloads, services, policies"#,
         ),
         ("local: {", "@remote: {", r#"issuer.remote: unknown field "remote"; known here: local, files"#),
         (
@@ -92,7 +90,7 @@ fn unknown_fields_everywhere() {
         (
             "serviceAccount: web",
             "@serviceaccount: web",
-            r#"workloads[0].serviceaccount: unknown field "serviceaccount"; known here: name, namespace, serviceAccount, trustDomain, node, addresses, protocol, mode, ports, enroll"#,
+            r#"workloads[0].serviceaccount: unknown field "serviceaccount"; known here: name, namespace, serviceAccount, trustDomain, node, labels, addresses, protocol, mode, ports, enroll"#,
         ),
         (
             "      netns: /run/netns/web",
