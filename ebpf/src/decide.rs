@@ -2,8 +2,8 @@
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use underpass_abi::{
-    Address, DIRECTION_INBOUND, DIRECTION_OUTBOUND, MESH_CAPTURE, POD_CAPTURE_ALL, POD_STRICT, PORT_EXCLUDED,
-    PORT_PERMISSIVE, PORT_STRICT, PodConfig, PortKey,
+    Address, DIRECTION_INBOUND, DIRECTION_OUTBOUND, MESH_CAPTURE, POD_ASSIGN, POD_CAPTURE_ALL, POD_STRICT, PORT_ASSIGN,
+    PORT_EXCLUDED, PORT_PERMISSIVE, PORT_STRICT, PodConfig, PortKey,
 };
 
 use crate::maps::{EXCLUDED_CIDRS, MESH, PODS_BY_ID, PORT_RULES};
@@ -33,7 +33,8 @@ pub fn inbound_action(pod_id: u32, port: u16) -> u32 {
     }
     // SAFETY: the reference is not kept, and a removed value stays readable until the program ends (RCU).
     match unsafe { PODS_BY_ID.get(pod_id) } {
-        Some(pod) if pod.flags & POD_STRICT == 0 => PORT_PERMISSIVE,
+        Some(pod) if pod.flags & (POD_STRICT | POD_ASSIGN) == 0 => PORT_PERMISSIVE,
+        Some(pod) if pod.flags & POD_STRICT == 0 => PORT_ASSIGN,
         _ => PORT_STRICT,
     }
 }

@@ -4,11 +4,14 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
 use underpass_abi::{
-    Address, DIRECTION_INBOUND, DIRECTION_OUTBOUND, MESH_CAPTURE, MeshEntry, POD_CAPTURE_ALL, POD_STRICT,
-    PORT_EXCLUDED, PORT_PERMISSIVE, PORT_STRICT, PodConfig, PortKey, PortRule, is_agent_port,
+    Address, DIRECTION_INBOUND, DIRECTION_OUTBOUND, MESH_CAPTURE, MeshEntry, POD_ASSIGN, POD_CAPTURE_ALL, POD_STRICT,
+    PORT_ASSIGN, PORT_EXCLUDED, PORT_PERMISSIVE, PORT_STRICT, PodConfig, PortKey, PortRule, is_agent_port,
 };
 
-use crate::mesh::{Exclusions, InboundMode, LocalPod, Snapshot, Workload};
+use crate::{
+    mesh::{Exclusions, InboundMode, LocalPod, Snapshot, Workload},
+    policy::{Disposition, PlaintextRules},
+};
 
 /// Bits before an IPv4 address in an [`Address`].
 const V4_OFFSET: u32 = 96;
@@ -124,28 +127,48 @@ fn covers_mapped(net: &ipnet::Ipv6Net) -> bool {
     u32::from(net.prefix_len()) < V4_OFFSET && net.contains(&mapped)
 }
 
-/// Projects one of this node's workloads.
-pub fn pod(id: u32, workload: &Workload, local: &LocalPod, capture_all: bool) -> PodState {
+/// Projects one of this node's workloads. `plaintext` is what modes and policies together make of it; without policies the modes alone
+/// decide.
+pub fn pod(
+    id: u32,
+    workload: &Workload,
+    local: &LocalPod,
+    plaintext: Option<&PlaintextRules>,
+    capture_all: bool,
+) -> PodState {
     let first = |v4: bool| workload.addresses.iter().find(|a| a.is_ipv4() == v4).map_or([0; 16], |a| address(*a));
     let flag = |set, flag| if set { flag } else { 0 };
+    let default = plaintext.map_or_else(|| of_mode(workload.mode), |rules| rules.default);
     let config = PodConfig {
         pod_id: id,
-        flags: flag(workload.mode == InboundMode::Strict, POD_STRICT)
+        flags: flag(default == Disposition::Deny, POD_STRICT)
+            | flag(default == Disposition::Evaluate, POD_ASSIGN)
             | flag(capture_all || local.capture_all, POD_CAPTURE_ALL),
         addr4: first(true),
         addr6: first(false),
     };
     let mut rules = Rules::default();
-    for m in &workload.port_modes {
-        let action = match workload.mode_of(m.port) {
-            InboundMode::Strict => PORT_STRICT,
-            InboundMode::Permissive => PORT_PERMISSIVE,
+    let of_modes = || workload.port_modes.iter().map(|m| (m.port, of_mode(workload.mode_of(m.port)))).collect();
+    let ports: BTreeMap<u16, Disposition> = plaintext.map_or_else(of_modes, |rules| rules.ports.clone());
+    for (port, disposition) in ports {
+        let action = match disposition {
+            Disposition::Allow => PORT_PERMISSIVE,
+            Disposition::Deny => PORT_STRICT,
+            Disposition::Evaluate => PORT_ASSIGN,
         };
-        rules.inbound(id, m.port, action);
+        rules.inbound(id, port, action);
     }
     // Last: an excluded port is passed whatever its mode.
     rules.exclude(id, &local.exclude);
     PodState { config, rules }
+}
+
+/// Without policies.
+fn of_mode(mode: InboundMode) -> Disposition {
+    match mode {
+        InboundMode::Strict => Disposition::Deny,
+        InboundMode::Permissive => Disposition::Allow,
+    }
 }
 
 impl Rules {

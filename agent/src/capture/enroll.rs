@@ -16,7 +16,10 @@ use super::{
     registry::Entry,
     routes, sockdiag, sockets, tc, watcher,
 };
-use crate::mesh::{LocalPod, Workload, WorkloadKey};
+use crate::{
+    mesh::{LocalPod, Workload, WorkloadKey},
+    policy::PlaintextRules,
+};
 
 /// How often and how long to wait for the ports of a pod that is enrolled anew, until its old listeners are closed.
 const REBIND: (u32, Duration) = (40, Duration::from_millis(50));
@@ -88,9 +91,19 @@ pub struct Enrolled {
     stop: oneshot::Sender<()>,
 }
 
+/// What an enrolment is to bring about.
+#[derive(Clone)]
+pub struct Wanted {
+    /// The workload, of this node.
+    pub workload: Workload,
+    /// What modes and policies make of plaintext for it.
+    pub plaintext: Option<PlaintextRules>,
+}
+
 /// What is known of a pod while it is being enrolled.
 struct Candidate<'a> {
     workload: &'a Workload,
+    plaintext: Option<&'a PlaintextRules>,
     local: &'a LocalPod,
     netns: Arc<Netns>,
     id: u32,
@@ -101,13 +114,14 @@ struct Candidate<'a> {
 }
 
 /// See [`super::Capture::enroll`].
-pub async fn enroll(inner: Arc<Inner>, workload: Workload) -> Result<Arc<Pod>, EnrollError> {
-    let result = enroll_in_slot(&inner, &workload).await;
+pub async fn enroll(inner: Arc<Inner>, wanted: Wanted) -> Result<Arc<Pod>, EnrollError> {
+    let result = enroll_in_slot(&inner, &wanted).await;
     inner.prune_slots();
     result
 }
 
-async fn enroll_in_slot(inner: &Arc<Inner>, workload: &Workload) -> Result<Arc<Pod>, EnrollError> {
+async fn enroll_in_slot(inner: &Arc<Inner>, wanted: &Wanted) -> Result<Arc<Pod>, EnrollError> {
+    let Wanted { workload, plaintext } = wanted;
     let slot = inner.slot(&workload.key);
     let mut slot = slot.lock().await;
     let Some(local) = &workload.local else {
@@ -124,7 +138,7 @@ async fn enroll_in_slot(inner: &Arc<Inner>, workload: &Workload) -> Result<Arc<P
     if let Some(enrolled) = &*slot {
         let same_namespace = enrolled.pod.netns_cookie == netns.cookie();
         if same_namespace && enrolled.pod.identity == workload.identity {
-            update(inner, enrolled, workload).await?;
+            update(inner, enrolled, wanted).await?;
             return Ok(Arc::clone(&enrolled.pod));
         }
         // Another identity needs another `Pod`; the namespace stays captured meanwhile. Another namespace is another
@@ -139,7 +153,7 @@ async fn enroll_in_slot(inner: &Arc<Inner>, workload: &Workload) -> Result<Arc<P
         let adopted = inner.maps.tables().pods().get(&netns.cookie()).copied();
         (registry.claim(&workload.key, &netns, adopted.as_ref())?, adopted)
     };
-    let candidate = Candidate { workload, local, netns, id, adopted, rebind };
+    let candidate = Candidate { workload, plaintext: plaintext.as_ref(), local, netns, id, adopted, rebind };
     match enroll_new(inner, &candidate).await {
         Ok(enrolled) => {
             let pod = Arc::clone(&enrolled.pod);
@@ -155,7 +169,7 @@ async fn enroll_in_slot(inner: &Arc<Inner>, workload: &Workload) -> Result<Arc<P
 
 /// In this order: who listens, what brings replies back, what guards; capture last.
 async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enrolled, EnrollError> {
-    let &Candidate { workload, local, ref netns, id, adopted, .. } = candidate;
+    let &Candidate { workload, plaintext, local, ref netns, id, adopted, .. } = candidate;
     processes::check_below(netns, &inner.options.cgroup).await?;
     let mark = inner.marker();
     let listeners = listen(candidate, &mark).await?;
@@ -171,7 +185,7 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
     });
 
     let before = adopted.map(|config| inner.maps.tables().strictness(&config));
-    let state = desired::pod(id, workload, local, inner.registry().mesh.capture_all);
+    let state = desired::pod(id, workload, local, plaintext, inner.registry().mesh.capture_all);
     let after = {
         let mut tables = inner.maps.tables();
         tables.apply_pod(&state)?;
@@ -186,7 +200,12 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
         destroy_plaintext(netns, after).await?;
     }
 
-    inner.capture(Entry { pod: Arc::clone(&pod), netns: Arc::clone(netns), workload: workload.clone() })?;
+    inner.capture(Entry {
+        pod: Arc::clone(&pod),
+        netns: Arc::clone(netns),
+        workload: workload.clone(),
+        plaintext: plaintext.cloned(),
+    })?;
     let (stop, stopped) = oneshot::channel();
     let watcher = tokio::spawn(watcher::run(inner.attacher(netns, id), watch, stopped));
     Ok(Enrolled { pod, netns: Arc::clone(netns), watcher, stop })
@@ -225,9 +244,10 @@ async fn listen(candidate: &Candidate<'_>, mark: &Marker) -> Result<PodListeners
 }
 
 /// Applies what changed to an enrolled pod.
-async fn update(inner: &Inner, enrolled: &Enrolled, workload: &Workload) -> Result<(), EnrollError> {
+async fn update(inner: &Inner, enrolled: &Enrolled, wanted: &Wanted) -> Result<(), EnrollError> {
     let Enrolled { pod, netns, .. } = enrolled;
-    let entry = Entry { pod: Arc::clone(pod), netns: Arc::clone(netns), workload: workload.clone() };
+    let Wanted { workload, plaintext } = wanted.clone();
+    let entry = Entry { pod: Arc::clone(pod), netns: Arc::clone(netns), workload, plaintext };
     if let Some(tighter) = inner.capture(entry)? {
         destroy_plaintext(netns, tighter).await?;
     }
@@ -236,9 +256,10 @@ async fn update(inner: &Inner, enrolled: &Enrolled, workload: &Workload) -> Resu
 
 /// Ends connections that were admitted in plaintext and would not be any more.
 pub async fn destroy_plaintext(netns: &Netns, strict: Strictness) -> Result<(), EnrollError> {
-    let destroyed = sockdiag::destroy_plaintext(netns, move |port| strict.refuses(port)).await.map_err(|e| {
-        EnrollError::Setup { action: "ending plaintext connections that STRICT forbids", reason: e.to_string() }
-    })?;
+    let destroyed =
+        sockdiag::destroy_plaintext(netns, move |local, _| strict.refuses(local.port())).await.map_err(|e| {
+            EnrollError::Setup { action: "ending plaintext connections that STRICT forbids", reason: e.to_string() }
+        })?;
     if destroyed > 0 {
         tracing::info!(namespace = %netns.path().display(), destroyed, "ended plaintext connections: STRICT now");
     }

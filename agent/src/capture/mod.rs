@@ -46,11 +46,15 @@ pub use pod::{Pod, PodListeners};
 use self::{
     desired::Strictness,
     enroll::Enrolled,
+    enroll::Wanted,
     netns::Netns,
     registry::{Entry, Registry},
     watcher::Attacher,
 };
-use crate::mesh::{Snapshot, Workload, WorkloadKey};
+use crate::{
+    mesh::{Snapshot, Workload, WorkloadKey},
+    policy::PlaintextRules,
+};
 
 /// Where and how to capture.
 #[derive(Debug, Clone)]
@@ -181,11 +185,29 @@ impl Capture {
         Ok(())
     }
 
-    /// Enrols a pod: listeners and routes first, then guard and inbound program on every interface, capture last. Fails
+    /// Enrols a pod, with what modes and policies make of plaintext for it (without policies: `None`): listeners and routes first, then guard and inbound program on every interface, capture last. Fails
     /// whole. For an already enrolled pod, applies what changed (mode, port rules, exclusions); switching to STRICT
     /// destroys plaintext connections already admitted. Runs to its end even when the caller stops waiting.
-    pub async fn enroll(&self, workload: &Workload) -> Result<Arc<Pod>, EnrollError> {
-        run(enroll::enroll(Arc::clone(&self.inner), workload.clone())).await
+    pub async fn enroll(
+        &self,
+        workload: &Workload,
+        plaintext: Option<PlaintextRules>,
+    ) -> Result<Arc<Pod>, EnrollError> {
+        run(enroll::enroll(Arc::clone(&self.inner), Wanted { workload: workload.clone(), plaintext })).await
+    }
+
+    /// Ends the plaintext connections that are open between the pod's listeners (first argument) and the outside (second)
+    /// and that `forbidden` names; how many they were. Both ends see a reset. Nothing happens to a pod that is not enrolled.
+    pub async fn end_plaintext(
+        &self,
+        pod: &Pod,
+        forbidden: impl Fn(SocketAddr, SocketAddr) -> bool + Send + 'static,
+    ) -> io::Result<usize> {
+        let netns = self.inner.registry().entries.get(&pod.key).map(|e| Arc::clone(&e.netns));
+        match netns {
+            Some(netns) => run(async move { sockdiag::destroy_plaintext(&netns, forbidden).await }).await,
+            None => Ok(0),
+        }
     }
 
     /// Gives the pod plain traffic back: capture off first, guard and inbound program last. Live connections go on; the
@@ -324,7 +346,7 @@ fn write_pod(
     let Some(local) = &entry.workload.local else {
         unreachable!("only local workloads become entries");
     };
-    let state = desired::pod(entry.pod.id, &entry.workload, local, capture_all);
+    let state = desired::pod(entry.pod.id, &entry.workload, local, entry.plaintext.as_ref(), capture_all);
     tables.apply_pod(&state)?;
     tables.capture(entry.pod.netns_cookie, state.config)?;
     Ok(state.config)

@@ -8,7 +8,10 @@ use std::{
 use underpass_abi::{PodConfig, capacity};
 
 use super::{CaptureError, EnrollError, desired::MeshState, netns::Netns, pod::Pod};
-use crate::mesh::{Workload, WorkloadKey};
+use crate::{
+    mesh::{Workload, WorkloadKey},
+    policy::PlaintextRules,
+};
 
 /// The bookkeeping of enrolment. Guards nothing itself: it lives behind a mutex that is never held across an await.
 #[derive(Default)]
@@ -35,6 +38,8 @@ pub struct Entry {
     pub netns: Arc<Netns>,
     /// As what it was enrolled.
     pub workload: Workload,
+    /// What modes and policies make of plaintext for it.
+    pub plaintext: Option<PlaintextRules>,
 }
 
 #[derive(Debug, Clone)]

@@ -16,14 +16,17 @@ use underpass_abi::is_agent_port;
 
 use super::netns::{Netns, netlink::Channel};
 
-/// Ends every inbound plaintext connection to a port that `strict` holds for, and returns how many there were. The applications on
-/// both sides see a reset.
+/// Ends every inbound plaintext connection that `forbidden` holds for, given its local and its remote address, and returns how many
+/// there were. The applications on both sides see a reset.
 ///
 /// Inbound is a connection whose local port has a listener in the namespace, other than one of the agent's. It is plaintext
 /// from outside unless its other end is in the same namespace: so are the agent's own connections to the application, and the
 /// pod's over loopback. That is told by finding the other end, not by the mark, which any process with `CAP_NET_RAW` can set.
 /// Outbound connections are left alone; so is an inbound one whose listener is closed, as nothing tells it apart.
-pub async fn destroy_plaintext(netns: &Netns, strict: impl Fn(u16) -> bool + Send + 'static) -> io::Result<usize> {
+pub async fn destroy_plaintext(
+    netns: &Netns,
+    forbidden: impl Fn(SocketAddr, SocketAddr) -> bool + Send + 'static,
+) -> io::Result<usize> {
     let mut channel = netns.try_run(|| Channel::open(NETLINK_SOCK_DIAG)).await??;
     // Reading many sockets takes a while; the channel stays in its namespace on any thread.
     tokio::task::spawn_blocking(move || {
@@ -31,7 +34,7 @@ pub async fn destroy_plaintext(netns: &Netns, strict: impl Fn(u16) -> bool + Sen
         // Again, because the list is no snapshot: the other end of something seen above is in one of the two.
         let second = sockets(&mut channel, &StateFlags::all())?;
         let (mut destroyed, mut failure) = (0, None);
-        for id in plaintext(&first, &second, strict) {
+        for id in plaintext(&first, &second, forbidden) {
             match destroy(&mut channel, &id) {
                 Ok(()) => destroyed += 1,
                 // Ended by itself meanwhile.
@@ -71,7 +74,7 @@ pub(super) async fn listeners(netns: &Netns, port: u16) -> io::Result<BTreeSet<u
 fn plaintext(
     first: &[InetResponseHeader],
     second: &[InetResponseHeader],
-    strict: impl Fn(u16) -> bool,
+    forbidden: impl Fn(SocketAddr, SocketAddr) -> bool,
 ) -> Vec<SocketId> {
     let listening: HashSet<u16> =
         first.iter().filter(|socket| socket.state == TCP_LISTEN).map(|socket| socket.socket_id.source_port).collect();
@@ -91,7 +94,7 @@ fn plaintext(
                 && socket.timer != Some(Timer::TimeWait)
                 && listening.contains(&port)
                 && !is_agent_port(port)
-                && strict(port)
+                && forbidden(local(socket), remote(socket))
                 && !ends.contains(&(remote(socket), local(socket)))
         })
         .map(|socket| socket.socket_id.clone())

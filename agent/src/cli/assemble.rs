@@ -20,7 +20,7 @@ use crate::{
     capture::{Capture, CaptureOptions, cleanup},
     identity::{CertificateStore, FilesIssuer, Issuer, LocalIssuer},
     mesh::{CertificateFiles, MeshStore, Snapshot, SpiffeId},
-    proxy::{Limits, PodState, Proxy, Reconciler},
+    proxy::{Enforcement, Limits, PodState, Proxy, Reconciler},
     relay::{ConnectionTable, Relay, RelayOptions},
     sources::file::{FileSource, IssuerConfig, NodeConfig, ReloadStats},
     telemetry::Counters,
@@ -91,6 +91,7 @@ async fn agent(args: RunArgs) -> anyhow::Result<()> {
         certificates: Arc::clone(&certificates),
         relay: Arc::clone(&relay),
         table: Arc::clone(&table),
+        policies: Enforcement::new(mesh.load()),
         counters: Arc::clone(&counters),
         limits: Limits {
             handshake: args.handshake_timeout,

@@ -103,6 +103,7 @@ pub(super) fn table(report: &Report) -> String {
         ("resumed", a.resumed),
         ("records in the kernel", a.ktls),
         ("passed through", a.passthrough),
+        ("plaintext let in by policy", a.plaintext_in),
         ("closed clean", a.closed_clean),
         ("closed by reset", a.closed_reset),
         ("retries", a.retries),

@@ -8,7 +8,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use super::{PodContext, inbound, outbound};
+use super::{PodContext, inbound, outbound, plaintext};
 use crate::telemetry::RefusalReason;
 
 /// How long a listener rests when the process is out of descriptors or memory: nothing signals their return.
@@ -83,11 +83,10 @@ fn admit(context: &Arc<PodContext>, kind: Kind, stream: TcpStream, peer: SocketA
             inbound::serve(&context, stream, peer, slot).await;
             drop(pending);
         })),
-        Kind::Plaintext => {
-            context.proxy.counters.refuse(RefusalReason::NoOriginalDestination);
-            debug!(pod = %context.pod.key, %peer, "refused: no policy sends plaintext to this listener");
-            reset(stream);
-        }
+        Kind::Plaintext => drop(tokio::spawn(async move {
+            plaintext::serve(&context, stream, peer, slot).await;
+            drop(pending);
+        })),
     }
 }
 

@@ -66,6 +66,10 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
             return session.refuse(AlertDescription::AccessDenied).await;
         }
     };
+    if let Err(why) = proxy.policies.tunnel(&pod.key, &identity, preamble.source.ip(), to) {
+        refused(RefusalReason::Policy, &why, Some(&identity));
+        return session.refuse(AlertDescription::AccessDenied).await;
+    }
     let application = match dial::application(pod, preamble.source.ip().to_canonical(), to, proxy.limits.connect).await
     {
         Ok(stream) => stream,

@@ -7,6 +7,8 @@ mod accept;
 mod dial;
 mod inbound;
 mod outbound;
+mod plaintext;
+mod policy;
 mod reconcile;
 mod route;
 
@@ -21,13 +23,14 @@ use tokio::{
 };
 use tracing::debug;
 
+pub use policy::Enforcement;
 pub use reconcile::{PodState, PodStatus, Reconciler};
 
 use crate::{
     capture::{Capture, Pod},
     identity::CertificateStore,
     mesh::MeshStore,
-    relay::{ConnectionTable, DataPath, Direction, Job, NewConnection, Relay, Upstream},
+    relay::{CloseReason, ConnectionTable, DataPath, Direction, Job, NewConnection, Relay, Upstream},
     telemetry::{Counters, RefusalReason},
     tunnel::TlsConfigs,
 };
@@ -70,6 +73,8 @@ pub struct Proxy {
     pub relay: Arc<Relay>,
     /// All live connections.
     pub table: Arc<ConnectionTable>,
+    /// Who may reach this node's workloads.
+    pub policies: Enforcement,
     /// What happened.
     pub counters: Arc<Counters>,
     /// Bounds.
@@ -100,7 +105,6 @@ impl Proxy {
         });
         accept::run(&context, listeners.outbound, accept::Kind::Outbound);
         accept::run(&context, listeners.tunnel, accept::Kind::Tunnel);
-        // Nothing is handed to the plaintext listener until a policy needs it; holding it open reserves the port.
         accept::run(&context, listeners.plaintext, accept::Kind::Plaintext);
     }
 }
@@ -108,7 +112,7 @@ impl Proxy {
 impl PodContext {
     /// Enters an established connection into the table, counts it, and gives it to the relay. `slot` is held until it ends.
     fn hand_over(&self, application: TcpStream, upstream: Upstream, new: NewConnection, slot: OwnedSemaphorePermit) {
-        let Proxy { counters, table, relay, .. } = &*self.proxy;
+        let Proxy { counters, table, relay, policies, .. } = &*self.proxy;
         let application = match application.into_std() {
             Ok(socket) => socket,
             Err(e) => {
@@ -118,7 +122,8 @@ impl PodContext {
             }
         };
         let kind = match (new.data_path, new.direction) {
-            (DataPath::Plain, _) => &counters.passthrough,
+            (DataPath::Plain, Direction::Outbound) => &counters.passthrough,
+            (DataPath::Plain, Direction::Inbound) => &counters.plaintext_in,
             (_, Direction::Outbound) => &counters.tunnels_out,
             (_, Direction::Inbound) => &counters.tunnels_in,
         };
@@ -130,6 +135,10 @@ impl PodContext {
             counters.resumed.fetch_add(1, Relaxed);
         }
         let connection = table.add(new);
+        // Policies that came into force since it was judged have not seen it in the table.
+        if policies.forbids(&connection) {
+            table.close(connection.id, CloseReason::Policy);
+        }
         let guard = Box::new(Held { _pod: Arc::clone(&self.pod), _slot: slot });
         relay.submit(Job { application: application.into(), upstream, connection, guard });
     }

@@ -85,6 +85,9 @@ impl Reconciler {
         let snapshot = self.proxy.mesh.load();
         (self.prepare)(&snapshot);
         self.proxy.certificates.want(snapshot.local_identities());
+        // Tighter policies first of all: nothing below may hold them up.
+        self.proxy.policies.set(&snapshot);
+        self.proxy.end_forbidden();
         // Addresses before pods: a pod must not be enrolled with its peers' addresses still uncaptured.
         if let Err(e) = self.proxy.capture.apply(&snapshot) {
             error!(error = %e, "the configuration cannot be put into the BPF maps; the previous one stays in force");
@@ -121,9 +124,11 @@ impl Reconciler {
 
     async fn enrol(&self, workload: &Workload) {
         let Some(local) = &workload.local else { return };
-        let state = match self.proxy.capture.enroll(workload).await {
+        let plaintext = self.proxy.policies.plaintext_rules(&workload.key);
+        let state = match self.proxy.capture.enroll(workload, Some(plaintext)).await {
             Ok(pod) => {
                 self.proxy.attach(&pod);
+                self.proxy.end_forbidden_plaintext(&pod).await;
                 PodState::Enrolled { pod_id: pod.id }
             }
             Err(e) => PodState::Refused { reason: e.to_string() },

@@ -54,6 +54,8 @@ pub enum RefusalReason {
     Truncated,
     /// A record that could not be decrypted or parsed.
     BadRecord,
+    /// A policy, or the mode STRICT, forbids it.
+    Policy,
     /// A key has protected as many records as it may, and the kernel cannot replace it.
     KeyLimit,
     /// A destination that is an agent port of a mesh workload.
@@ -70,7 +72,7 @@ impl RefusalReason {
     pub const ALL: [RefusalReason; REASONS] = {
         use RefusalReason::{
             AgentPort, BadRecord, CertificateExpired, Deadline, DeniedByPeer, InvalidCertificate, KeyLimit, NoAlpn,
-            NoCertificate, NoEndpoint, NoOriginalDestination, NotTls, PeerUpstreamUnreachable, PodLimit,
+            NoCertificate, NoEndpoint, NoOriginalDestination, NotTls, PeerUpstreamUnreachable, PodLimit, Policy,
             ProxyDestination, ProxyHeader, ProxySource, Resources, TlsHandshake, Truncated, UntrustedIssuer,
             UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
         };
@@ -96,6 +98,7 @@ impl RefusalReason {
             PeerUpstreamUnreachable,
             Truncated,
             BadRecord,
+            Policy,
             KeyLimit,
             AgentPort,
             Resources,
@@ -106,7 +109,7 @@ impl RefusalReason {
     pub const fn as_str(self) -> &'static str {
         use RefusalReason::{
             AgentPort, BadRecord, CertificateExpired, Deadline, DeniedByPeer, InvalidCertificate, KeyLimit, NoAlpn,
-            NoCertificate, NoEndpoint, NoOriginalDestination, NotTls, PeerUpstreamUnreachable, PodLimit,
+            NoCertificate, NoEndpoint, NoOriginalDestination, NotTls, PeerUpstreamUnreachable, PodLimit, Policy,
             ProxyDestination, ProxyHeader, ProxySource, Resources, TlsHandshake, Truncated, UntrustedIssuer,
             UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
         };
@@ -132,6 +135,7 @@ impl RefusalReason {
             PeerUpstreamUnreachable => "peer-upstream-unreachable",
             Truncated => "truncated",
             BadRecord => "bad-record",
+            Policy => "policy",
             KeyLimit => "key-limit",
             AgentPort => "agent-port",
             Resources => "resources",
@@ -188,6 +192,8 @@ pub struct Counters {
     pub resumed: AtomicU64,
     /// Connections passed through in plaintext because the destination is not in the mesh.
     pub passthrough: AtomicU64,
+    /// Inbound plaintext connections that a policy was asked about and let in.
+    pub plaintext_in: AtomicU64,
     /// Connections that ended with `close_notify` both ways, or FIN both ways for pass-through.
     pub closed_clean: AtomicU64,
     /// Connections that ended with a reset.
@@ -211,6 +217,9 @@ pub struct CountersSnapshot {
     pub resumed: u64,
     /// See [`Counters::passthrough`].
     pub passthrough: u64,
+    /// See [`Counters::plaintext_in`].
+    #[serde(default)]
+    pub plaintext_in: u64,
     /// See [`Counters::closed_clean`].
     pub closed_clean: u64,
     /// See [`Counters::closed_reset`].
@@ -250,6 +259,7 @@ impl Counters {
             tunnels_in: self.tunnels_in.load(Relaxed),
             resumed: self.resumed.load(Relaxed),
             passthrough: self.passthrough.load(Relaxed),
+            plaintext_in: self.plaintext_in.load(Relaxed),
             closed_clean: self.closed_clean.load(Relaxed),
             closed_reset: self.closed_reset.load(Relaxed),
             retries: self.retries.load(Relaxed),

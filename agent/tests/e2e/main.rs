@@ -9,6 +9,7 @@ mod failures;
 mod ktls;
 mod lifecycle;
 mod limits;
+mod policy;
 mod refusals;
 mod traffic;
 mod untouched;

@@ -54,6 +54,8 @@ pub struct PodConfig {
 pub const POD_STRICT: u32 = 1 << 0;
 /// Every TCP destination is captured, not only mesh addresses.
 pub const POD_CAPTURE_ALL: u32 = 1 << 1;
+/// Inbound plaintext goes to the agent, as with [`PORT_ASSIGN`], unless a port rule says otherwise. [`POD_STRICT`] goes before.
+pub const POD_ASSIGN: u32 = 1 << 2;
 
 /// Value of the `MESH` trie (key: an [`Address`]; 96 is added to IPv4 prefix lengths).
 #[repr(C)]

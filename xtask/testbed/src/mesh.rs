@@ -28,6 +28,9 @@ pub struct MeshConfig {
     pub workloads: Vec<Workload>,
     /// Services.
     pub services: Vec<Service>,
+    /// Authorization policies, as the configuration has them.
+    #[serde(default)]
+    pub policies: Vec<serde_json::Value>,
 }
 
 /// What to do with plaintext from outside the mesh.
@@ -185,6 +188,8 @@ struct Document<'a> {
     mesh: Mesh<'a>,
     workloads: Vec<Workload>,
     services: &'a [Service],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    policies: &'a [serde_json::Value],
 }
 
 #[derive(Serialize)]
@@ -209,6 +214,7 @@ impl MeshConfig {
             exclude: Exclude::default(),
             workloads: Vec::new(),
             services: Vec::new(),
+            policies: Vec::new(),
         }
     }
 
@@ -290,6 +296,7 @@ impl MeshConfig {
             mesh: Mesh { mode: self.mode, capture_all: self.capture_all, cidrs: &self.cidrs, exclude: &self.exclude },
             workloads,
             services: &self.services,
+            policies: &self.policies,
         };
         serde_json::to_string_pretty(&document).expect("plain data")
     }

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     time::Duration,
 };
 
@@ -104,8 +104,8 @@ async fn exactly_the_plaintext_connections_from_outside_end() {
     ];
     doomed.iter_mut().chain(&mut spared).for_each(Pair::assert_alive);
 
-    let strict = |port| port != 82;
-    assert_eq!(destroy_plaintext(&pod, |_| false).await.expect("nothing is strict"), 0);
+    let strict = |local: SocketAddr, _: SocketAddr| local.port() != 82;
+    assert_eq!(destroy_plaintext(&pod, |_, _| false).await.expect("nothing is strict"), 0);
     assert_eq!(destroy_plaintext(&pod, strict).await.expect("destroy"), doomed.len() + 1);
     doomed.iter_mut().for_each(Pair::assert_reset);
     let error = (&half_closed.dialled).read(&mut [0]).expect_err("half closed");
@@ -128,7 +128,7 @@ async fn connections_nobody_accepted_yet_end_too() {
     let listener = listen(&pod, "0.0.0.0:80").await;
     let mut waiting = client.run(|| TcpStream::connect("10.77.0.2:80")).await.expect("connect");
     waiting.set_read_timeout(Some(*PATIENCE)).expect("timeout");
-    assert_eq!(destroy_plaintext(&pod, |_| true).await.expect("destroy"), 1);
+    assert_eq!(destroy_plaintext(&pod, |_, _| true).await.expect("destroy"), 1);
     assert_eq!(waiting.read(&mut [0]).expect_err("reset").kind(), io::ErrorKind::ConnectionReset);
     // The listener itself goes on.
     drop(listener.accept().expect("the one that was ended is still handed out"));
@@ -157,7 +157,7 @@ async fn a_list_of_many_datagrams_is_read_whole() {
         .await;
     let dialled: io::Result<Vec<TcpStream>> = dialled;
     assert_eq!(dialled.as_ref().map(Vec::len).expect("connect"), MANY);
-    assert_eq!(destroy_plaintext(&pod, |port| port == 80).await.expect("destroy"), MANY);
+    assert_eq!(destroy_plaintext(&pod, |local, _| local.port() == 80).await.expect("destroy"), MANY);
     drop(listener);
 }
 
@@ -188,7 +188,7 @@ async fn a_handshake_under_way_does_not_slip_through() {
         .await
     };
     assert_eq!(half_open().await, 1, "the kernel handles the SYN while it sends it");
-    assert_eq!(destroy_plaintext(&pod, |_| true).await.expect("destroy"), 1);
+    assert_eq!(destroy_plaintext(&pod, |_, _| true).await.expect("destroy"), 1);
     drop(dialling);
     assert_eq!(half_open().await, 0);
 }

@@ -13,7 +13,7 @@ async fn everything_goes(tc: TcMode, filters: usize) {
     let pods = [PathBuf::from(scene.net.path())];
     let capture = scene.start(tc).await;
     // An agent that is killed undoes nothing; a pod that is leaked does not either.
-    std::mem::forget(capture.enroll(&scene.web).await.unwrap().take_listeners());
+    std::mem::forget(capture.enroll(&scene.web, None).await.unwrap().take_listeners());
     let pod = capture.pods().remove(0);
     std::mem::forget(pod);
     let error = cleanup(&scene.lab.pins, &pods, false).await.unwrap_err().to_string();

@@ -113,7 +113,7 @@ fn a_pod_gets_its_first_addresses_and_flags() {
     let mut w = workload("web", "10.0.1.1", Some("/run/netns/web"));
     w.addresses.extend(["10.0.1.2", "2001:db8::1"].map(|a| a.parse::<std::net::IpAddr>().unwrap()));
     let local = w.local.clone().unwrap();
-    let plain = pod(3, &w, &local, false);
+    let plain = pod(3, &w, &local, None, false);
     assert_eq!((plain.config.pod_id, plain.config.flags), (3, 0));
     assert_eq!(plain.config.addr4, address("10.0.1.1".parse().unwrap()));
     assert_eq!(plain.config.addr6, address("2001:db8::1".parse().unwrap()));
@@ -121,8 +121,8 @@ fn a_pod_gets_its_first_addresses_and_flags() {
 
     w.mode = InboundMode::Strict;
     w.addresses.truncate(2);
-    assert_eq!(pod(3, &w, &local, true).config.flags, POD_STRICT | POD_CAPTURE_ALL);
-    assert_eq!(pod(3, &w, &local, true).config.addr6, [0; 16]);
+    assert_eq!(pod(3, &w, &local, None, true).config.flags, POD_STRICT | POD_CAPTURE_ALL);
+    assert_eq!(pod(3, &w, &local, None, true).config.addr6, [0; 16]);
 }
 
 #[test]
@@ -143,7 +143,7 @@ fn port_rules_follow_modes_and_exclusions() {
         outbound_cidrs: nets(&["10.9.0.0/16"]),
         inbound_ports: vec![82, 15001],
     };
-    let state = pod(3, &w, &local, false);
+    let state = pod(3, &w, &local, None, false);
     let slot = |direction, port| PortSlot { pod_id: 3, direction, port };
     let rules: Vec<_> = state.rules.ports.iter().map(|(s, r)| (*s, r.action)).collect();
     assert_eq!(
@@ -166,7 +166,7 @@ fn strictness_is_that_of_the_programs() {
     let exclude = Exclusions { inbound_ports: vec![9090, 9091], ..Exclusions::default() };
     let everyone = state(MeshSettings { exclude, ..MeshSettings::default() }, vec![]).rules;
     let strictness = |w: &Workload| {
-        let state = pod(1, w, &local, false);
+        let state = pod(1, w, &local, None, false);
         Strictness::new(&state.config, &state.rules, &everyone)
     };
     let permissive = strictness(&w);
@@ -187,6 +187,10 @@ fn strictness_is_that_of_the_programs() {
     assert!(strict.tightens(&one_port));
     assert!(!strict.tightens(&strict));
 
-    let without = Strictness::new(&pod(1, &w, &local, false).config, &pod(1, &w, &local, false).rules, &Arc::default());
+    let without = Strictness::new(
+        &pod(1, &w, &local, None, false).config,
+        &pod(1, &w, &local, None, false).rules,
+        &Arc::default(),
+    );
     assert!(without.tightens(&strict), "an exclusion that goes away");
 }

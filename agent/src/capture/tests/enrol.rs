@@ -24,7 +24,7 @@ async fn an_enrolled_pod_is_captured_and_guarded_and_gets_plain_traffic_back() {
     let capture = scene.start(TcMode::Auto).await;
     scene.assert_plain().await; // the positive control
 
-    let pod = capture.enroll(&scene.web).await.unwrap();
+    let pod = capture.enroll(&scene.web, None).await.unwrap();
     assert_eq!(capture.pods().len(), 1);
     assert_eq!((pod.id, scene.tc_links()), (1, 2));
     let listeners = pod.take_listeners().unwrap();
@@ -73,11 +73,11 @@ async fn an_enrolled_pod_is_captured_and_guarded_and_gets_plain_traffic_back() {
 async fn strict_ends_what_was_admitted_and_admits_no_more() {
     let mut scene = Scene::new().await;
     let capture = scene.start(TcMode::Auto).await;
-    let pod = capture.enroll(&scene.web).await.unwrap();
+    let pod = capture.enroll(&scene.web, None).await.unwrap();
 
     let (mut client, server) = plaintext_connection(&scene).await;
     scene.web.mode = InboundMode::Strict;
-    let again = capture.enroll(&scene.web).await.unwrap();
+    let again = capture.enroll(&scene.web, None).await.unwrap();
     assert!(Arc::ptr_eq(&pod, &again), "an update, not another enrolment");
     let read = tokio::task::spawn_blocking(move || {
         client.set_read_timeout(Some(*SOON))?;
@@ -89,7 +89,7 @@ async fn strict_ends_what_was_admitted_and_admits_no_more() {
     assert!(capture.counters()["inbound_strict_dropped"] > 0);
 
     scene.web.mode = InboundMode::Permissive;
-    capture.enroll(&scene.web).await.unwrap();
+    capture.enroll(&scene.web, None).await.unwrap();
     assert_eq!(scene.dial_from_peer().await, Connected::Yes);
 }
 
@@ -114,7 +114,7 @@ async fn a_mesh_wide_exclusion_that_goes_away_ends_plaintext_too() {
     let mut settings = MeshSettings::default();
     settings.exclude.inbound_ports = vec![PORT];
     capture.apply(&snapshot(settings, vec![scene.web.clone()])).unwrap();
-    let _pod = capture.enroll(&scene.web).await.unwrap();
+    let _pod = capture.enroll(&scene.web, None).await.unwrap();
     let (mut client, _server) = plaintext_connection(&scene).await;
     capture.apply(&snapshot(MeshSettings::default(), vec![scene.web.clone()])).unwrap();
     let read = tokio::task::spawn_blocking(move || {
@@ -133,7 +133,7 @@ async fn capture_all_reaches_pods_that_are_enrolled_already() {
         capture.apply(&snapshot(settings, vec![scene.web.clone()])).unwrap();
     };
     only_web(false);
-    let pod = capture.enroll(&scene.web).await.unwrap();
+    let pod = capture.enroll(&scene.web, None).await.unwrap();
     let listeners = pod.take_listeners().unwrap();
     assert_eq!((scene.dial(true).await, scene.arrived()), (Connected::Yes, 1), "the peer is not in the mesh");
     only_web(true);
@@ -146,7 +146,7 @@ async fn capture_all_reaches_pods_that_are_enrolled_already() {
 async fn second_interface(tc: TcMode) {
     let scene = Scene::new().await;
     let capture = scene.start(tc).await;
-    let _pod = capture.enroll(&scene.web).await.unwrap();
+    let _pod = capture.enroll(&scene.web, None).await.unwrap();
     let Net { pod, peer } = &scene.net;
     ip(&format!("link add eth1 netns {pod} type veth peer name eth1 netns {peer}"));
     for (ns, address) in [(pod, "10.8.0.1"), (peer, "10.8.0.2")] {
@@ -187,15 +187,15 @@ async fn an_interface_that_comes_later_is_guarded_with_clsact() {
 async fn a_namespace_is_enrolled_once() {
     let scene = Scene::new().await;
     let capture = scene.start(TcMode::Auto).await;
-    let _pod = capture.enroll(&scene.web).await.unwrap();
+    let _pod = capture.enroll(&scene.web, None).await.unwrap();
     let twin = workload("twin", "10.7.0.3", Some(&scene.net.path()));
-    let error = capture.enroll(&twin).await.unwrap_err();
+    let error = capture.enroll(&twin, None).await.unwrap_err();
     assert!(matches!(&error, EnrollError::Duplicate { other, .. } if other == "default/web"), "{error}");
     assert_eq!((capture.pods().len(), scene.tc_links()), (1, 2));
     capture.unenroll(&twin.key).await;
     assert_eq!(scene.tc_links(), 2, "un-enrolling who was refused touches nobody");
     capture.unenroll(&scene.web.key).await;
-    capture.enroll(&twin).await.unwrap();
+    capture.enroll(&twin, None).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -203,7 +203,7 @@ async fn a_refused_pod_is_left_as_it_was() {
     let scene = Scene::new().await;
     let capture = scene.start(TcMode::Auto).await;
     let taken = inside(&scene.net.pod, || TcpListener::bind("0.0.0.0:15008")).await.unwrap();
-    let error = capture.enroll(&scene.web).await.unwrap_err();
+    let error = capture.enroll(&scene.web, None).await.unwrap_err();
     assert!(matches!(error, EnrollError::PortTaken { port: 15008, .. }), "{error}");
     drop(taken);
     assert!(capture.pods().is_empty());
@@ -213,12 +213,12 @@ async fn a_refused_pod_is_left_as_it_was() {
     // And when it fails at the last step but one: the object's maps are not the agent's any more.
     let pods = scene.lab.layout().map("PODS");
     std::fs::rename(&pods, pods.with_file_name("AWAY")).unwrap();
-    let error = capture.enroll(&scene.web).await.unwrap_err();
+    let error = capture.enroll(&scene.web, None).await.unwrap_err();
     assert!(error.to_string().contains("PODS"), "{error}");
     scene.no_rule().await;
     scene.assert_plain().await;
     std::fs::rename(pods.with_file_name("AWAY"), &pods).unwrap();
-    let pod = capture.enroll(&scene.web).await.unwrap();
+    let pod = capture.enroll(&scene.web, None).await.unwrap();
     assert_eq!(pod.id, 1, "numbers of failed enrolments are free again");
 }
 
@@ -232,7 +232,7 @@ async fn pods_get_numbers_of_their_own_and_give_them_back() {
             workload(&format!("w{n}"), &format!("10.7.1.{n}"), Some(&format!("/run/netns/{ns}")))
         })
         .collect();
-    let enrolled = workloads.iter().map(|w| capture.enroll(w));
+    let enrolled = workloads.iter().map(|w| capture.enroll(w, None));
     let mut ids: Vec<_> =
         futures_util::future::try_join_all(enrolled).await.unwrap().into_iter().map(|p| p.id).collect();
     ids.sort_unstable();
@@ -240,14 +240,14 @@ async fn pods_get_numbers_of_their_own_and_give_them_back() {
     let second = capture.pods().into_iter().find(|p| p.id == 2).unwrap();
     capture.unenroll(&second.key).await;
     let again = workloads.iter().find(|w| w.key == second.key).unwrap();
-    assert_eq!(capture.enroll(again).await.unwrap().id, 2);
+    assert_eq!(capture.enroll(again, None).await.unwrap().id, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_identity_is_another_pod_and_nothing_gets_out_meanwhile() {
     let mut scene = Scene::new().await;
     let capture = scene.start(TcMode::Auto).await;
-    let before = capture.enroll(&scene.web).await.unwrap();
+    let before = capture.enroll(&scene.web, None).await.unwrap();
     let links = scene.lab.links();
     // Accept loops hold the listeners and close them some time after they are told.
     let listeners = before.take_listeners().unwrap();
@@ -257,7 +257,7 @@ async fn another_identity_is_another_pod_and_nothing_gets_out_meanwhile() {
         drop(listeners);
     });
     scene.web.identity = "spiffe://cluster.local/ns/default/sa/other".parse().unwrap();
-    let after = capture.enroll(&scene.web).await.unwrap();
+    let after = capture.enroll(&scene.web, None).await.unwrap();
     closing.await.unwrap();
     assert_eq!((after.id, &after.identity), (before.id, &scene.web.identity));
     assert_eq!(capture.pods().len(), 1);
@@ -291,7 +291,7 @@ async fn interfaces_that_come_and_go_do_not_fail_an_enrolment() {
         (stop, task)
     };
     for _ in 0..10 {
-        let pod = capture.enroll(&scene.web).await.unwrap();
+        let pod = capture.enroll(&scene.web, None).await.unwrap();
         capture.unenroll(&scene.web.key).await;
         drop(pod);
     }

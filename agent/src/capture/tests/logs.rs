@@ -49,7 +49,7 @@ async fn a_refusal_is_logged() {
     let (lines, _guard) = subscribe();
     let scene = Scene::new().await;
     let capture = scene.start(TcMode::Auto).await;
-    let _pod = capture.enroll(&scene.web).await.unwrap();
+    let _pod = capture.enroll(&scene.web, None).await.unwrap();
     assert_eq!(scene.dial(false).await, Connected::TimedOut);
     let destination = format!("{PEER}:{PORT}");
     until("the drop is logged", || lines.have(&["WARN", " bpf: ", "guard_dropped", "pod=1", &destination])).await;
@@ -61,7 +61,7 @@ async fn lines_of_the_programs_are_logged() {
     let scene = Scene::new().await;
     let capture = Capture::start(CaptureOptions { bpf_log: true, ..scene.lab.options() }).await.unwrap();
     scene.apply(&capture);
-    let _pod = capture.enroll(&scene.web).await.unwrap();
+    let _pod = capture.enroll(&scene.web, None).await.unwrap();
     assert_eq!(scene.dial(true).await, Connected::Yes);
     until("the line is logged", || lines.have(&[" bpf: ", "captured connect to", PEER])).await;
 }

@@ -39,7 +39,7 @@ fn restless(
 async fn restart_under_load(tc: TcMode) {
     let scene = Scene::new().await;
     let capture = scene.start(tc).await;
-    let pod = capture.enroll(&scene.web).await.unwrap();
+    let pod = capture.enroll(&scene.web, None).await.unwrap();
     let (mut child, mut lines) = restless(&scene);
     let mut seen = std::collections::BTreeMap::<String, u32>::new();
     let mut attempts = async |seen: &mut std::collections::BTreeMap<String, u32>, outcome: &str| {
@@ -59,7 +59,7 @@ async fn restart_under_load(tc: TcMode) {
         attempts(&mut seen, "refused").await;
         capture = scene.start(tc).await;
         attempts(&mut seen, "refused").await;
-        pod = capture.enroll(&scene.web).await.unwrap();
+        pod = capture.enroll(&scene.web, None).await.unwrap();
         assert_eq!(pod.id, 1, "the number stays");
         attempts(&mut seen, "connected").await;
     }
@@ -87,12 +87,12 @@ async fn nothing_gets_out_while_agents_restart_with_clsact() {
 async fn a_pods_links_are_adopted() {
     let scene = Scene::new().await;
     let capture = scene.start(TcMode::Tcx).await;
-    let pod = capture.enroll(&scene.web).await.unwrap();
+    let pod = capture.enroll(&scene.web, None).await.unwrap();
     let before = scene.lab.links();
     assert_eq!(before.len(), HOOKS.len() + 2);
     drop((pod, capture));
     let capture = scene.start(TcMode::Tcx).await;
-    let _pod = capture.enroll(&scene.web).await.unwrap();
+    let _pod = capture.enroll(&scene.web, None).await.unwrap();
     let after = scene.lab.links();
     assert!(before.keys().eq(after.keys()));
     for (name, before) in before {
@@ -108,7 +108,7 @@ async fn tcx_and_clsact_replace_each_other() {
     let scene = Scene::new().await;
     for (tc, links, filters) in [(TcMode::Tcx, 2, 0), (TcMode::Clsact, 0, 2), (TcMode::Tcx, 2, 0)] {
         let capture = scene.start(tc).await;
-        let _pod = capture.enroll(&scene.web).await.unwrap();
+        let _pod = capture.enroll(&scene.web, None).await.unwrap();
         assert_eq!((scene.tc_links(), scene.filters()), (links, filters), "{tc:?}");
         assert_eq!(scene.dial(false).await, Connected::TimedOut);
     }
@@ -117,7 +117,7 @@ async fn tcx_and_clsact_replace_each_other() {
 async fn garbage(tc: TcMode) {
     let scene = Scene::new().await;
     let capture = scene.start(tc).await;
-    drop(capture.enroll(&scene.web).await.unwrap());
+    drop(capture.enroll(&scene.web, None).await.unwrap());
     drop(capture);
     let capture = scene.start(tc).await;
     assert_eq!(pods_in_the_map(&scene), [1]);
@@ -125,7 +125,7 @@ async fn garbage(tc: TcMode) {
     capture.collect_garbage().await;
     assert!(pods_in_the_map(&scene).is_empty());
     scene.assert_plain().await;
-    assert_eq!(capture.enroll(&scene.web).await.unwrap().id, 1);
+    assert_eq!(capture.enroll(&scene.web, None).await.unwrap().id, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -142,11 +142,11 @@ async fn pods_that_are_not_wanted_any_more_are_released_with_clsact() {
 async fn pins_of_interfaces_that_went_away_unseen_are_removed() {
     let scene = Scene::new().await;
     let capture = scene.start(TcMode::Tcx).await;
-    let pod = capture.enroll(&scene.web).await.unwrap();
+    let pod = capture.enroll(&scene.web, None).await.unwrap();
     drop((pod, capture));
     super::lab::ip(&format!("-n {} link del eth0", scene.net.pod));
     let capture = scene.start(TcMode::Tcx).await;
-    let _pod = capture.enroll(&scene.web).await.unwrap();
+    let _pod = capture.enroll(&scene.web, None).await.unwrap();
     assert_eq!(scene.tc_links(), 2);
     capture.collect_garbage().await;
     assert_eq!(scene.tc_links(), 0);
@@ -156,12 +156,12 @@ async fn pins_of_interfaces_that_went_away_unseen_are_removed() {
 async fn a_captured_pod_that_cannot_be_enrolled_again_stays_captured() {
     let scene = Scene::new().await;
     let capture = scene.start(TcMode::Auto).await;
-    drop(capture.enroll(&scene.web).await.unwrap());
+    drop(capture.enroll(&scene.web, None).await.unwrap());
     drop(capture);
     // While no agent was there, an application took a port.
     let taken = inside(&scene.net.pod, || std::net::TcpListener::bind("0.0.0.0:15008")).await.unwrap();
     let capture = scene.start(TcMode::Auto).await;
-    capture.enroll(&scene.web).await.unwrap_err();
+    capture.enroll(&scene.web, None).await.unwrap_err();
     capture.collect_garbage().await;
     assert_eq!(pods_in_the_map(&scene), [1]);
     assert_eq!(scene.dial(true).await, Connected::Refused);
@@ -169,7 +169,7 @@ async fn a_captured_pod_that_cannot_be_enrolled_again_stays_captured() {
     assert_eq!(scene.arrived(), 0);
 
     drop(taken);
-    drop(capture.enroll(&scene.web).await.unwrap());
+    drop(capture.enroll(&scene.web, None).await.unwrap());
     capture.unenroll(&scene.web.key).await;
     scene.no_rule().await;
     scene.assert_plain().await;
@@ -179,11 +179,11 @@ async fn a_captured_pod_that_cannot_be_enrolled_again_stays_captured() {
 async fn what_stays_captured_is_released_by_unenrolling() {
     let scene = Scene::new().await;
     let capture = scene.start(TcMode::Auto).await;
-    drop(capture.enroll(&scene.web).await.unwrap());
+    drop(capture.enroll(&scene.web, None).await.unwrap());
     drop(capture);
     let capture = scene.start(TcMode::Auto).await;
     let _taken = inside(&scene.net.pod, || std::net::TcpListener::bind("0.0.0.0:15008")).await.unwrap();
-    capture.enroll(&scene.web).await.unwrap_err();
+    capture.enroll(&scene.web, None).await.unwrap_err();
     capture.unenroll(&scene.web.key).await;
     assert!(pods_in_the_map(&scene).is_empty());
     scene.no_rule().await;
@@ -201,13 +201,13 @@ fn age(scene: &Scene) -> Layout {
 async fn an_older_version_captures_until_the_new_one_does() {
     let scene = Scene::new().await;
     let capture = scene.start(TcMode::Auto).await;
-    let pod = capture.enroll(&scene.web).await.unwrap();
+    let pod = capture.enroll(&scene.web, None).await.unwrap();
     drop((pod, capture));
     let old = age(&scene);
 
     let capture = scene.start(TcMode::Auto).await;
     assert_eq!(scene.dial(true).await, Connected::Refused, "the old hooks");
-    let pod = capture.enroll(&scene.web).await.unwrap();
+    let pod = capture.enroll(&scene.web, None).await.unwrap();
     let listeners = pod.take_listeners().unwrap();
     // Both versions' hooks run. The old ones come first and rewrite; their maps are not this agent's, which finds no
     // entry and resets.
@@ -225,12 +225,12 @@ async fn an_older_version_captures_until_the_new_one_does() {
 async fn a_pod_stays_captured_when_the_attach_point_moves() {
     let scene = Scene::new().await;
     let capture = scene.start(TcMode::Auto).await;
-    drop(capture.enroll(&scene.web).await.unwrap());
+    drop(capture.enroll(&scene.web, None).await.unwrap());
     drop(capture);
     let options = CaptureOptions { cgroup: scene.lab.cgroup.join("pods"), ..scene.lab.options() };
     let capture: Arc<Capture> = Capture::start(options).await.unwrap();
     assert_eq!(scene.dial(true).await, Connected::Refused);
-    let pod = capture.enroll(&scene.web).await.unwrap();
+    let pod = capture.enroll(&scene.web, None).await.unwrap();
     let listeners = pod.take_listeners().unwrap();
     assert_eq!(scene.dial(true).await, Connected::Yes);
     assert!(accept(&capture, &pod, &listeners, true).await.is_some());

@@ -60,12 +60,12 @@ async fn enrolment_takes_milliseconds() {
 
     let step = Step::begin();
     for w in &workloads {
-        capture.enroll(w).await.unwrap();
+        capture.enroll(w, None).await.unwrap();
     }
     let each = step.end("enrol, one after the other");
     let step = Step::begin();
     for w in &workloads {
-        capture.enroll(w).await.unwrap();
+        capture.enroll(w, None).await.unwrap();
     }
     step.end("enrol again, unchanged");
 
@@ -77,7 +77,7 @@ async fn enrolment_takes_milliseconds() {
     let step = Step::begin();
     stream::iter(&workloads)
         .for_each_concurrent(AT_ONCE, async |w| {
-            capture.enroll(w).await.unwrap();
+            capture.enroll(w, None).await.unwrap();
         })
         .await;
     step.end(&format!("adopt, {AT_ONCE} at once"));
