@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 
 use super::{
     EXIT_CODES,
@@ -24,7 +24,7 @@ use crate::{
 
 /// Where policies come from.
 #[derive(Debug, Args)]
-struct From {
+struct Input {
     #[command(flatten)]
     agent: AgentArgs,
     /// Read this configuration instead of asking the running agent.
@@ -49,7 +49,7 @@ Examples:
   underpass policies --config node.yaml"))]
 pub(super) struct PoliciesArgs {
     #[command(flatten)]
-    from: From,
+    input: Input,
 }
 
 /// Arguments of `underpass policy`.
@@ -71,7 +71,8 @@ enum PolicyCommand {
 
 /// Arguments of `underpass policy explain`.
 #[derive(Debug, Args)]
-#[command(after_help = format!("{EXIT_CODES} A connection that is denied is no failure.
+#[group(skip)]
+#[command(group(ArgGroup::new("peer").required(true)), after_help = format!("{EXIT_CODES} A connection that is denied is no failure.
 
 Nothing is connected: the answer is computed from the configuration, for the modes,
 exclusions and policies of the destination.
@@ -82,20 +83,15 @@ Examples:
   underpass policy explain --config node.yaml --plaintext-from 192.0.2.7 --to [fd00::2]:8080 -o json"))]
 struct ExplainArgs {
     #[command(flatten)]
-    source: From,
+    input: Input,
     /// Identity of a mesh peer.
-    #[arg(
-        long,
-        value_name = "SPIFFE-ID",
-        required_unless_present = "plaintext_from",
-        conflicts_with = "plaintext_from"
-    )]
+    #[arg(long, value_name = "SPIFFE-ID", group = "peer")]
     from: Option<SpiffeId>,
     /// Address of the mesh peer [default: that of a workload with its identity].
     #[arg(long, value_name = "IP", conflicts_with = "plaintext_from")]
     source_ip: Option<IpAddr>,
     /// Address of a peer that is not in the mesh.
-    #[arg(long, value_name = "IP")]
+    #[arg(long, value_name = "IP", group = "peer")]
     plaintext_from: Option<IpAddr>,
     /// Address and port of a workload or of a service.
     #[arg(long, value_name = "ADDR:PORT")]
@@ -103,11 +99,11 @@ struct ExplainArgs {
 }
 
 pub(super) fn policies(args: &PoliciesArgs) -> anyhow::Result<()> {
-    let list = match &args.from.config {
+    let list = match &args.input.config {
         Some(path) => policy::summaries(&configuration(path)?),
-        None => ask(args.from.agent.client().policies())?,
+        None => ask(args.input.agent.client().policies())?,
     };
-    output::print(args.from.output, &list, || table(&list))
+    output::print(args.input.output, &list, || table(&list))
 }
 
 pub(super) fn policy(args: &PolicyArgs) -> anyhow::Result<()> {
@@ -125,11 +121,11 @@ fn explain(args: &ExplainArgs) -> anyhow::Result<()> {
     let query = Query { peer, to: args.to };
     // The agent's own check, so that both ways refuse the same.
     ExplainParameters::from(&query).query().map_err(anyhow::Error::msg)?;
-    let explanations = match &args.source.config {
+    let explanations = match &args.input.config {
         Some(path) => policy::explain(&configuration(path)?, &query)?,
-        None => ask(args.source.agent.client().explain(&query))?,
+        None => ask(args.input.agent.client().explain(&query))?,
     };
-    output::print(args.source.output, &explanations, || text(&explanations))
+    output::print(args.input.output, &explanations, || text(&explanations))
 }
 
 fn configuration(path: &Path) -> anyhow::Result<Snapshot> {

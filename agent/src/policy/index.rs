@@ -53,7 +53,8 @@ pub(super) trait Index {
     /// What connections have.
     type Value: ?Sized;
 
-    fn build(postings: BTreeMap<Self::Pattern, Posting>) -> Self;
+    /// For a table of `width` rows.
+    fn build(postings: BTreeMap<Self::Pattern, Posting>, width: usize) -> Self;
     /// Adds the rows of every pattern that matches.
     fn collect(&self, value: &Self::Value, into: &mut Bits);
 }
@@ -137,7 +138,7 @@ impl<P: Ord> Rows<P> {
 
     fn index<I: Index<Pattern = P>>(self, width: usize) -> Option<I> {
         let postings = self.by_pattern.into_iter().map(|(pattern, rows)| (pattern, Posting::new(&rows, width)));
-        (!self.all.is_empty()).then(|| I::build(postings.collect()))
+        (!self.all.is_empty()).then(|| I::build(postings.collect(), width))
     }
 }
 
@@ -178,7 +179,7 @@ impl Index for HashMap<u16, Posting> {
     type Pattern = u16;
     type Value = u16;
 
-    fn build(postings: BTreeMap<u16, Posting>) -> Self {
+    fn build(postings: BTreeMap<u16, Posting>, _: usize) -> Self {
         postings.into_iter().collect()
     }
 
@@ -193,7 +194,7 @@ impl Index for HashMap<Arc<str>, Posting> {
     type Pattern = Arc<str>;
     type Value = str;
 
-    fn build(postings: BTreeMap<Arc<str>, Posting>) -> Self {
+    fn build(postings: BTreeMap<Arc<str>, Posting>, _: usize) -> Self {
         postings.into_iter().collect()
     }
 
@@ -217,7 +218,7 @@ impl Index for StringIndex {
     type Pattern = StringMatch;
     type Value = str;
 
-    fn build(postings: BTreeMap<StringMatch, Posting>) -> Self {
+    fn build(postings: BTreeMap<StringMatch, Posting>, width: usize) -> Self {
         let (mut exact, mut prefixes, mut suffixes) = (HashMap::new(), BTreeMap::new(), BTreeMap::new());
         let mut present = None;
         for (pattern, posting) in postings {
@@ -228,7 +229,7 @@ impl Index for StringIndex {
                 StringMatch::Present => present = Some(posting),
             }
         }
-        Self { exact, prefixes: Nested::build(prefixes), suffixes: Nested::build(suffixes), present }
+        Self { exact, prefixes: Nested::build(prefixes, width), suffixes: Nested::build(suffixes, width), present }
     }
 
     fn collect(&self, value: &str, into: &mut Bits) {
@@ -261,35 +262,57 @@ pub(super) trait Beginning: Ord {
 pub(super) struct Nested<B> {
     patterns: Vec<(B, Posting)>,
     around: Vec<Option<u32>>,
+    /// Of every [`STRIDE`]th pattern of a nest, the rows of it and of all that are around it.
+    unions: HashMap<u32, Bits>,
 }
+
+/// A search adds up at most so many postings one by one. More would cost time, fewer memory.
+const STRIDE: usize = 16;
 
 impl<B: Beginning> Index for Nested<B> {
     type Pattern = B;
     type Value = B::Value;
 
-    fn build(postings: BTreeMap<B, Posting>) -> Self {
+    fn build(postings: BTreeMap<B, Posting>, width: usize) -> Self {
         let patterns: Vec<(B, Posting)> = postings.into_iter().collect();
-        let mut around = Vec::with_capacity(patterns.len());
-        let mut open: Vec<usize> = Vec::new();
-        for (i, (pattern, _)) in patterns.iter().enumerate() {
-            while open.pop_if(|last| !patterns[*last].0.contains(pattern)).is_some() {}
-            around.push(open.last().map(|outer| *outer as u32));
-            open.push(i);
+        let mut nested = Self { around: Vec::with_capacity(patterns.len()), patterns, unions: HashMap::new() };
+        // What is open around the next pattern.
+        let mut open: Vec<u32> = Vec::new();
+        for (at, (pattern, _)) in nested.patterns.iter().enumerate() {
+            while open.pop_if(|last| !nested.patterns[*last as usize].0.contains(pattern)).is_some() {}
+            nested.around.push(open.last().copied());
+            open.push(at as u32);
+            if open.len().is_multiple_of(STRIDE) {
+                let mut union = Bits::zeros(width);
+                nested.collect_around(at as u32, usize::MAX, &mut union);
+                nested.unions.insert(at as u32, union);
+            }
         }
-        Self { patterns, around }
+        nested
     }
 
     fn collect(&self, value: &B::Value, into: &mut Bits) {
         let after = self.patterns.partition_point(|(pattern, _)| pattern.place(value) != Ordering::Greater);
         let Some(last) = after.checked_sub(1) else { return };
-        let Some(agreement) = self.patterns[last].0.agreement(value) else { return };
-        let mut next = Some(last);
+        if let Some(agreement) = self.patterns[last].0.agreement(value) {
+            self.collect_around(last as u32, agreement, into);
+        }
+    }
+}
+
+impl<B: Beginning> Nested<B> {
+    /// Adds the rows of a pattern and of those around it, as far as they are no longer than `longest`.
+    fn collect_around(&self, pattern: u32, longest: usize, into: &mut Bits) {
+        let mut next = Some(pattern);
         while let Some(at) = next {
-            let (pattern, posting) = &self.patterns[at];
-            if pattern.length() <= agreement {
+            let (pattern, posting) = &self.patterns[at as usize];
+            if pattern.length() <= longest {
+                if let Some(union) = self.unions.get(&at) {
+                    return into.add(union);
+                }
                 posting.add_to(into);
             }
-            next = self.around[at].map(|outer| outer as usize);
+            next = self.around[at as usize];
         }
     }
 }

@@ -10,7 +10,7 @@
 //! 4. An ALLOW policy that matches allows. Otherwise the connection is denied.
 //!
 //! Dry-run policies decide nothing; [`Verdict::dry_run`] tells what they would. Whether plaintext is let in at all is
-//! the inbound mode's question, not a policy's; [`plaintext_rules`] and [`explain`] answer both together.
+//! the inbound mode's question, not a policy's; [`plaintext_rules`] and [`explain()`] answer both together.
 
 mod bits;
 mod explain;

@@ -1,4 +1,4 @@
-//! What an evaluation costs. Run with `cargo test --release -p underpass --lib policy::tests::measure -- --ignored --nocapture`.
+//! What an evaluation costs. Run with `cargo test -p underpass --lib policy::tests::measure -- --ignored --nocapture`.
 
 #![expect(clippy::cast_precision_loss, reason = "figures for people")]
 
