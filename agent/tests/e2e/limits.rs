@@ -81,7 +81,7 @@ fn thousands_of_concurrent_connections_to_two_destinations() -> Result<()> {
     let mut servers = Vec::new();
     for pod in [&world.server, &second] {
         servers.push(serve(pod, 8080, &[])?);
-        let count = each.to_string();
+        let (count, concurrency) = (each.to_string(), scaled(200).to_string());
         let to = at(pod.ipv4(), 8080);
         holders.push(world.client.app(&[
             "hold",
@@ -89,7 +89,7 @@ fn thousands_of_concurrent_connections_to_two_destinations() -> Result<()> {
             "--count",
             &count,
             "--concurrency",
-            "200",
+            &concurrency,
             "--exchange",
             "--timeout",
             "200",

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use serde::Deserialize;
 use vm_guest::Test;
 
+use super::kernels::Series;
 use crate::{exec, places, ui::Step};
 
 /// cargo's name of a package, and its directory.
@@ -53,8 +54,19 @@ impl Usual {
 /// Modules of the agent that call the kernel for what kernels differ in, without minutes of load.
 const KERNEL: Usual = Usual::Parts(
     &["admin::", "capture::", "cli::", "proxy::", "relay::", "sys::"],
-    &["relay::tests::load::", "relay::tests::measure::"],
+    &["relay::tests::load::", "relay::tests::measure::", "relay::tests::bulk::a_slow_reader_bounds_memory"],
 );
+
+/// Tests of the agent that ask for tcx by name, which Linux has since 6.6. Elsewhere clsact takes its place, and has tests of its own.
+const TCX: &[&str] = &[
+    "capture::tests::cleanup::everything_goes_tcx",
+    "capture::tests::enrol::an_interface_that_comes_later_is_guarded",
+    "capture::tests::restart::a_pods_links_are_adopted",
+    "capture::tests::restart::nothing_gets_out_while_agents_restart",
+    "capture::tests::restart::pins_of_interfaces_that_went_away_unseen_are_removed",
+    "capture::tests::restart::pods_that_are_not_wanted_any_more_are_released",
+    "capture::tests::restart::tcx_and_clsact_replace_each_other",
+];
 
 const SUITES: &[Suite] = &[
     Suite { name: "bpf-load", package: BPF, target: "load", kind: "test", retries: 1, usual: Usual::All },
@@ -155,4 +167,10 @@ pub(super) fn tests(programs: &[Program], filter: Option<&str>, full: bool) -> R
         }
     }
     Ok(all)
+}
+
+/// Those of `tests` that a kernel can pass.
+pub(super) fn for_kernel(tests: &[Test], series: Series) -> Vec<Test> {
+    let fits = |test: &&Test| series.has_tcx() || !TCX.contains(&test.name.as_str());
+    tests.iter().filter(fits).cloned().collect()
 }
