@@ -25,7 +25,8 @@ struct Suite {
     /// cargo's name of the target, and its kind.
     target: &'static str,
     kind: &'static str,
-    /// As in `.config/nextest.toml`: tests on real networks have a second try.
+    /// As in `.config/nextest.toml`, tests on real networks have a second try; here the agent's unit tests too, which race with programs
+    /// that are as slow as themselves.
     retries: u32,
     /// What is run without `--full`.
     usual: Usual,
@@ -76,7 +77,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "bpf-interfaces", package: BPF, target: "interfaces", kind: "test", retries: 1, usual: Usual::All },
     Suite { name: "cli", package: AGENT, target: "cli", kind: "test", retries: 1, usual: Usual::All },
     Suite { name: "e2e", package: AGENT, target: "e2e", kind: "test", retries: 1, usual: Usual::All },
-    Suite { name: "underpass", package: AGENT, target: "underpass", kind: "lib", retries: 0, usual: KERNEL },
+    Suite { name: "underpass", package: AGENT, target: "underpass", kind: "lib", retries: 1, usual: KERNEL },
     Suite { name: "testbed", package: TESTBED, target: "testbed", kind: "test", retries: 1, usual: Usual::Nothing },
     Suite { name: "testbed-app", package: TESTBED, target: "app", kind: "test", retries: 1, usual: Usual::Nothing },
     Suite { name: "testbed-agent", package: TESTBED, target: "agent", kind: "test", retries: 1, usual: Usual::Nothing },
