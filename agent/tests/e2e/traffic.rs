@@ -216,8 +216,8 @@ fn five_hundred_parallel_short_connections() -> Result<()> {
     let _echo = serve(&world.server, 8080, &[])?;
     let sniffer = world.sniff()?;
     let count = scaled(500);
-    let (count_text, to) = (count.to_string(), at(world.server.ipv4(), 8080));
-    let report = app(&world.client, &["parallel", &to, "--count", &count_text, "--concurrency", "100"])?;
+    let (all, at_once, to) = (count.to_string(), scaled(100).to_string(), at(world.server.ipv4(), 8080));
+    let report = app(&world.client, &["parallel", &to, "--count", &all, "--concurrency", &at_once])?;
     ensure!(report["ok"] == count, "{report}");
     assert_encrypted(&sniffer.stop()?)?;
     // Nothing stays behind.

@@ -5,7 +5,10 @@ use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
 use anyhow::{Context, Result, ensure};
 use nix::{
     mount::{MsFlags, mount},
-    sys::resource::{RLIM_INFINITY, Resource, setrlimit},
+    sys::{
+        resource::{RLIM_INFINITY, Resource, setrlimit},
+        stat::{Mode, SFlag, makedev, mknod},
+    },
     unistd::sethostname,
 };
 use vm_guest::PROGRAMS;
@@ -30,6 +33,8 @@ const LINKS: &[(&str, &str)] = &[
     ("/dev/stdout", "/proc/self/fd/1"),
     ("/dev/stderr", "/proc/self/fd/2"),
 ];
+/// Tunnels; the number is in the kernel's list of devices.
+const TUN: &str = "/dev/net/tun";
 /// Descriptors of a process, as many as container runtimes and services usually give.
 const OPEN_FILES: u64 = 100_000;
 
@@ -45,6 +50,10 @@ pub(crate) fn prepare() -> Result<()> {
     for (name, to) in LINKS {
         symlink(to, name).with_context(|| format!("creating {name}"))?;
     }
+    fs::create_dir_all("/dev/net").context("creating /dev/net")?;
+    // Opening it loads the module, as with the nodes that kmod makes on other machines.
+    mknod(TUN, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(10, 200))
+        .with_context(|| format!("creating {TUN}"))?;
     setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES).context("raising the limit of open files")?;
     setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).context("raising the limit of locked memory")?;
     sethostname("vm").context("setting the host name")?;

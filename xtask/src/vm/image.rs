@@ -24,7 +24,7 @@ const SLOWNESS: &str = "8";
 const JOBS: usize = 3;
 
 /// Everything that `tests` need, which are parts of `programs`.
-pub(super) fn make(programs: &[PathBuf], tests: &[Test], full: bool) -> Result<Archive> {
+pub(super) fn make(programs: &[PathBuf], tests: &[Test]) -> Result<Archive> {
     let mut archive = Archive::new();
     let programs = [&own_programs()[..], programs].concat();
     contents::fill(&mut archive, &programs)?;
@@ -38,7 +38,13 @@ pub(super) fn make(programs: &[PathBuf], tests: &[Test], full: bool) -> Result<A
     for test in tests {
         archive.directory(&test.directory, 0o755);
     }
-    let plan = Plan { jobs: JOBS, environment: environment(full), tests: tests.to_vec() };
+    Ok(archive)
+}
+
+/// What one machine has of its own: its plan.
+pub(super) fn plan(tests: Vec<Test>, full: bool) -> Result<Archive> {
+    let mut archive = Archive::new();
+    let plan = Plan { jobs: JOBS, environment: environment(full), tests };
     archive.text(PLAN, serde_json::to_vec(&plan).context("writing the plan as JSON")?);
     Ok(archive)
 }

@@ -39,6 +39,11 @@ pub(crate) enum Series {
 impl Series {
     pub(super) const ALL: [Self; 3] = [Self::V6_1, Self::V6_12, Self::V7];
 
+    /// Whether its kernels attach programs as tcx links (Linux 6.6).
+    pub(super) const fn has_tcx(self) -> bool {
+        !matches!(self, Self::V6_1)
+    }
+
     /// Its name, the suites that it is in, and how its versions begin.
     const fn facts(self) -> (&'static str, &'static [&'static str], &'static str) {
         match self {

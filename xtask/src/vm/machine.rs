@@ -19,7 +19,7 @@ const MEMORY: &str = "3072";
 /// Until the first test starts; idle it takes a tenth of it.
 const BOOT: Duration = Duration::from_mins(3);
 /// Lines of the console shown when something went wrong.
-const CONSOLE_LINES: usize = 40;
+const CONSOLE_LINES: usize = 80;
 
 /// What a machine does next, or what happens to it.
 pub(super) enum Event {
@@ -171,6 +171,6 @@ mod tests {
     fn the_end_of_the_console_is_shown() {
         let text = (0..100).fold(String::new(), |all, line| all + &format!("line {line}\r\n"));
         let shown = last_lines(&text);
-        assert!(shown.starts_with("    line 60\n") && shown.ends_with("    line 99\n"), "{shown}");
+        assert!(shown.starts_with("    line 20\n") && shown.ends_with("    line 99\n"), "{shown}");
     }
 }

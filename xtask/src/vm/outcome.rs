@@ -5,10 +5,10 @@ use std::{collections::BTreeSet, fmt::Write as _};
 use vm_guest::{Report, Test};
 
 /// Counts, and what is not over yet.
-pub(super) struct Outcome<'a> {
+pub(super) struct Outcome {
     /// How the kernel is called in every line.
     label: String,
-    tests: &'a [Test],
+    tests: Vec<Test>,
     running: BTreeSet<usize>,
     /// Tests that failed and had another try.
     retried: BTreeSet<usize>,
@@ -16,8 +16,8 @@ pub(super) struct Outcome<'a> {
     failed: BTreeSet<usize>,
 }
 
-impl<'a> Outcome<'a> {
-    pub(super) fn new(label: String, tests: &'a [Test]) -> Self {
+impl Outcome {
+    pub(super) fn new(label: String, tests: Vec<Test>) -> Self {
         let none = BTreeSet::new;
         Self { label, tests, running: none(), retried: none(), passed: none(), failed: none() }
     }
@@ -125,8 +125,7 @@ mod tests {
 
     #[test]
     fn passes_second_tries_failures_and_what_was_cut_off_are_counted() {
-        let tests = tests();
-        let mut outcome = Outcome::new("6.1".into(), &tests);
+        let mut outcome = Outcome::new("6.1".into(), tests());
         for test in 0..4 {
             assert_eq!(outcome.take(Report::Started { test }), None);
         }

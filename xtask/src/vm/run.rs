@@ -21,6 +21,7 @@ use super::{
     machine::{Event, Machine},
     outcome::Outcome,
     qemu::Qemu,
+    suites,
 };
 use crate::ui::Ui;
 
@@ -53,21 +54,23 @@ impl<'a> Run<'a> {
         let interrupt = Interrupt::prepare()?;
         let directory = tempfile::Builder::new().prefix("underpass-vm-").tempdir().context("creating a directory")?;
         let system = directory.path().join("system.cpio");
-        ui.step("making the virtual machines' file system", |_| {
-            image::make(programs, tests, options.full)?.write(&system)
-        })?;
+        ui.step("making the virtual machines' file system", |_| image::make(programs, tests)?.write(&system))?;
         Ok(Self { ui, options, qemu, tests, directory, system, interrupt })
     }
 
     /// Runs the tests on one kernel and tells how they went.
-    pub(super) fn on(&self, kernel: &Kernel) -> Result<Outcome<'a>> {
-        let initramfs = self.directory.path().join("initramfs");
-        concatenate(&[&kernel.modules, &self.system], &initramfs)?;
+    pub(super) fn on(&self, kernel: &Kernel) -> Result<Outcome> {
+        let tests = suites::for_kernel(self.tests, kernel.series);
+        let left_out = self.tests.len() - tests.len();
+        let (plan, initramfs) = (self.directory.path().join("plan.cpio"), self.directory.path().join("initramfs"));
+        image::plan(tests.clone(), self.options.full)?.write(&plan)?;
+        concatenate(&[&kernel.modules, &self.system, &plan], &initramfs)?;
         let (sender, events) = channel();
         self.interrupt.send_to(sender.clone());
-        self.ui.say(&format!("Starting Linux {} for {} tests", kernel.version, self.tests.len()));
+        let without = if left_out == 0 { String::new() } else { format!(", without {left_out} that need tcx") };
+        self.ui.say(&format!("Starting Linux {} for {} tests{without}", kernel.version, tests.len()));
         let machine = Machine::start(self.qemu, kernel, &initramfs, self.directory.path(), (sender, events))?;
-        let mut outcome = Outcome::new(kernel.series.to_string(), self.tests);
+        let mut outcome = Outcome::new(kernel.series.to_string(), tests);
         let result = machine.follow(SILENCE, LIMIT[usize::from(self.options.full)], |report| {
             if let Report::Ready { kernel, uptime, lsm } = &report {
                 let boot = machine.age().as_secs_f64();

@@ -26,7 +26,7 @@ async fn an_enrolled_pod_is_captured_and_guarded_and_gets_plain_traffic_back() {
 
     let pod = capture.enroll(&scene.web, None).await.unwrap();
     assert_eq!(capture.pods().len(), 1);
-    assert_eq!((pod.id, scene.tc_links()), (1, 2));
+    assert_eq!((pod.id, scene.attached()), (1, 2));
     let listeners = pod.take_listeners().unwrap();
     for (host, v4) in [(PEER, true), (PEER6, false)] {
         let address: IpAddr = host.parse().unwrap();
@@ -191,9 +191,9 @@ async fn a_namespace_is_enrolled_once() {
     let twin = workload("twin", "10.7.0.3", Some(&scene.net.path()));
     let error = capture.enroll(&twin, None).await.unwrap_err();
     assert!(matches!(&error, EnrollError::Duplicate { other, .. } if other == "default/web"), "{error}");
-    assert_eq!((capture.pods().len(), scene.tc_links()), (1, 2));
+    assert_eq!((capture.pods().len(), scene.attached()), (1, 2));
     capture.unenroll(&twin.key).await;
-    assert_eq!(scene.tc_links(), 2, "un-enrolling who was refused touches nobody");
+    assert_eq!(scene.attached(), 2, "un-enrolling who was refused touches nobody");
     capture.unenroll(&scene.web.key).await;
     capture.enroll(&twin, None).await.unwrap();
 }

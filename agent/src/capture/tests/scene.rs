@@ -95,6 +95,11 @@ impl Scene {
         self.lab.links().keys().filter(|k| k.starts_with("tc-")).count()
     }
 
+    /// Programs on the pod's interface, attached in whichever way this kernel has.
+    pub fn attached(&self) -> usize {
+        self.tc_links() + self.filters()
+    }
+
     /// clsact filters of ours.
     pub fn filters(&self) -> usize {
         let show = |hook| tool("tc", &format!("-n {} filter show dev eth0 {hook}", self.net.pod));
