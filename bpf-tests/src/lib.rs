@@ -3,6 +3,7 @@
 //! Everything here needs root. Maps are not pinned, namespaces and cgroups are the process's own, so runs do not meet.
 
 pub mod cgroup;
+pub mod foreign;
 pub mod namespace;
 pub mod object;
 pub mod packet;

@@ -1,39 +1,13 @@
 //! Who protects the records: the kernel where it can, the agent where it cannot, and never nobody.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use testbed::{Agent, Pod, pace};
+use testbed::{Agent, pace};
 
 use crate::world::{
     MARKER, Stage, World, app, app_error, assert_encrypted, at, counter, data_path, eventually, serve, start_agent,
 };
-
-/// Counters of a network namespace about kernel TLS; empty where the kernel has none.
-fn tls_stat(pod: &Pod) -> Result<BTreeMap<String, u64>> {
-    let text = pod.enter(|| std::fs::read_to_string("/proc/thread-self/net/tls_stat").unwrap_or_default())?;
-    let number = |line: &str| {
-        let (name, value) = line.split_once(char::is_whitespace)?;
-        Some((name.to_owned(), value.trim().parse().ok()?))
-    };
-    Ok(text.lines().filter_map(number).collect())
-}
-
-/// Sockets of the tunnel that `ss` shows with kernel TLS in both directions.
-fn sockets_with_ktls(pod: &Pod) -> Result<usize> {
-    let text =
-        pod.check(&["ss", "--tcp", "--numeric", "--info", "--extended", "--no-header", "state", "established"])?;
-    let sockets = text.split_inclusive('\n').fold(Vec::<String>::new(), |mut all, line| {
-        match all.last_mut() {
-            Some(last) if line.starts_with(char::is_whitespace) => last.push_str(line),
-            _ => all.push(line.to_owned()),
-        }
-        all
-    });
-    let keyed =
-        |socket: &&String| socket.contains(":15008") && socket.contains("rxconf: sw") && socket.contains("txconf: sw");
-    Ok(sockets.iter().filter(keyed).count())
-}
 
 /// What the agent says is what the kernel says, on both sides, and nothing of it is readable on the wire.
 #[test]
@@ -52,9 +26,9 @@ fn the_kernel_says_the_same_as_the_agent() -> Result<()> {
             ensure!(connection["data_path"] == path.as_str(), "{connection}");
             ensure!(connection["fallback"].is_null() == (path == "ktls"), "{connection}");
         }
-        let stat = tls_stat(pod)?;
+        let stat = pod.tls_stat()?;
         if path == "ktls" {
-            ensure!(sockets_with_ktls(pod)? == 3, "ss shows other sockets in {}", pod.name());
+            ensure!(pod.ktls_sockets()? == 3, "ss shows other sockets in {}", pod.name());
             ensure!(stat["TlsCurrTxSw"] == 3 && stat["TlsCurrRxSw"] == 3, "{stat:?}");
             ensure!(stat["TlsTxSw"] == 4 && stat["TlsDecryptError"] == 0, "{stat:?}");
             ensure!(counter(agent, "ktls")? == 4, "{}", agent.counters()?);

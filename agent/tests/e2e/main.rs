@@ -4,6 +4,7 @@
 
 mod bypass;
 mod certificates;
+mod coexistence;
 mod connections;
 mod failures;
 mod ktls;

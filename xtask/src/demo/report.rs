@@ -28,7 +28,7 @@ impl Report {
         self.claims().into_iter().filter(|(_, holds)| !holds).map(|(claim, _)| claim).collect()
     }
 
-    fn claims(&self) -> [(&'static str, bool); 9] {
+    fn claims(&self) -> [(&'static str, bool); 10] {
         let (with, without) = (&self.with.wire, &self.without.wire);
         [
             (
@@ -41,6 +41,7 @@ impl Report {
                 "mutual TLS with both identities, the same at both ends",
                 self.tunnel.accepted > 0 && self.identities_agree(),
             ),
+            ("the kernel says of the data path what the agents say", self.kernel_agrees()),
             ("the server sees the client's own address", self.source_ip_preserved()),
             ("STRICT refuses a client outside the mesh", self.strict_refused()),
             ("the programs were neither restarted nor changed", self.programs_unchanged),
@@ -66,6 +67,16 @@ impl Report {
         here.iter().all(|identity| identity.starts_with("spiffe://")) && here == there
     }
 
+    /// `/proc/net/tls_stat` and `ss` in both pods: with kernel TLS every tunnel is there, without it none.
+    fn kernel_agrees(&self) -> bool {
+        [(&self.tunnel.outbound, 0), (&self.tunnel.inbound, 1)].into_iter().all(|(end, side)| {
+            let kernel = &self.tunnel.kernel[side];
+            let with = kernel.sending > 0 && kernel.receiving > 0 && kernel.sockets > 0 && kernel.decrypt_errors == 0;
+            let without = kernel.sending == 0 && kernel.receiving == 0 && kernel.sockets == 0;
+            if end["data_path"] == "ktls" { with } else { without }
+        })
+    }
+
     /// One object, for scripts.
     pub(super) fn json(&self) -> Value {
         let claims: serde_json::Map<_, _> =
@@ -77,6 +88,7 @@ impl Report {
             "control_plaintext_packets": without.wire.plaintext_packets,
             "mtls_connections": self.tunnel.accepted,
             "datapath": inbound["data_path"],
+            "kernel": self.tunnel.kernel,
             "cipher": inbound["cipher"],
             "client_identity": inbound["source_identity"],
             "server_identity": inbound["destination_identity"],

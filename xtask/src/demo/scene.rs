@@ -65,6 +65,34 @@ pub(super) struct Tunnel {
     pub(super) inbound: Value,
     /// Tunnels that the server's agent has accepted after mutual authentication.
     pub(super) accepted: u64,
+    /// What the kernel says of it in the client's pod and in the server's.
+    pub(super) kernel: [KernelView; 2],
+}
+
+/// What the kernel itself says of a pod's tunnels.
+#[derive(Debug, Serialize)]
+pub(super) struct KernelView {
+    /// `/proc/net/tls_stat`: sockets that send with kernel TLS now.
+    pub(super) sending: u64,
+    /// The same for receiving.
+    pub(super) receiving: u64,
+    /// `/proc/net/tls_stat`: records that could not be opened.
+    pub(super) decrypt_errors: u64,
+    /// Sockets of the tunnel that `ss -tie` shows with kernel TLS both ways.
+    pub(super) sockets: usize,
+}
+
+impl KernelView {
+    fn of(pod: &Pod) -> Result<Self> {
+        let stat = pod.tls_stat()?;
+        let number = |name: &str| stat.get(name).copied().unwrap_or(0);
+        Ok(Self {
+            sending: number("TlsCurrTxSw"),
+            receiving: number("TlsCurrRxSw"),
+            decrypt_errors: number("TlsDecryptError"),
+            sockets: pod.ktls_sockets()?,
+        })
+    }
 }
 
 impl Scene {
@@ -144,7 +172,9 @@ impl Scene {
         let (outbound, inbound) = (find(&agents[0], "outbound")?, find(&agents[1], "inbound")?);
         let counters = agents[1].counters()?;
         let accepted = counters["agent"]["tunnels_in"].as_u64();
-        Ok(Tunnel { outbound, inbound, accepted: accepted.with_context(|| format!("no tunnels_in in {counters}"))? })
+        let accepted = accepted.with_context(|| format!("no tunnels_in in {counters}"))?;
+        let kernel = [KernelView::of(&self.client)?, KernelView::of(&self.web)?];
+        Ok(Tunnel { outbound, inbound, accepted, kernel })
     }
 
     /// Whether the servers are still the processes that were started before the agents.

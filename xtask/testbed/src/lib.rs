@@ -18,6 +18,7 @@ pub mod addresses;
 mod agent;
 mod bpffs;
 mod cgroup;
+mod ktls;
 mod mesh;
 mod namespace;
 mod node;
@@ -77,6 +78,11 @@ impl Testbed {
     /// A directory of this testbed's own, removed with it.
     pub fn dir(&self) -> &std::path::Path {
         &self.shared.dir
+    }
+
+    /// A path on the BPF file system for something that a test pins itself, and removes before the testbed goes.
+    pub fn pin(&self, name: &str) -> PathBuf {
+        bpffs::pin_root(&self.shared.id, name)
     }
 
     /// What the names of this testbed's kernel objects contain: `<label>-<pid>-<counter>`.
