@@ -5,8 +5,10 @@ use std::{
     io::{self, Read},
     net::{IpAddr, SocketAddr, TcpListener},
     sync::Arc,
+    time::Duration,
 };
 
+use testbed::pace::patience;
 use tokio::time::timeout;
 use underpass_abi::OUTBOUND_PORT;
 
@@ -275,6 +277,8 @@ async fn another_identity_is_another_pod_and_nothing_gets_out_meanwhile() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn interfaces_that_come_and_go_do_not_fail_an_enrolment() {
+    /// Attaching takes less on a real processor.
+    const QUIET: Duration = Duration::from_millis(20);
     let scene = Scene::new().await;
     let capture = scene.start(TcMode::Auto).await;
     let flap = {
@@ -286,6 +290,8 @@ async fn interfaces_that_come_and_go_do_not_fail_an_enrolment() {
                 ip(&format!("link add flap netns {pod} type veth peer name flap netns {peer}"));
                 // Not from within the pod, where a process outside the attach point has no business.
                 ip(&format!("-n {peer} link del flap"));
+                // On a slow processor attaching takes long, and the interface would never be the same for that time.
+                std::thread::sleep(patience(QUIET) - QUIET);
             }
         });
         (stop, task)
