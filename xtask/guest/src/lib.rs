@@ -26,6 +26,19 @@ pub struct Plan {
     pub environment: BTreeMap<String, String>,
     /// The tests, in the order in which they start.
     pub tests: Vec<Test>,
+    /// A program to run behind them, alone.
+    pub program: Option<Program>,
+}
+
+/// A program whose output is wanted as it comes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Program {
+    /// The program.
+    pub path: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<String>,
+    /// Seconds after which it is killed.
+    pub limit: u64,
 }
 
 /// One test of one test program.
@@ -76,7 +89,19 @@ pub enum Report {
         /// The end of what it printed; empty when it passed.
         output: String,
     },
-    /// Every test of the plan has been run; the machine goes off.
+    /// The plan's program has printed a line.
+    Said {
+        /// The line, without its end.
+        line: String,
+        /// Whether on standard error.
+        aside: bool,
+    },
+    /// The plan's program has ended.
+    Finished {
+        /// What happened, if it failed.
+        failure: Option<String>,
+    },
+    /// All of the plan has been run; the machine goes off.
     Done,
     /// The machine cannot go on.
     Broken {

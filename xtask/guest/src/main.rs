@@ -8,6 +8,7 @@
 mod boot;
 mod channel;
 mod output;
+mod program;
 mod run;
 
 use std::process::Command;

@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{self, pipe},
     os::unix::process::{CommandExt, ExitStatusExt},
-    process::{Command, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::{
         atomic::{AtomicUsize, Ordering},
         mpsc::channel,
@@ -19,7 +19,7 @@ use nix::{
 };
 use vm_guest::{PLAN, Plan, Report, Test};
 
-use crate::{channel::Channel, output::Tail};
+use crate::{channel::Channel, output::Tail, program};
 
 pub(crate) fn run() -> Result<()> {
     let text = fs::read(PLAN).with_context(|| format!("reading {PLAN}"))?;
@@ -40,6 +40,10 @@ pub(crate) fn run() -> Result<()> {
         let workers: Vec<_> = (0..plan.jobs.max(1)).map(|_| scope.spawn(worker)).collect();
         workers.into_iter().try_for_each(|worker| worker.join().expect("a worker does not panic"))
     })?;
+    if let Some(program) = &plan.program {
+        let failure = program::run(&plan, program, &channel).unwrap_or_else(|error| Some(format!("{error:#}")));
+        channel.send(&Report::Finished { failure })?;
+    }
     channel.send(&Report::Done)
 }
 
@@ -85,19 +89,22 @@ fn try_once(plan: &Plan, test: &Test) -> Result<(Option<String>, String)> {
     command.args(["--exact", &test.name, "--nocapture", "--include-ignored"]).current_dir(&test.directory);
     command.env_clear().envs(&plan.environment).stdin(Stdio::null()).process_group(0);
     command.stdout(writer.try_clone().context("copying a pipe")?).stderr(writer);
-    let mut child = command.spawn().with_context(|| format!("starting {}", test.program.display()))?;
+    let child = command.spawn().with_context(|| format!("starting {}", test.program.display()))?;
     // The command holds the pipe's other end.
     drop(command);
     let tail = Tail::of(reader);
-    let group = Pid::from_raw(i32::try_from(child.id()).expect("process ids are positive"));
+    Ok((wait(child, test.limit), tail.text()))
+}
 
+/// Waits for the leader of a process group, and ends the group; why it failed, if it did.
+pub(crate) fn wait(mut child: Child, limit: u64) -> Option<String> {
+    let group = Pid::from_raw(i32::try_from(child.id()).expect("process ids are positive"));
     let (send, ended) = channel();
     std::thread::spawn(move || send.send(child.wait()));
-    let limit = Duration::from_secs(test.limit);
-    let status: Option<io::Result<ExitStatus>> = ended.recv_timeout(limit).ok();
-    // What the test started and left in its group ends with it. Usually there is nothing.
+    let status: Option<io::Result<ExitStatus>> = ended.recv_timeout(Duration::from_secs(limit)).ok();
+    // What it started and left in its group ends with it. Usually there is nothing.
     let _ = killpg(group, Signal::SIGKILL);
-    let failure = match status {
+    match status {
         Some(Ok(status)) if status.success() => None,
         Some(Ok(status)) => Some(match status.signal() {
             Some(signal) => format!("killed by signal {signal}"),
@@ -107,8 +114,7 @@ fn try_once(plan: &Plan, test: &Test) -> Result<(Option<String>, String)> {
         None => {
             // The signal above ends it: the thread that waits has an answer soon.
             let _ = ended.recv();
-            Some(format!("still running after {} s", test.limit))
+            Some(format!("still running after {limit} s"))
         }
-    };
-    Ok((failure, tail.text()))
+    }
 }

@@ -10,7 +10,11 @@ use anyhow::{Context, Result, ensure};
 use nix::unistd::geteuid;
 use testbed::Testbed;
 
-use crate::{exec, places, setup, ui::Ui};
+use crate::{
+    exec, places, setup,
+    ui::Ui,
+    vm::{self, Series},
+};
 use report::Report;
 use scene::Scene;
 
@@ -22,15 +26,47 @@ pub(crate) struct Options {
     /// Seconds of each throughput measurement.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=60))]
     seconds: u32,
+    /// Show it on this kernel, in a virtual machine, where the kernel has TLS. Ends with the line of JSON, too.
+    #[arg(long, value_enum, value_name = "KERNEL", conflicts_with = "agent")]
+    vm: Option<Series>,
+    /// Everything is installed and built, and the kernel has TLS: as in the virtual machine of `--vm`.
+    #[arg(long, hide = true, requires = "agent")]
+    prepared: bool,
     /// Use this agent instead of building one.
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
 }
 
 pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
+    match options.vm {
+        Some(series) => in_machine(ui, series, options),
+        None => here(ui, options),
+    }
+}
+
+/// The same program in a virtual machine.
+fn in_machine(ui: &Ui, series: Series, options: &Options) -> Result<()> {
+    setup::ensure(ui)?;
+    let seconds = options.seconds.to_string();
+    let arguments = ["demo", "--prepared", "--seconds", &seconds, "--agent"];
+    vm::run_this(ui, series, &arguments, |line, aside| {
+        if aside {
+            ui.say(line);
+        } else if !options.json || line.starts_with('{') {
+            println!("{line}");
+        }
+    })
+}
+
+fn here(ui: &Ui, options: &Options) -> Result<()> {
     let result = perform(ui, options);
     let ok = result.as_ref().is_ok_and(Report::ok);
-    if options.json {
+    if options.prepared
+        && let Ok(report) = &result
+    {
+        print!("{}", report.table());
+    }
+    if options.json || options.prepared {
         let line = match &result {
             Ok(report) => report.json(),
             Err(error) => serde_json::json!({ "ok": false, "error": format!("{error:#}") }),
@@ -50,7 +86,9 @@ fn perform(ui: &Ui, options: &Options) -> Result<Report> {
         "the demo makes network namespaces and loads BPF programs: run it as root (sudo -E cargo xtask demo)"
     );
     signals::clean_up_when_interrupted()?;
-    setup::ensure(ui)?;
+    if !options.prepared {
+        setup::ensure(ui)?;
+    }
     let agent = match &options.agent {
         Some(file) => file.canonicalize().with_context(|| format!("looking for the agent {}", file.display()))?,
         None => build(ui)?,
@@ -68,7 +106,7 @@ fn perform(ui: &Ui, options: &Options) -> Result<Report> {
         let id = scene.end();
         Testbed::leftovers(&id)
     })?;
-    Ok(Report { without, with, tunnel, programs_unchanged: unchanged, left })
+    Ok(Report { without, with, tunnel, programs_unchanged: unchanged, left, expect_ktls: options.prepared })
 }
 
 /// Builds the agent as it would be shipped.

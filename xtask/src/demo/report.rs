@@ -15,6 +15,8 @@ pub(super) struct Report {
     pub(super) programs_unchanged: bool,
     /// Kernel objects left after the end.
     pub(super) left: Vec<PathBuf>,
+    /// The kernel has TLS, so it has to be used.
+    pub(super) expect_ktls: bool,
 }
 
 impl Report {
@@ -28,9 +30,9 @@ impl Report {
         self.claims().into_iter().filter(|(_, holds)| !holds).map(|(claim, _)| claim).collect()
     }
 
-    fn claims(&self) -> [(&'static str, bool); 10] {
+    fn claims(&self) -> Vec<(&'static str, bool)> {
         let (with, without) = (&self.with.wire, &self.without.wire);
-        [
+        let mut claims = vec![
             (
                 "the sniffer finds plaintext when there is some",
                 without.plaintext_packets > 0 && without.marker_hits > 0,
@@ -47,7 +49,15 @@ impl Report {
             ("the programs were neither restarted nor changed", self.programs_unchanged),
             ("throughput was measured", self.with.gigabits > 0.0 && self.with.requests > 0.0),
             ("nothing is left behind", self.left.is_empty()),
-        ]
+        ];
+        if self.expect_ktls {
+            let ktls = |end: &Value| end["data_path"] == "ktls";
+            claims.push((
+                "the kernel protects the records, at both ends",
+                ktls(&self.tunnel.outbound) && ktls(&self.tunnel.inbound),
+            ));
+        }
+        claims
     }
 
     /// The client outside was served before, and the clients inside are served still: the refusal is not an outage.

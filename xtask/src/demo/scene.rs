@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde_json::Value;
 use testbed::{
-    Agent, AgentOptions, Capture, Iperf, MeshConfig, Mode, Nginx, Pod, Redis, Sniffer, SnifferOptions, Testbed,
+    Agent, AgentOptions, Capture, Iperf, MeshConfig, Mode, Nginx, Pod, Redis, Sniffer, SnifferOptions, Testbed, pace,
 };
 
 use crate::ui::Step;
@@ -193,9 +193,10 @@ impl Scene {
 
     /// GET requests per second of redis-benchmark over 16 connections.
     fn request_rate(&self, cache: &str) -> Result<f64> {
+        let requests = pace::scaled(20_000).to_string();
         let text = self.client.run(
-            &["redis-benchmark", "-h", cache, "-t", "get", "-n", "20000", "-c", "16", "--csv"],
-            Duration::from_secs(90),
+            &["redis-benchmark", "-h", cache, "-t", "get", "-n", &requests, "-c", "16", "--csv"],
+            pace::patience(Duration::from_secs(90)),
         )?;
         let text = text.success()?;
         let rate = text.lines().find_map(|line| line.strip_prefix("\"GET\",\"")?.split('"').next()?.parse().ok());

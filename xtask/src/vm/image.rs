@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use testbed::pace;
-use vm_guest::{PLAN, PROGRAMS, Plan, Test};
+use vm_guest::{PLAN, PROGRAMS, Plan, Program, Test};
 
 use super::{archive::Archive, contents};
 use crate::{exec, places};
@@ -42,11 +42,17 @@ pub(super) fn make(programs: &[PathBuf], tests: &[Test]) -> Result<Archive> {
 }
 
 /// What one machine has of its own: its plan.
-pub(super) fn plan(tests: Vec<Test>, full: bool) -> Result<Archive> {
+pub(super) fn plan(tests: Vec<Test>, program: Option<Program>, full: bool) -> Result<Archive> {
     let mut archive = Archive::new();
-    let plan = Plan { jobs: JOBS, environment: environment(full), tests };
+    let plan = Plan { jobs: JOBS, environment: environment(full), tests, program };
     archive.text(PLAN, serde_json::to_vec(&plan).context("writing the plan as JSON")?);
     Ok(archive)
+}
+
+/// The agent, as it is in the machines.
+pub(super) fn agent() -> PathBuf {
+    let [agent, ..] = own_programs();
+    agent
 }
 
 /// The program under test, the testbed's, and the first process.

@@ -19,12 +19,21 @@ use std::{env, process::Command};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{exec, places, setup, ui::Ui};
-use kernels::{Kernel, Series};
+use vm_guest::Program;
+
+use crate::{
+    exec, places, setup,
+    ui::{Step, Ui},
+};
+use kernels::Kernel;
+pub(crate) use kernels::Series;
 use qemu::Qemu;
 use run::Run;
 use store::Store;
 pub(crate) use suites::NEED_KTLS;
+
+/// Seconds that a program other than a test may take.
+const PROGRAM_LIMIT: u64 = 1500;
 
 #[derive(clap::Args, Default)]
 pub(crate) struct Options {
@@ -72,14 +81,9 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
 
 /// Builds, fetches and runs. That no test is selected is an error.
 pub(crate) fn run_all(ui: &Ui, options: &Options) -> Result<Totals> {
-    ensure!(
-        env::consts::ARCH == "x86_64",
-        "virtual machines run this machine's programs on x86-64 kernels; this is {}: leave them out (cargo xtask test --no-vm)",
-        env::consts::ARCH
-    );
+    supported()?;
     let programs = ui.step("building the tests for virtual machines", |step| {
-        let packages = ["underpass", "testbed", image::GUEST].into_iter().flat_map(|name| ["--package", name]);
-        exec::quietly(cargo("build").args(packages).arg("--bins"), step)?;
+        build_programs(step)?;
         suites::build(&mut cargo("test"), step)
     })?;
     let tests = suites::tests(&programs, options.filter.as_deref(), options.full)?;
@@ -96,6 +100,33 @@ pub(crate) fn run_all(ui: &Ui, options: &Options) -> Result<Totals> {
         totals.failed += outcome.failed();
     }
     Ok(totals)
+}
+
+/// Runs this program with other arguments, of which the last one is the agent's path, on a kernel. What it prints is given to `with`, with whether
+/// it was on standard error.
+pub(crate) fn run_this(ui: &Ui, series: Series, arguments: &[&str], with: impl FnMut(&str, bool)) -> Result<()> {
+    supported()?;
+    ui.step("building what runs in the virtual machine", build_programs)?;
+    let (qemu, kernels) = fetch(ui, &[series], false)?;
+    let kernel = kernels.first().context("one was asked for")?;
+    let path = env::current_exe().context("finding this program")?;
+    let agent = image::agent().display().to_string();
+    let arguments = arguments.iter().map(|argument| (*argument).to_owned()).chain([agent]).collect();
+    run::program(ui, &qemu, kernel, Program { path, arguments, limit: PROGRAM_LIMIT }, with)
+}
+
+fn supported() -> Result<()> {
+    ensure!(
+        env::consts::ARCH == "x86_64",
+        "virtual machines run this machine's programs on x86-64 kernels; this is {}: leave them out (cargo xtask test --no-vm)",
+        env::consts::ARCH
+    );
+    Ok(())
+}
+
+fn build_programs(step: &Step) -> Result<()> {
+    let packages = ["underpass", "testbed", image::GUEST].into_iter().flat_map(|name| ["--package", name]);
+    exec::quietly(cargo("build").args(packages).arg("--bins"), step)
 }
 
 /// What is needed from the network, if it is not there.

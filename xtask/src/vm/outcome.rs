@@ -56,7 +56,11 @@ impl Outcome {
                 }
                 Some(line)
             }
-            Report::Ready { .. } | Report::Done | Report::Broken { .. } => None,
+            Report::Ready { .. }
+            | Report::Said { .. }
+            | Report::Finished { .. }
+            | Report::Done
+            | Report::Broken { .. } => None,
         }
     }
 

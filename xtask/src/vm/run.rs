@@ -11,9 +11,9 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tempfile::TempDir;
-use vm_guest::{Report, Test};
+use vm_guest::{Program, Report, Test};
 
 use super::{
     Options, image,
@@ -63,7 +63,7 @@ impl<'a> Run<'a> {
         let tests = suites::for_kernel(self.tests, kernel.series);
         let left_out = self.tests.len() - tests.len();
         let (plan, initramfs) = (self.directory.path().join("plan.cpio"), self.directory.path().join("initramfs"));
-        image::plan(tests.clone(), self.options.full)?.write(&plan)?;
+        image::plan(tests.clone(), None, self.options.full)?.write(&plan)?;
         concatenate(&[&kernel.modules, &self.system, &plan], &initramfs)?;
         let (sender, events) = channel();
         self.interrupt.send_to(sender.clone());
@@ -95,6 +95,41 @@ impl<'a> Run<'a> {
         }
         self.ui.say(&outcome.summary(machine.age().as_secs_f64()));
         Ok(outcome)
+    }
+}
+
+/// Runs this program itself with other arguments on one kernel. What it prints is given to `with`, with whether it was on standard error.
+pub(super) fn program(
+    ui: &Ui,
+    qemu: &Qemu,
+    kernel: &Kernel,
+    program: Program,
+    mut with: impl FnMut(&str, bool),
+) -> Result<()> {
+    let interrupt = Interrupt::prepare()?;
+    let directory = tempfile::Builder::new().prefix("underpass-vm-").tempdir().context("creating a directory")?;
+    let file = |name: &str| directory.path().join(name);
+    let (system, plan, initramfs) = (file("system.cpio"), file("plan.cpio"), file("initramfs"));
+    ui.step("making the virtual machine's file system", |_| {
+        image::make(std::slice::from_ref(&program.path), &[])?.write(&system)?;
+        image::plan(Vec::new(), Some(program), false)?.write(&plan)?;
+        concatenate(&[&kernel.modules, &system, &plan], &initramfs)
+    })?;
+    let (sender, events) = channel();
+    interrupt.send_to(sender.clone());
+    ui.say(&format!("Starting Linux {}", kernel.version));
+    let machine = Machine::start(qemu, kernel, &initramfs, directory.path(), (sender, events))?;
+    let mut outcome = None;
+    let result = machine.follow(SILENCE, LIMIT[0], |report| match report {
+        Report::Said { line, aside } => with(&line, aside),
+        Report::Finished { failure } => outcome = Some(failure),
+        _ => {}
+    });
+    ensure!(!interrupt.happened(), "interrupted");
+    result?;
+    match outcome.context("the machine ended before its program did")? {
+        None => Ok(()),
+        Some(failure) => bail!("in the virtual machine: {failure}"),
     }
 }
 
