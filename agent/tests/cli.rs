@@ -36,6 +36,7 @@ const CHECKS: [&str; 24] = [
     "ktls",
     "ktls-ciphers",
     "ktls-rekey",
+    "ktls-sockmap",
     "bpf-lsm",
     "ipv6",
     "fwmark-accept",

@@ -210,7 +210,9 @@ impl TlsConfigs {
                 Some((old, server)) if old.roots_id == svid.roots_id => Arc::clone(&server.ticketer),
                 _ => Ticketer::new()?,
             };
-            let config = server_config(&svid, &self.trust_domain, Arc::clone(&ticketer), &self.provider)?;
+            let mut config = server_config(&svid, &self.trust_domain, Arc::clone(&ticketer), &self.provider)?;
+            // Where the kernel does not have every cipher, ours is the order that matters; elsewhere the client may have such a kernel.
+            config.ignore_client_order = !self.ktls.suites.is_empty() && self.ktls.suites.len() < Suite::ALL.len();
             Ok(Arc::new(Server { config: Arc::new(config), ticketer }))
         });
         built(server, local).map(|server| (Arc::clone(&server.config), svid))

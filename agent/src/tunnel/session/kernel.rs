@@ -39,7 +39,7 @@ pub(super) async fn receive(
 ) -> Result<usize, TunnelError> {
     let mut buffer = vec![0; MAX_PLAINTEXT];
     loop {
-        let incoming = next(stream, &mut buffer).await.map_err(|e| broken("receiving a record", from_kernel(e)))?;
+        let incoming = next(stream, &mut buffer).await.map_err(receiving)?;
         let Incoming::Records { content_type, length } = incoming else { return Err(truncated()) };
         let event = ktls.received(stream.as_fd(), content_type, &buffer[..length]);
         match event.map_err(|e| broken("receiving a record", e))? {
@@ -78,6 +78,13 @@ pub(crate) fn from_kernel(error: io::Error) -> Broken {
         Some(libc::EMSGSIZE | libc::EINVAL) => RecordError::Header.into(),
         _ => error.into(),
     }
+}
+
+fn receiving(error: io::Error) -> TunnelError {
+    if error.kind() == io::ErrorKind::ConnectionReset {
+        return super::reset();
+    }
+    broken("receiving a record", from_kernel(error))
 }
 
 fn sending(source: io::Error) -> TunnelError {

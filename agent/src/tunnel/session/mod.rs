@@ -193,6 +193,10 @@ fn truncated() -> TunnelError {
     }
 }
 
+fn reset() -> TunnelError {
+    TunnelError::Refused { reason: RefusalReason::Truncated, detail: "peer reset the tunnel".into() }
+}
+
 fn ended_by(alert: AlertDescription) -> TunnelError {
     TunnelError::Refused { reason: alert::reason(alert), detail: format!("peer ended the tunnel with alert {alert:?}") }
 }

@@ -7,7 +7,7 @@ use tokio::net::TcpStream;
 
 use super::{bad_record, ended_by, write};
 use crate::{
-    telemetry::{KtlsFallback, RefusalReason},
+    telemetry::KtlsFallback,
     tunnel::{
         TunnelError,
         config::ReadMode,
@@ -91,9 +91,7 @@ impl UserRecords {
         match self.read_mode.read(stream, &mut self.unread, missing).await {
             Ok(0) => Err(super::truncated()),
             Ok(_) => Ok(()),
-            Err(e) if e.kind() == ErrorKind::ConnectionReset => {
-                Err(TunnelError::Refused { reason: RefusalReason::Truncated, detail: "peer reset the tunnel".into() })
-            }
+            Err(e) if e.kind() == ErrorKind::ConnectionReset => Err(super::reset()),
             Err(source) => Err(TunnelError::Io { action: "receiving from the tunnel", source }),
         }
     }
