@@ -30,7 +30,7 @@ pub struct Foreign {
 }
 
 impl Foreign {
-    /// On connect() of IPv4 sockets of the processes below a cgroup.
+    /// On `connect()` of IPv4 sockets of the processes below a cgroup.
     pub fn connect4(cgroup: &Path) -> Result<Self> {
         let mut this = Self::load(sys::BPF_PROG_TYPE_CGROUP_SOCK_ADDR, Some(sys::BPF_CGROUP_INET4_CONNECT), GO_ON)?;
         let cgroup = File::open(cgroup).with_context(|| format!("opening {}", cgroup.display()))?;

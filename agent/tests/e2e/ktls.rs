@@ -102,7 +102,7 @@ fn a_hundred_connections_of_a_killed_agent_are_resets() -> Result<()> {
     let _echo = serve(&world.server, 8080, &[])?;
     let to = at(world.server.ipv4(), 8080);
     for which in ["a", "b"] {
-        let held = world.client.app(&["hold", &to, "--count", "100", "--exchange"])?;
+        let held = world.client.app(&["hold", &to, "--count", "100", "--concurrency", "10", "--exchange"])?;
         ensure!(held.wait_json("held", pace::patience(Duration::from_secs(30)))?["held"] == 100);
         let agent = if which == "a" { &mut world.a } else { &mut world.b };
         agent.kill()?;

@@ -61,7 +61,7 @@ fn a_change_ends_exactly_what_it_forbids() -> Result<()> {
     let mut world = stage.start()?;
     let _echo = serve(&world.server, 8080, &[])?;
     let to = at(world.server.ipv4(), 8080);
-    let hold = ["hold", to.as_str(), "--count", "100", "--exchange"];
+    let hold = ["hold", to.as_str(), "--count", "100", "--concurrency", "10", "--exchange"];
     let (allowed, denied) = (world.client.app(&hold)?, other.app(&hold)?);
     for process in [&allowed, &denied] {
         ensure!(process.wait_json("held", pace::patience(Duration::from_secs(30)))?["held"] == 100);

@@ -291,7 +291,7 @@ async fn interfaces_that_come_and_go_do_not_fail_an_enrolment() {
                 // Not from within the pod, where a process outside the attach point has no business.
                 ip(&format!("-n {peer} link del flap"));
                 // On a slow processor attaching takes long, and the interface would never be the same for that time.
-                std::thread::sleep(patience(QUIET) - QUIET);
+                std::thread::sleep(patience(QUIET).saturating_sub(QUIET));
             }
         });
         (stop, task)

@@ -46,12 +46,14 @@ fn a_paused_reader_is_waited_for() {
     assert_eq!(ends.reasons(), [CloseReason::Finished; 2]);
 }
 
+/// More than the window that closes, less than what the sending kernel takes.
+const TOTAL: usize = 600_000;
+
 /// The same with little in flight: the relay is not blocked, only the kernel is.
 #[test]
 fn a_paused_reader_is_waited_for_also_by_the_kernel() {
     let (near, far) = nodes();
     let (a, b) = sockets();
-    const TOTAL: usize = 600_000;
     // A window that closes early. With one of a few kilobytes, kernels before 6.6 drop segments over loopback without a word, for want of
     // memory, which nobody can tell from a vanished node.
     SockRef::from(&b).set_recv_buffer_size(64 << 10).expect("SO_RCVBUF");

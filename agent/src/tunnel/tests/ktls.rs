@@ -87,7 +87,7 @@ async fn an_alert_arrives_while_data_is_in_flight() {
     let (client, server) = parties(&options, &options).await;
     let dial = async |s| {
         let mut session = connect(s, &client.configs, &client.id, &server.id).await.unwrap();
-        session.send(&[7; 500_000]).await.unwrap();
+        session.send(&vec![7; 500_000]).await.unwrap();
         session
     };
     let (session, refusing) = meet_and_refuse(dial, &server).await;
