@@ -48,6 +48,14 @@ fn identities_are_let_in_by_name() -> Result<()> {
     ensure!(app_error(&other, &["request", &to])? == "ECONNRESET", "another identity");
     wait_counter(&world.b, "refused.policy", 2)?;
     wait_counter(&world.a, "refused.denied-by-peer", 2)?;
+    // The running agent explains what it did.
+    for (name, allowed) in [("client", true), ("other", false)] {
+        let from = format!("spiffe://{}", principal(name));
+        let why = world.b.ask(&["policy", "explain", "--from", &from, "--to", &to])?;
+        ensure!(why["explanations"][0]["allowed"] == allowed, "{why}");
+    }
+    let listed = world.b.ask(&["policies"])?;
+    ensure!(listed["policies"][0]["name"].as_str().is_some_and(|name| name.contains("only-client")), "{listed}");
     ensure!(world.b.log().contains("ALLOW policies select the workload and none of them matches"), "{}", world.b.log());
     Ok(())
 }
@@ -156,4 +164,40 @@ fn a_dry_run_is_only_reported() -> Result<()> {
     app(&world.client, &["request", &at(world.server.ipv4(), 8080)])?;
     world.b.wait_log("dry run: would be denied", Duration::from_secs(10))?;
     Ok(())
+}
+
+/// Rules that do not fit the kernel's map are refused as a whole: the pod says so, and what was in force stays.
+#[test]
+fn more_ports_than_the_map_has_room_for() -> Result<()> {
+    let mut stage = Stage::new("ports")?;
+    let second = stage.bed.node("b").pod("second")?;
+    stage.mesh.enroll(&second);
+    let friend = outsider(&mut stage, "a", "friend")?;
+    let block = json!([{ "source": { "ipBlocks": [friend.ipv4().to_string()] } }]);
+    let ports = |ports: Vec<String>| json!([{ "from": block, "to": [{ "operation": { "ports": ports } }] }]);
+    stage.mesh.policies.push(policy("friends", "ALLOW", &ports(vec!["8080".into()])));
+    let mut world = stage.start()?;
+    let _echo = serve(&world.server, 8080, &[])?;
+    let _closed = serve(&world.server, 8081, &[])?;
+    let (open, closed) = (at(world.server.ipv4(), 8080), at(world.server.ipv4(), 8081));
+    let check = || -> Result<()> {
+        app(&friend, &["request", &open])?;
+        let error = app_error(&friend, &["request", &closed, "--timeout", "2"])?;
+        ensure!(error == "timeout", "{error}");
+        Ok(())
+    };
+    check()?;
+    // Two pods on the node, each with more than half of what fits.
+    let all = (1..=40_000).filter(|port| *port != 8081).map(|port: u32| port.to_string());
+    world.mesh.policies = vec![policy("friends", "ALLOW", &ports(all.collect()))];
+    world.b.write_config(&world.mesh.document(world.bed.node("b")))?;
+    let status = world.b.wait_status(pace::patience(Duration::from_secs(20)), |status| {
+        let pods = status["pods"].as_array().context("pods")?;
+        Ok(pods.iter().any(|pod| pod["state"] == "refused"))
+    })?;
+    let pods = status["pods"].as_array().context("pods")?;
+    let refused = pods.iter().find(|pod| pod["state"] == "refused").context("one that is refused")?;
+    let reason = refused["reason"].as_str().context("a reason")?;
+    ensure!(reason.contains("PORT_RULES") && reason.contains("65536"), "{reason}");
+    check()
 }
