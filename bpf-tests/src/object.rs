@@ -150,7 +150,8 @@ impl Loaded {
         let wanted: Vec<_> = expected.iter().map(|counter| (name(*counter), before[name(*counter)] + 1)).collect();
         let wanted: Vec<_> = wanted.iter().map(|(name, value)| (name, value)).collect();
         assert_eq!(counted, wanted, "{direction:?}, {case}: what was counted");
-        let drops = expected.is_some_and(|counter| counter != Counter::InboundAssigned);
+        let passes = [Counter::InboundAssigned, Counter::InboundProbe];
+        let drops = expected.is_some_and(|counter| !passes.contains(&counter));
         let wanted = if drops { Verdict::Drop } else { Verdict::Pass };
         assert_eq!(verdict, wanted, "{direction:?}, {case}: verdict");
         Ok(())
@@ -232,6 +233,16 @@ impl Loaded {
     /// Sets the rule for a port.
     pub fn port_rule(&self, pod_id: u32, port: u16, direction: u16, action: u32) -> Result<()> {
         self.update("PORT_RULES", &PortKey { pod_id, port, direction }, &PortRule { action })
+    }
+
+    /// Makes sockets of a cgroup, by kernel id, those of probes.
+    pub fn probe_cgroup(&self, id: u64) -> Result<()> {
+        self.update("PROBE_CGROUPS", &id, &1u32)
+    }
+
+    /// Makes probes from an address welcome on ports with a probe rule.
+    pub fn node_address(&self, ip: IpAddr) -> Result<()> {
+        self.update("NODE_ADDRESSES", &address(ip), &1u32)
     }
 
     /// Marks a socket as the agent's.

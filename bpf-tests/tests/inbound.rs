@@ -1,20 +1,25 @@
 //! Verdicts of the ingress program.
 
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::{
+    fs::File,
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    os::unix::fs::MetadataExt as _,
+};
 
 use anyhow::{Context as _, Result};
 use bpf_tests::{
+    cgroup::Cgroup,
     namespace::{Namespace, accept},
     object::{Direction::Inbound, Loaded, POD, Verdict, address},
     packet::{ACK, Extension, Link, Packet, RST, SYN},
 };
 use underpass_abi::{
     Counter::{
-        self, FragmentDropped, InboundAgentPort, InboundAssignFailed, InboundNoSocket, InboundStrictDropped,
-        InboundUnparsable,
+        self, FragmentDropped, InboundAgentPort, InboundAssignFailed, InboundNoSocket, InboundProbe,
+        InboundStrictDropped, InboundUnparsable,
     },
-    DIRECTION_INBOUND, DIRECTION_OUTBOUND, OUTBOUND_PORTS_V6, POD_STRICT, PORT_ASSIGN, PORT_EXCLUDED, PORT_PERMISSIVE,
-    PORT_STRICT,
+    DIRECTION_INBOUND, DIRECTION_OUTBOUND, DIRECTION_PROBE, OUTBOUND_PORTS_V6, POD_ASSIGN, POD_STRICT, PORT_ASSIGN,
+    PORT_EXCLUDED, PORT_PERMISSIVE, PORT_PROBE, PORT_STRICT,
 };
 
 fn ip(text: &str) -> IpAddr {
@@ -153,6 +158,57 @@ fn port_rules_override_the_mode() -> Result<()> {
                 loaded.expect(Inbound, &format!("{mode}, {case}, ACK, {host}"), &tcp(host, port, ACK), on_ack)?;
             }
         }
+    }
+    Ok(())
+}
+
+/// `BPF_PROG_TEST_RUN` gives a packet a socket of the calling process, so the packets here come from the test's own cgroup.
+#[test]
+fn probes_are_known_by_the_cgroup_of_their_socket() -> Result<()> {
+    let cgroup = Cgroup::join()?;
+    let id = |directory: &File| Ok::<_, anyhow::Error>(directory.metadata()?.ino());
+    let (own, above) = (id(cgroup.inner())?, id(cgroup.directory())?);
+    for (cgroup, number, known) in [("its own", own, true), ("one above", above, true), ("another", own + 1, false)] {
+        for (mode, flags, refused) in
+            [("STRICT", POD_STRICT, InboundStrictDropped), ("policies", POD_ASSIGN, InboundAssignFailed)]
+        {
+            let loaded = with_mode(flags)?;
+            loaded.probe_cgroup(number)?;
+            let on_syn = if known { InboundProbe } else { refused };
+            let on_ack = (!known).then_some(InboundNoSocket);
+            for host in HOSTS {
+                let case = format!("{mode}, {cgroup}, {host}");
+                loaded.expect(Inbound, &format!("{case}, SYN"), &tcp(host, 80, SYN), Some(on_syn))?;
+                loaded.expect(Inbound, &format!("{case}, ACK"), &tcp(host, 80, ACK), on_ack)?;
+                loaded.expect(Inbound, &case, &tcp(host, 15006, SYN), Some(InboundAgentPort))?;
+            }
+        }
+        let permissive = with_mode(0)?;
+        permissive.probe_cgroup(number)?;
+        permissive.expect(Inbound, "PERMISSIVE asks nobody", &tcp(HOSTS[0], 80, SYN), None)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn declared_ports_take_probes_from_the_nodes_addresses() -> Result<()> {
+    let loaded = with_mode(POD_STRICT)?;
+    loaded.port_rule(POD, 8080, DIRECTION_PROBE, PORT_PROBE)?;
+    // another pod's, and one for every pod, which there is no such thing as
+    loaded.port_rule(POD + 1, 8081, DIRECTION_PROBE, PORT_PROBE)?;
+    loaded.port_rule(0, 8082, DIRECTION_PROBE, PORT_PROBE)?;
+    loaded.port_rule(POD, 15001, DIRECTION_PROBE, PORT_PROBE)?;
+    for host in HOSTS {
+        let declared = tcp(host, 8080, SYN);
+        loaded.expect(Inbound, &format!("a stranger, {host}"), &declared, Some(InboundStrictDropped))?;
+        loaded.node_address(client(at(&format!("{host}:1"))).ip())?;
+        loaded.expect(Inbound, &format!("the node, {host}"), &declared, Some(InboundProbe))?;
+        loaded.expect(Inbound, &format!("the node, {host}, ACK"), &tcp(host, 8080, ACK), None)?;
+        for port in [8079, 8081, 8082] {
+            let case = format!("port {port}, {host}");
+            loaded.expect(Inbound, &case, &tcp(host, port, SYN), Some(InboundStrictDropped))?;
+        }
+        loaded.expect(Inbound, &format!("the agent's, {host}"), &tcp(host, 15001, SYN), Some(InboundAgentPort))?;
     }
     Ok(())
 }

@@ -41,6 +41,8 @@ fn maps_are_what_the_agent_expects() -> Result<()> {
         ("MESH", MapType::LpmTrie, 20, 4, capacity::MESH, NO_PREALLOC),
         ("EXCLUDED_CIDRS", MapType::LpmTrie, 24, 4, capacity::EXCLUDED_CIDRS, NO_PREALLOC),
         ("PORT_RULES", MapType::Hash, 8, 4, capacity::PORT_RULES, NO_PREALLOC),
+        ("PROBE_CGROUPS", MapType::Hash, 8, 4, capacity::PROBE_CGROUPS, NO_PREALLOC),
+        ("NODE_ADDRESSES", MapType::Hash, 16, 4, capacity::NODE_ADDRESSES, NO_PREALLOC),
         ("SOCKETS", MapType::SkStorage, 4, 24, 0, NO_PREALLOC),
         ("FLOWS", MapType::Hash, 48, 32, capacity::FLOWS, NO_PREALLOC),
         ("EVENTS", MapType::RingBuf, 0, 0, capacity::EVENTS_BYTES, 0),

@@ -15,7 +15,7 @@ use crate::{
     events::{count, refuse},
     maps::POD_ID,
     parse::{self, Kind, Link, Packet},
-    socket,
+    probe, socket,
 };
 
 /// Not our business: the next program on the interface decides.
@@ -67,11 +67,21 @@ fn tcp(ctx: &TcContext, packet: &Packet, pod_id: u32) -> Result<(), Counter> {
     if action == PORT_EXCLUDED || action == PORT_PERMISSIVE {
         return Ok(());
     }
-    if !packet.payload.is_syn() {
-        // Part of a connection that was admitted when it began, or that the pod itself opened. A listener does not count:
-        // with SYN cookies its ACK would begin a connection that no SYN rule has judged.
-        let connected = Socket::lookup(ctx, packet, dst_port).is_some_and(|socket| socket.is_connected());
-        return if connected { Ok(()) } else { Err(Counter::InboundNoSocket) };
+    let syn = packet.payload.is_syn();
+    // Part of a connection that was admitted when it began, or that the pod itself opened. A listener does not count:
+    // with SYN cookies its ACK would begin a connection that no SYN rule has judged.
+    if !syn && Socket::lookup(ctx, packet, dst_port).is_some_and(|socket| socket.is_connected()) {
+        return Ok(());
+    }
+    // Also the ACK that a SYN cookie is in: liveness must not depend on how full a listener's queue is.
+    if probe::is_probe(ctx, packet, pod_id) {
+        if syn {
+            count(Counter::InboundProbe);
+        }
+        return Ok(());
+    }
+    if !syn {
+        return Err(Counter::InboundNoSocket);
     }
     if action != PORT_ASSIGN {
         return Err(Counter::InboundStrictDropped);

@@ -1,7 +1,8 @@
 //! Underpass' BPF programs: cgroup socket hooks capture what a pod sends, tc classifiers guarantee it.
 //!
 //! One file per hook: [`connect`] rewrites destinations, [`sockops`] tells the agent what they were, [`names`] hides the
-//! rewriting from the application, [`guard`] stops what escaped capture, [`inbound`] decides about plaintext arriving.
+//! rewriting from the application, [`guard`] stops what escaped capture, [`inbound`] decides about plaintext arriving,
+//! with [`probe`] knowing what the kubelet sends.
 //! Helpers are those of Linux 6.1; user space finds programs and maps by the names in `underpass_abi`.
 #![no_std]
 #![no_main]
@@ -15,6 +16,7 @@ mod log;
 mod maps;
 mod names;
 mod parse;
+mod probe;
 mod socket;
 mod sockops;
 

@@ -35,6 +35,14 @@ pub static EXCLUDED_CIDRS: LpmTrie<ExcludeKey, u32, { capacity::EXCLUDED_CIDRS }
 #[btf_map]
 pub static PORT_RULES: HashMap<PortKey, PortRule, { capacity::PORT_RULES }, GROWING> = HashMap::new();
 
+/// cgroups whose sockets send kubelet probes, by kernel id; the value says nothing.
+#[btf_map]
+pub static PROBE_CGROUPS: HashMap<u64, u32, { capacity::PROBE_CGROUPS }, GROWING> = HashMap::new();
+
+/// The node's own addresses, where probes come from when their sockets cannot be seen; the value says nothing.
+#[btf_map]
+pub static NODE_ADDRESSES: HashMap<Address, u32, { capacity::NODE_ADDRESSES }, GROWING> = HashMap::new();
+
 /// State of the agent's sockets and of captured ones.
 #[btf_map]
 pub static SOCKETS: SkStorage<SocketState> = SkStorage::new();

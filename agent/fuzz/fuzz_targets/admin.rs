@@ -13,12 +13,12 @@ use tokio::{
 };
 use underpass::{
     admin::{
-        api::{AllCounters, Connections, Status},
+        api::{AllCounters, Connections, KtlsStatus, Status},
         server::{Source, connection, router},
     },
     mesh::Snapshot,
     policy::{self, Explanations, PolicyList, Query, QueryError},
-    relay::{ConnectionId, DataPath},
+    relay::ConnectionId,
     sources::file::ReloadStatus,
 };
 
@@ -30,7 +30,7 @@ struct Agent(AtomicBool);
 
 impl Source for Agent {
     fn status(&self) -> Status {
-        Status::new(DataPath::User, Vec::new(), ReloadStatus::default())
+        Status::new(KtlsStatus::default(), Vec::new(), ReloadStatus::default())
     }
 
     fn connections(&self, limit: usize) -> Connections {

@@ -10,6 +10,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    capture,
     policy::{Peer, Query},
     relay::{ConnectionId, ConnectionInfo, DataPath},
     sources::file::ReloadStatus,
@@ -39,12 +40,16 @@ pub struct Status {
     pub ktls: KtlsStatus,
     /// This node's workloads that the configuration enrols.
     pub pods: Vec<PodStatus>,
+    /// cgroups from which kubelet probes are expected.
+    #[serde(default)]
+    pub probe_cgroups: Vec<ProbeCgroupStatus>,
     /// What happened to the configuration file.
     pub reload: ReloadStatus,
 }
 
 impl Status {
-    /// A status without what the server knows itself (version, node, trust domain, generation): it fills those in.
+    /// A status without what the server knows itself (version, node, trust domain, generation), which it fills in, and without
+    /// probe cgroups.
     pub fn new(ktls: KtlsStatus, pods: Vec<PodStatus>, reload: ReloadStatus) -> Self {
         Self {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -54,8 +59,43 @@ impl Status {
             data_path: if ktls.ciphers.is_empty() { DataPath::User } else { DataPath::Ktls },
             ktls,
             pods,
+            probe_cgroups: Vec::new(),
             reload,
         }
+    }
+}
+
+/// A cgroup that kubelet probes are expected from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbeCgroupStatus {
+    /// As `/proc/PID/cgroup` has it.
+    pub path: String,
+    /// Whether connections from it are let in as probes.
+    pub state: ProbeCgroupState,
+    /// Why it was refused, and what to do.
+    pub reason: Option<String>,
+}
+
+/// Are connections from a cgroup probes?
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProbeCgroupState {
+    /// They are.
+    Active,
+    /// There is no such cgroup now.
+    Missing,
+    /// The cgroup is not used: it has to do with pods.
+    Refused,
+}
+
+impl From<capture::ProbeCgroup> for ProbeCgroupStatus {
+    fn from(cgroup: capture::ProbeCgroup) -> Self {
+        let (state, reason) = match cgroup.state {
+            capture::ProbeCgroupState::Active { .. } => (ProbeCgroupState::Active, None),
+            capture::ProbeCgroupState::Missing => (ProbeCgroupState::Missing, None),
+            capture::ProbeCgroupState::Refused { reason } => (ProbeCgroupState::Refused, Some(reason)),
+        };
+        Self { path: cgroup.path.display().to_string(), state, reason }
     }
 }
 

@@ -4,8 +4,9 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
 use underpass_abi::{
-    Address, DIRECTION_INBOUND, DIRECTION_OUTBOUND, MESH_CAPTURE, MeshEntry, POD_ASSIGN, POD_CAPTURE_ALL, POD_STRICT,
-    PORT_ASSIGN, PORT_EXCLUDED, PORT_PERMISSIVE, PORT_STRICT, PodConfig, PortKey, PortRule, is_agent_port,
+    Address, DIRECTION_INBOUND, DIRECTION_OUTBOUND, DIRECTION_PROBE, MESH_CAPTURE, MeshEntry, POD_ASSIGN,
+    POD_CAPTURE_ALL, POD_STRICT, PORT_ASSIGN, PORT_EXCLUDED, PORT_PERMISSIVE, PORT_PROBE, PORT_STRICT, PodConfig,
+    PortKey, PortRule, is_agent_port,
 };
 
 use crate::{
@@ -19,6 +20,8 @@ const V4_OFFSET: u32 = 96;
 const POD_BITS: u32 = 32;
 /// Value of `EXCLUDED_CIDRS`; it says nothing, being there is what counts.
 const EXCLUDED: u32 = 1;
+/// Value of `NODE_ADDRESSES` and `PROBE_CGROUPS`; as above.
+pub const PRESENT: u32 = 1;
 /// Pod id of what holds for every pod.
 pub const ALL_PODS: u32 = 0;
 
@@ -70,6 +73,8 @@ pub struct MeshState {
     pub mesh: BTreeMap<Prefix<16>, MeshEntry>,
     /// Mesh-wide exclusions, under [`ALL_PODS`].
     pub rules: Rules,
+    /// For `NODE_ADDRESSES`.
+    pub node_addresses: BTreeMap<Address, u32>,
     /// Every destination of every pod is captured.
     pub capture_all: bool,
 }
@@ -119,7 +124,8 @@ pub fn mesh(snapshot: &Snapshot) -> MeshState {
     mesh.extend(networks.map(|n| (mesh_prefix(n), MeshEntry { flags: MESH_CAPTURE })));
     let mut rules = Rules::default();
     rules.exclude(ALL_PODS, &settings.exclude);
-    MeshState { mesh, rules, capture_all: settings.capture_all }
+    let node_addresses = settings.probes.node_addresses.iter().map(|a| (address(*a), PRESENT)).collect();
+    MeshState { mesh, rules, node_addresses, capture_all: settings.capture_all }
 }
 
 fn covers_mapped(net: &ipnet::Ipv6Net) -> bool {
@@ -158,6 +164,9 @@ pub fn pod(
         };
         rules.inbound(id, port, action);
     }
+    for &port in &local.probe_ports {
+        rules.add(id, DIRECTION_PROBE, port, PORT_PROBE);
+    }
     // Last: an excluded port is passed whatever its mode.
     rules.exclude(id, &local.exclude);
     PodState { config, rules }
@@ -183,10 +192,14 @@ impl Rules {
         }
     }
 
-    /// The agent's own ports take no rules: nothing in a configuration opens them.
     fn inbound(&mut self, pod_id: u32, port: u16, action: u32) {
+        self.add(pod_id, DIRECTION_INBOUND, port, action);
+    }
+
+    /// The agent's own ports take no rules: nothing in a configuration opens them.
+    fn add(&mut self, pod_id: u32, direction: u16, port: u16, action: u32) {
         if !is_agent_port(port) {
-            self.ports.insert(PortSlot { pod_id, direction: DIRECTION_INBOUND, port }, PortRule { action });
+            self.ports.insert(PortSlot { pod_id, direction, port }, PortRule { action });
         }
     }
 

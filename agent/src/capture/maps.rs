@@ -16,25 +16,27 @@ use aya::{
     maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
 };
 use underpass_abi::{
-    COUNTERS, Counter, FlowKey, MeshEntry, OriginalDestination, PodConfig, PortKey, PortRule, SOCKET_AGENT,
+    Address, COUNTERS, Counter, FlowKey, MeshEntry, OriginalDestination, PodConfig, PortKey, PortRule, SOCKET_AGENT,
     SocketState, capacity,
 };
 
 use super::{
     CaptureError,
-    desired::{ALL_PODS, MeshState, PodState, PortSlot, Prefix, Rules, Strictness, address},
+    desired::{ALL_PODS, MeshState, PRESENT, PodState, PortSlot, Prefix, Rules, Strictness, address},
     pins::Layout,
     table::{Store, Table},
 };
 use crate::sys::bpf::SharedMap;
 
 /// Name, key size, value size and number of entries of every pinned map.
-pub const PINNED: [(&str, usize, usize, usize); 9] = [
+pub const PINNED: [(&str, usize, usize, usize); 11] = [
     ("PODS", 8, size_of::<PodConfig>(), capacity::PODS),
     ("PODS_BY_ID", 4, size_of::<PodConfig>(), capacity::PODS),
     ("MESH", 4 + 16, size_of::<MeshEntry>(), capacity::MESH),
     ("EXCLUDED_CIDRS", 4 + 20, 4, capacity::EXCLUDED_CIDRS),
     ("PORT_RULES", size_of::<PortKey>(), size_of::<PortRule>(), capacity::PORT_RULES),
+    ("PROBE_CGROUPS", 8, 4, capacity::PROBE_CGROUPS),
+    ("NODE_ADDRESSES", size_of::<Address>(), 4, capacity::NODE_ADDRESSES),
     ("SOCKETS", 4, size_of::<SocketState>(), 0),
     ("FLOWS", size_of::<FlowKey>(), size_of::<OriginalDestination>(), capacity::FLOWS),
     ("EVENTS", 0, 0, capacity::EVENTS_BYTES),
@@ -56,17 +58,21 @@ pub struct Tables {
     mesh: Table<TrieStore<16, MeshEntry>>,
     excluded: Table<TrieStore<20, u32>>,
     ports: Table<PortStore>,
+    probe_cgroups: Table<HashStore<u64, u32>>,
+    node_addresses: Table<HashStore<Address, u32>>,
 }
 
 impl Maps {
     /// Takes the maps out of a loaded object; the ring buffer goes to who reads events.
     pub fn take(bpf: &mut Ebpf) -> Result<(Self, RingBuf<MapData>), CaptureError> {
         let tables = Tables {
-            pods: Table::new("PODS", capacity::PODS, HashStore(typed(bpf, "PODS")?))?,
-            pods_by_id: Table::new("PODS_BY_ID", capacity::PODS, HashStore(typed(bpf, "PODS_BY_ID")?))?,
+            pods: hash_table(bpf, "PODS", capacity::PODS)?,
+            pods_by_id: hash_table(bpf, "PODS_BY_ID", capacity::PODS)?,
             mesh: Table::new("MESH", capacity::MESH, TrieStore(typed(bpf, "MESH")?))?,
             excluded: Table::new("EXCLUDED_CIDRS", capacity::EXCLUDED_CIDRS, TrieStore(typed(bpf, "EXCLUDED_CIDRS")?))?,
             ports: Table::new("PORT_RULES", capacity::PORT_RULES, PortStore(typed(bpf, "PORT_RULES")?))?,
+            probe_cgroups: hash_table(bpf, "PROBE_CGROUPS", capacity::PROBE_CGROUPS)?,
+            node_addresses: hash_table(bpf, "NODE_ADDRESSES", capacity::NODE_ADDRESSES)?,
         };
         let maps = Self {
             flows: shared(bpf, "FLOWS")?,
@@ -154,8 +160,23 @@ impl Tables {
     pub fn apply_mesh(&mut self, state: &MeshState) -> Result<(), CaptureError> {
         self.mesh.check(EVERYTHING, &state.mesh)?;
         self.check_rules(ALL_PODS, &state.rules)?;
+        self.node_addresses.check(EVERY_ADDRESS, &state.node_addresses)?;
         self.mesh.reconcile(EVERYTHING, &state.mesh)?;
+        self.node_addresses.reconcile(EVERY_ADDRESS, &state.node_addresses)?;
         self.apply_rules(ALL_PODS, &state.rules)
+    }
+
+    /// Makes these cgroups, by kernel id, the probe cgroups.
+    pub fn apply_probe_cgroups(&mut self, ids: impl IntoIterator<Item = u64>) -> Result<(), CaptureError> {
+        let wanted = ids.into_iter().map(|id| (id, PRESENT)).collect();
+        self.probe_cgroups.check(0..=u64::MAX, &wanted)?;
+        self.probe_cgroups.reconcile(0..=u64::MAX, &wanted)
+    }
+
+    /// The probe cgroups.
+    #[cfg(test)]
+    pub fn probe_cgroups(&self) -> Vec<u64> {
+        self.probe_cgroups.contents().keys().copied().collect()
     }
 
     /// Writes what the tc programs need to know of a pod, and its rules.
@@ -195,6 +216,8 @@ impl Tables {
 
 const EVERYTHING: RangeInclusive<Prefix<16>> =
     Prefix { bytes: [0; 16], bits: 0 }..=Prefix { bytes: [0xff; 16], bits: u32::MAX };
+
+const EVERY_ADDRESS: RangeInclusive<Address> = [0; 16]..=[0xff; 16];
 
 fn port_scope(pod_id: u32) -> RangeInclusive<PortSlot> {
     PortSlot { pod_id, direction: 0, port: 0 }..=PortSlot { pod_id, direction: u16::MAX, port: u16::MAX }
@@ -270,6 +293,14 @@ pub fn chain(error: &dyn Error) -> String {
         source = e.source();
     }
     text
+}
+
+fn hash_table<K, V>(bpf: &mut Ebpf, name: &'static str, capacity: usize) -> Result<Table<HashStore<K, V>>, CaptureError>
+where
+    K: aya::Pod + Ord,
+    V: aya::Pod + PartialEq,
+{
+    Table::new(name, capacity, HashStore(typed(bpf, name)?))
 }
 
 /// A hash map.

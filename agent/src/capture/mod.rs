@@ -9,6 +9,7 @@ mod desired;
 mod enroll;
 pub mod events;
 mod garbage;
+mod hierarchy;
 mod interfaces;
 mod loader;
 mod lock;
@@ -17,6 +18,7 @@ pub mod netns;
 pub mod object;
 mod pins;
 mod pod;
+mod probes;
 pub mod processes;
 mod registry;
 pub mod routes;
@@ -42,12 +44,14 @@ use tokio::task::JoinHandle;
 
 pub use enroll::EnrollError;
 pub use pod::{Pod, PodListeners};
+pub use probes::{ProbeCgroup, ProbeCgroupState};
 
 use self::{
     desired::Strictness,
     enroll::Enrolled,
     enroll::Wanted,
     netns::Netns,
+    probes::Probes,
     registry::{Entry, Registry},
     watcher::Attacher,
 };
@@ -133,6 +137,7 @@ struct Inner {
     method: tc::Method,
     objects: Arc<loader::Objects>,
     maps: Arc<maps::Maps>,
+    probes: Arc<Probes>,
     registry: Mutex<Registry>,
     /// Enrolments, each behind a lock that serialises what happens to its workload.
     slots: Mutex<HashMap<WorkloadKey, Slot>>,
@@ -158,11 +163,13 @@ impl Capture {
         let registry = Registry::new(ids.into_iter().chain(maps.tables().pod_ids()));
         let mut readers = vec![tokio::spawn(events::log_events(events))];
         readers.extend(log.map(|log| tokio::spawn(events::forward_log(log))));
+        let maps = Arc::new(maps);
         let inner = Inner {
-            options,
             method,
             objects,
-            maps: Arc::new(maps),
+            probes: Probes::new(options.cgroup.clone(), Arc::clone(&maps)),
+            maps,
+            options,
             registry: Mutex::new(registry),
             slots: Mutex::default(),
             bare_interfaces: Arc::default(),
@@ -171,18 +178,19 @@ impl Capture {
         Ok(Arc::new(Self { inner: Arc::new(inner), readers }))
     }
 
-    /// Projects mesh addresses, VIPs, CIDRs and mesh-wide exclusions into the maps (differences only; additions before
-    /// removals). Must be called within a Tokio runtime: ending plaintext connections that are not allowed any more
+    /// Projects mesh addresses, VIPs, CIDRs, mesh-wide exclusions and who sends probes into the maps (differences only;
+    /// additions before removals). Must be called within a Tokio runtime: ending plaintext connections that are not allowed any more
     /// goes on in the background.
     pub fn apply(&self, snapshot: &Snapshot) -> Result<(), CaptureError> {
-        for (netns, strict) in self.inner.apply(snapshot)? {
+        let tighter = self.inner.apply(snapshot)?;
+        for (netns, strict) in tighter {
             tokio::spawn(async move {
                 if let Err(e) = enroll::destroy_plaintext(&netns, strict).await {
                     tracing::error!(namespace = %netns.path().display(), error = %e, "plaintext connections go on");
                 }
             });
         }
-        Ok(())
+        self.inner.probes.set(&snapshot.settings.probes.cgroups)
     }
 
     /// Enrols a pod, with what modes and policies make of plaintext for it (without policies: `None`): listeners and routes first, then guard and inbound program on every interface, capture last. Fails
@@ -224,6 +232,11 @@ impl Capture {
     /// The pods enrolled now.
     pub fn pods(&self) -> Vec<Arc<Pod>> {
         self.inner.registry().entries.values().map(|e| Arc::clone(&e.pod)).collect()
+    }
+
+    /// The configured probe cgroups, and how they stand.
+    pub fn probe_cgroups(&self) -> Vec<ProbeCgroup> {
+        self.inner.probes.cgroups()
     }
 
     /// Removes what earlier agents left for pods that are not enrolled now. Called once after the first configuration

@@ -1,12 +1,8 @@
 //! Processes of a pod, as `/proc` shows them.
 
-use std::{
-    collections::BTreeSet,
-    fs, io,
-    path::{Component, Path, PathBuf},
-};
+use std::{collections::BTreeSet, fs, io, path::Path};
 
-use super::{EnrollError, netns::Netns};
+use super::{EnrollError, hierarchy::Mount, netns::Netns};
 
 /// Checks that every process in the pod's namespace has its cgroup at or below `attach`, where the connect hooks are: others would
 /// connect past them (and be stopped by the egress guard). Processes that end meanwhile do not count. Only processes visible in
@@ -19,13 +15,9 @@ pub async fn check_below(netns: &Netns, attach: &Path) -> Result<(), EnrollError
 }
 
 fn check(netns: &Netns, attach: &Path) -> Result<(), EnrollError> {
-    let mounts =
-        fs::read_to_string("/proc/self/mountinfo").map_err(|error| setup("read /proc/self/mountinfo", &error))?;
-    let attach_real = fs::canonicalize(attach).map_err(|error| EnrollError::Setup {
-        action: "find the attach point",
-        reason: format!("{}: {error}", attach.display()),
-    })?;
-    let below = cgroup_of(&mounts, &attach_real)?;
+    let refuse = |reason| EnrollError::Setup { action: "find the attach point", reason };
+    let attach_real = fs::canonicalize(attach).map_err(|error| refuse(format!("{}: {error}", attach.display())))?;
+    let below = Mount::of(&attach_real).map_err(refuse)?.cgroup(&attach_real);
     for pid in pids().map_err(|error| setup("list /proc", &error))? {
         let process = Path::new("/proc").join(pid.to_string());
         // Gone, a zombie, or a kernel thread without a namespace.
@@ -78,43 +70,6 @@ fn v2_path(cgroups: &str) -> Option<&str> {
     let path = cgroups.lines().find_map(|line| line.strip_prefix("0::"))?;
     // A cgroup that was removed under its last zombie.
     Some(path.strip_suffix(" (deleted)").unwrap_or(path))
-}
-
-/// The cgroup v2 path of a directory on a cgroup2 mount, as `/proc/PID/cgroup` would write it.
-fn cgroup_of(mountinfo: &str, directory: &Path) -> Result<PathBuf, EnrollError> {
-    let refuse = |reason: String| EnrollError::Setup { action: "find the attach point", reason };
-    let mount = mountinfo
-        .lines()
-        .filter_map(cgroup2_mount)
-        .filter(|(_, point)| directory.starts_with(point))
-        .max_by_key(|(_, point)| point.components().count());
-    let (root, point) = mount.ok_or_else(|| {
-        refuse(format!("{} is not on a cgroup v2 file system; give --cgroup a directory of one", directory.display()))
-    })?;
-    // Both are shown relative to the cgroup namespace of the reader, and a path that leads out of it cannot be compared.
-    if root.components().any(|component| component == Component::ParentDir) {
-        return Err(refuse(format!(
-            "{} lies outside the agent's cgroup namespace; run the agent in the host's (privileged)",
-            directory.display()
-        )));
-    }
-    Ok(root.join(directory.strip_prefix(&point).unwrap_or(Path::new(""))))
-}
-
-/// Root and mount point of a cgroup2 line of mountinfo (`proc_pid_mountinfo(5)`).
-fn cgroup2_mount(line: &str) -> Option<(PathBuf, PathBuf)> {
-    let (mount, super_block) = line.split_once(" - ")?;
-    if super_block.split(' ').next() != Some("cgroup2") {
-        return None;
-    }
-    let mut fields = mount.split(' ').skip(3);
-    Some((unescape(fields.next()?), unescape(fields.next()?)))
-}
-
-/// Undoes the octal escapes of mountinfo: space, tab, newline and backslash.
-fn unescape(field: &str) -> PathBuf {
-    let escapes = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
-    escapes.iter().fold(field.to_owned(), |text, (escape, character)| text.replace(escape, character)).into()
 }
 
 fn setup(action: &'static str, error: &dyn std::error::Error) -> EnrollError {

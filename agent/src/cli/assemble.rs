@@ -219,7 +219,9 @@ impl StatusProvider for NodeStatus {
                 certificate: svid.map(|s| CertificateStatus::new(&s.serial, s.not_before, s.not_after)),
             }
         });
-        Status::new(KtlsStatus::of(&self.ktls), pods.collect(), self.reload.status())
+        let status = Status::new(KtlsStatus::of(&self.ktls), pods.collect(), self.reload.status());
+        let probe_cgroups = self.capture.probe_cgroups().into_iter().map(Into::into).collect();
+        Status { probe_cgroups, ..status }
     }
 
     fn bpf_counters(&self) -> BTreeMap<String, u64> {

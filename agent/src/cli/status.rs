@@ -12,7 +12,7 @@ use super::{
     output::{self, Columns, Format, NONE},
 };
 use crate::{
-    admin::api::{AllCounters, PodState, Status},
+    admin::api::{AllCounters, PodState, ProbeCgroupState, Status},
     telemetry::logging::printable,
 };
 
@@ -70,6 +70,14 @@ pub(super) fn table(report: &Report) -> String {
     );
     if let Some(error) = &s.reload.error {
         line("config error", error);
+    }
+    for cgroup in &s.probe_cgroups {
+        let state = match (cgroup.state, &cgroup.reason) {
+            (ProbeCgroupState::Active, _) => "active".to_owned(),
+            (ProbeCgroupState::Missing, _) => "missing: its probes fail under STRICT".to_owned(),
+            (ProbeCgroupState::Refused, reason) => format!("refused: {}", reason.as_deref().unwrap_or(NONE)),
+        };
+        line("probe cgroup", &format!("{} ({state})", cgroup.path));
     }
 
     text.push('\n');

@@ -10,7 +10,9 @@ use super::{
     policy, status,
 };
 use crate::{
-    admin::api::{AllCounters, Connections, KtlsStatus, PodState, PodStatus, Status},
+    admin::api::{
+        AllCounters, Connections, KtlsStatus, PodState, PodStatus, ProbeCgroupState, ProbeCgroupStatus, Status,
+    },
     capture::TcMode,
     mesh::{Action, EffectiveMode, InboundMode, ModeSource, PolicyStatus},
     policy::{Considered, Explanation, Explanations, Opinion, PolicyList, PolicySummary},
@@ -189,11 +191,18 @@ fn a_status_report() {
     let mut counters = AllCounters::default();
     counters.agent.refused.insert("not-tls".into(), 3);
     counters.bpf.extend([("captured".to_owned(), 9), ("guard_dropped".to_owned(), 0)]);
-    let report = status::Report { status: Status::new(KtlsStatus::default(), vec![pod], reload), counters };
+    let probe_cgroups = vec![ProbeCgroupStatus {
+        path: "/system.slice/kubelet.service".into(),
+        state: ProbeCgroupState::Missing,
+        reason: None,
+    }];
+    let status = Status { probe_cgroups, ..Status::new(KtlsStatus::default(), vec![pod], reload) };
+    let report = status::Report { status, counters };
     let text = status::table(&report);
     for part in [
         "from last good copy (1 accepted, 2 rejected)",
         "n.yaml:1:1: x\\ny",
+        "/system.slice/kubelet.service (missing",
         "refused",
         "nginx (17)",
         "refused: not-tls",

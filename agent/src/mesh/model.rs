@@ -100,6 +100,8 @@ pub struct LocalPod {
     pub exclude: Exclusions,
     /// Capture every TCP destination, not only mesh addresses.
     pub capture_all: bool,
+    /// Ports that take plaintext from [`ProbeSettings::node_addresses`] in every mode.
+    pub probe_ports: Vec<u16>,
     /// Where its certificate comes from, with the `files` issuer.
     pub files: Option<CertificateFiles>,
 }
@@ -184,4 +186,15 @@ pub struct MeshSettings {
     pub capture_all: bool,
     /// What no pod has captured.
     pub exclude: Exclusions,
+    /// Who probes this node's pods.
+    pub probes: ProbeSettings,
+}
+
+/// How the kubelet's probes are recognised, which no mode or policy stops.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ProbeSettings {
+    /// cgroup v2 paths as `/proc/PID/cgroup` has them; connections of processes in them and below are probes.
+    pub cgroups: Vec<PathBuf>,
+    /// The node's own addresses, from which connections to [`LocalPod::probe_ports`] are probes.
+    pub node_addresses: Vec<IpAddr>,
 }

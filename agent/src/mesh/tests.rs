@@ -44,6 +44,7 @@ fn local() -> LocalPod {
         cgroup: None,
         exclude: Exclusions::default(),
         capture_all: false,
+        probe_ports: Vec::new(),
         files: None,
     }
 }

@@ -11,6 +11,7 @@ mod ktls;
 mod lifecycle;
 mod limits;
 mod policy;
+mod probes;
 mod refusals;
 mod traffic;
 mod untouched;

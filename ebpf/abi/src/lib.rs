@@ -88,6 +88,8 @@ pub struct PortKey {
 pub const DIRECTION_OUTBOUND: u16 = 0;
 /// A connection made to the pod.
 pub const DIRECTION_INBOUND: u16 = 1;
+/// The port answers probes: an entry, whatever its action, admits plaintext from the addresses in `NODE_ADDRESSES`.
+pub const DIRECTION_PROBE: u16 = 2;
 
 /// Value of `PORT_RULES`.
 #[repr(C)]
@@ -105,6 +107,13 @@ pub const PORT_PERMISSIVE: u32 = 2;
 pub const PORT_STRICT: u32 = 3;
 /// Inbound plaintext is handed to the agent's listener on [`PLAINTEXT_PORT`].
 pub const PORT_ASSIGN: u32 = 4;
+
+/// Action of entries with [`DIRECTION_PROBE`]; being there is what counts.
+pub const PORT_PROBE: u32 = 5;
+
+/// Deepest level of the cgroup v2 hierarchy, the root being 0, at which a probe cgroup is recognised. Levels count from the
+/// root of the hierarchy, also for an agent in a cgroup namespace: a node that is a container (kind) is three or four deep itself.
+pub const PROBE_CGROUP_LEVELS: i32 = 16;
 
 /// Per-socket state in `SOCKETS` (socket storage): it lives and dies with the socket.
 #[repr(C)]
@@ -208,10 +217,12 @@ pub enum Counter {
     FlowsAbandoned = 11,
     /// Inbound: packet that could hide TCP and could not be parsed far enough to be judged.
     InboundUnparsable = 12,
+    /// Inbound: SYN that mode or policies would not have let in, of a kubelet probe; passed.
+    InboundProbe = 13,
 }
 
 /// Number of [`Counter`]s.
-pub const COUNTERS: u32 = 13;
+pub const COUNTERS: u32 = 14;
 
 impl Counter {
     /// All counters with their metric names, in index order.
@@ -229,6 +240,7 @@ impl Counter {
         (Counter::InboundAssignFailed, "inbound_assign_failed"),
         (Counter::FlowsAbandoned, "flows_abandoned"),
         (Counter::InboundUnparsable, "inbound_unparsable"),
+        (Counter::InboundProbe, "inbound_probe"),
     ];
 }
 
@@ -242,6 +254,10 @@ pub mod capacity {
     pub const EXCLUDED_CIDRS: usize = 65_536;
     /// `PORT_RULES`.
     pub const PORT_RULES: usize = 65_536;
+    /// `PROBE_CGROUPS`: a node has one kubelet, which may have one cgroup or a few.
+    pub const PROBE_CGROUPS: usize = 16;
+    /// `NODE_ADDRESSES`.
+    pub const NODE_ADDRESSES: usize = 64;
     /// `FLOWS`: connections between `connect` and the agent's `accept`.
     pub const FLOWS: usize = 262_144;
     /// `EVENTS`, in bytes; a power of two and a multiple of the page size.

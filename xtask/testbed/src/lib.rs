@@ -35,7 +35,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 pub use agent::{Agent, AgentOptions};
-pub use mesh::{CertificateFiles, Enroll, Exclude, MeshConfig, Mode, PortMode, Protocol, Service, Workload};
+pub use mesh::{CertificateFiles, Enroll, Exclude, MeshConfig, Mode, PortMode, Probes, Protocol, Service, Workload};
 pub use namespace::Namespace;
 pub use node::Node;
 pub use pod::Pod;

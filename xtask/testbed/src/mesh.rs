@@ -28,6 +28,9 @@ pub struct MeshConfig {
     pub workloads: Vec<Workload>,
     /// Services.
     pub services: Vec<Service>,
+    /// Who sends probes, as the configuration has it; nobody by default.
+    #[serde(default)]
+    pub probes: Probes,
     /// Authorization policies, as the configuration has them.
     #[serde(default)]
     pub policies: Vec<serde_json::Value>,
@@ -77,6 +80,18 @@ pub struct Exclude {
     pub inbound_ports: Vec<u16>,
 }
 
+/// How kubelet probes are recognised.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Probes {
+    /// cgroup v2 paths, as `/proc/PID/cgroup` has them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cgroups: Vec<PathBuf>,
+    /// The nodes' own addresses.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub node_addresses: Vec<IpAddr>,
+}
+
 /// PEM files of an identity, for the issuer `files`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CertificateFiles {
@@ -103,6 +118,9 @@ pub struct Enroll {
     /// The pod's own exclusions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclude: Option<Exclude>,
+    /// Ports that take plaintext from [`Probes::node_addresses`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub probe_ports: Vec<u16>,
     /// Certificate files.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub certificate: Option<CertificateFiles>,
@@ -186,6 +204,7 @@ struct Document<'a> {
     trust_domain: &'a str,
     issuer: serde_json::Value,
     mesh: Mesh<'a>,
+    probes: &'a Probes,
     workloads: Vec<Workload>,
     services: &'a [Service],
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
@@ -214,6 +233,7 @@ impl MeshConfig {
             exclude: Exclude::default(),
             workloads: Vec::new(),
             services: Vec::new(),
+            probes: Probes::default(),
             policies: Vec::new(),
         }
     }
@@ -225,6 +245,7 @@ impl MeshConfig {
             cgroup: pod.cgroup().to_path_buf(),
             capture_all: false,
             exclude: None,
+            probe_ports: Vec::new(),
             certificate: None,
         };
         self.push(pod, Protocol::Underpass, Some(enroll))
@@ -294,6 +315,7 @@ impl MeshConfig {
             trust_domain: &self.trust_domain,
             issuer,
             mesh: Mesh { mode: self.mode, capture_all: self.capture_all, cidrs: &self.cidrs, exclude: &self.exclude },
+            probes: &self.probes,
             workloads,
             services: &self.services,
             policies: &self.policies,

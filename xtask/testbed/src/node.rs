@@ -15,6 +15,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{
     addresses::{nested_v4, nested_v6, pod_v4, pod_v6},
+    cgroup,
     namespace::Namespace,
     pod::{self, Pod},
     state::Shared,
@@ -92,6 +93,19 @@ impl Node {
         self.inner.cgroup.join("node")
     }
 
+    /// Another cgroup of the node's, outside the pods', for something like a kubelet. There may be one of this name already.
+    pub fn cgroup(&self, name: &str) -> Result<PathBuf> {
+        let directory = self.inner.cgroup.join(name);
+        fs::create_dir_all(&directory).with_context(|| format!("creating cgroup {}", directory.display()))?;
+        Ok(directory)
+    }
+
+    /// What `/proc/PID/cgroup` calls one of its cgroup directories.
+    pub fn cgroup_path(&self, directory: &Path) -> Result<PathBuf> {
+        let below = directory.strip_prefix(cgroup::mount_point()?);
+        Ok(Path::new("/").join(below.with_context(|| format!("{} is no cgroup", directory.display()))?))
+    }
+
     /// A directory for the files of something on this node.
     pub fn dir(&self, purpose: &str) -> Result<PathBuf> {
         let dir = self.inner.shared.dir.join(self.name()).join(purpose);
@@ -107,6 +121,11 @@ impl Node {
     /// A program on the node itself: in its network namespace and in its own cgroup.
     pub fn command(&self, program: impl AsRef<Path>) -> Command {
         pod::command_in(Some(&self.own_cgroup()), &self.inner.namespace, program.as_ref())
+    }
+
+    /// A program in the node's network namespace and in `cgroup`, a directory that [`Node::cgroup`] or a pod gave.
+    pub fn command_in(&self, cgroup: &Path, program: impl AsRef<Path>) -> Command {
+        pod::command_in(Some(cgroup), &self.inner.namespace, program.as_ref())
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {

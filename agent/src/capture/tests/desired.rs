@@ -1,8 +1,8 @@
 use std::sync::Arc;
 
 use underpass_abi::{
-    DIRECTION_INBOUND, DIRECTION_OUTBOUND, POD_CAPTURE_ALL, POD_STRICT, PORT_EXCLUDED, PORT_PERMISSIVE, PORT_STRICT,
-    TUNNEL_PORT,
+    DIRECTION_INBOUND, DIRECTION_OUTBOUND, DIRECTION_PROBE, POD_CAPTURE_ALL, POD_STRICT, PORT_EXCLUDED,
+    PORT_PERMISSIVE, PORT_PROBE, PORT_STRICT, TUNNEL_PORT,
 };
 
 use super::{
@@ -138,6 +138,7 @@ fn port_rules_follow_modes_and_exclusions() {
         mode(TUNNEL_PORT, InboundMode::Permissive),
     ];
     let mut local = w.local.clone().unwrap();
+    local.probe_ports = vec![80, 15001];
     local.exclude = Exclusions {
         outbound_ports: vec![5432],
         outbound_cidrs: nets(&["10.9.0.0/16"]),
@@ -153,6 +154,7 @@ fn port_rules_follow_modes_and_exclusions() {
             (slot(DIRECTION_INBOUND, 80), PORT_PERMISSIVE),
             (slot(DIRECTION_INBOUND, 81), PORT_STRICT),
             (slot(DIRECTION_INBOUND, 82), PORT_EXCLUDED),
+            (slot(DIRECTION_PROBE, 80), PORT_PROBE),
         ],
         "the agent's ports take no rules"
     );

@@ -7,6 +7,7 @@ mod enrol;
 mod lab;
 mod logs;
 mod pins;
+mod probes;
 mod restart;
 mod scale;
 mod scene;
@@ -30,6 +31,7 @@ fn workload(name: &str, address: &str, netns: Option<&str>) -> Workload {
             cgroup: None,
             exclude: Exclusions::default(),
             capture_all: false,
+            probe_ports: Vec::new(),
             files: None,
         }),
     }

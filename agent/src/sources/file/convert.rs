@@ -8,6 +8,7 @@ use super::{
     ConfigError, IssuerConfig, NodeConfig,
     fields::{Check, mode},
     policies::Policies,
+    probes,
     schema::{API_VERSION, Document, Issuer, KIND, Mesh},
     services::Services,
     workloads::Workloads,
@@ -48,6 +49,7 @@ pub(super) fn node_config(file: &str, document: &Document) -> Result<NodeConfig,
             .collect::<Result<_, _>>()?,
         capture_all: document.mesh.capture_all,
         exclude: check.exclusions("mesh.exclude", &document.mesh.exclude)?,
+        probes: probes::settings(check, document)?,
     };
 
     let node = &document.node.value;

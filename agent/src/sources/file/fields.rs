@@ -53,7 +53,7 @@ impl Check<'_> {
     }
 
     /// A list of distinct ports.
-    fn ports(self, field: &str, ports: &[Spanned<u16>]) -> Result<Vec<u16>, ConfigError> {
+    pub(super) fn ports(self, field: &str, ports: &[Spanned<u16>]) -> Result<Vec<u16>, ConfigError> {
         let mut seen = HashSet::new();
         let mut out = Vec::with_capacity(ports.len());
         for (i, port) in ports.iter().enumerate() {

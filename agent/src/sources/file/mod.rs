@@ -8,6 +8,7 @@ mod labels;
 mod last_good;
 mod policies;
 mod policy_values;
+mod probes;
 mod schema;
 mod services;
 mod source;

@@ -26,6 +26,8 @@ pub(super) struct Document {
     #[serde(default)]
     pub(super) mesh: Mesh,
     #[serde(default)]
+    pub(super) probes: Probes,
+    #[serde(default)]
     pub(super) namespaces: Vec<Namespace>,
     #[serde(default)]
     pub(super) workloads: Vec<Spanned<Workload>>,
@@ -61,6 +63,13 @@ pub(super) struct Mesh {
     pub(super) capture_all: bool,
     pub(super) cidrs: Vec<Spanned<String>>,
     pub(super) exclude: Exclude,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub(super) struct Probes {
+    pub(super) cgroups: Vec<Spanned<String>>,
+    pub(super) node_addresses: Vec<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -131,6 +140,8 @@ pub(super) struct Enroll {
     pub(super) capture_all: bool,
     #[serde(default)]
     pub(super) exclude: Exclude,
+    #[serde(default)]
+    pub(super) probe_ports: Vec<Spanned<u16>>,
     pub(super) certificate: Option<Spanned<Certificate>>,
 }
 

@@ -206,6 +206,7 @@ impl<'a> Workloads<'a> {
             cgroup,
             exclude: check.exclusions(&format!("{field}.exclude"), &enroll.exclude)?,
             capture_all: enroll.capture_all,
+            probe_ports: check.ports(&format!("{field}.probePorts"), &enroll.probe_ports)?,
             files,
         })
     }

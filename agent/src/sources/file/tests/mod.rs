@@ -3,6 +3,7 @@
 mod accepted;
 mod modes;
 mod policies;
+mod probes;
 mod refused;
 mod reload;
 

@@ -69,7 +69,7 @@ fn unknown_fields_everywhere() {
         (
             "node: node-a",
             "@nodes: node-a",
-            r#"nodes: unknown field "nodes"; known here: apiVersion, kind, node, trustDomain, issuer, mesh, namespaces, workloads, services, policies"#,
+            r#"nodes: unknown field "nodes"; known here: apiVersion, kind, node, trustDomain, issuer, mesh, probes, namespaces, workloads, services, policies"#,
         ),
         ("local: {", "@remote: {", r#"issuer.remote: unknown field "remote"; known here: local, files"#),
         (
@@ -95,7 +95,7 @@ fn unknown_fields_everywhere() {
         (
             "      netns: /run/netns/web",
             "      netns: /run/netns/web\n      @cgroups: x",
-            r#"workloads[0].enroll.cgroups: unknown field "cgroups"; known here: netns, cgroup, captureAll, exclude, certificate"#,
+            r#"workloads[0].enroll.cgroups: unknown field "cgroups"; known here: netns, cgroup, captureAll, exclude, probePorts, certificate"#,
         ),
         (
             "endpoints: [{ workload: default/web }]",
