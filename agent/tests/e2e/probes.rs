@@ -8,9 +8,13 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use testbed::{Mode, Nginx, Node, Output, Process, addresses::pod_v4, addresses::pod_v6, app_path};
+use testbed::{
+    Mode, Nginx, Node, Output, Pod, Process,
+    addresses::{pod_v4, pod_v6},
+    app_path,
+};
 
-use crate::world::{Stage, World, app, app_error, at, counter, serve, wait_counter};
+use crate::world::{Stage, World, app, app_error, at, counter, eventually, serve, wait_counter};
 
 /// How long a client waits whose SYN is dropped.
 const DROPPED: &str = "3";
@@ -47,10 +51,19 @@ fn states(world: &World) -> Result<Value> {
     Ok(list.as_array().into_iter().flatten().map(|c| c["state"].clone()).collect())
 }
 
-/// A program, run to its end on a node.
+/// An HTTP request, as of an `httpGet` probe.
 fn curl(node: &Node, cgroup: &Path, url: &str) -> Result<Output> {
     let mut command = node.command_in(cgroup, "curl");
     Process::spawn(command.args(["-sS", "-o", "/dev/null", "--max-time", DROPPED, url]))?.output(Duration::from_mins(1))
+}
+
+/// Waits until plaintext from a pod is refused in a certain way.
+fn wait_refused(world: &World, pod: &Pod, to: &str, how: &str) -> Result<()> {
+    eventually(Duration::from_secs(20), || {
+        let error = app_error(pod, &["request", to, "--timeout", DROPPED])?;
+        ensure!(error == how, "{error}; log:\n{}", world.b.log());
+        Ok(())
+    })
 }
 
 #[test]
@@ -169,13 +182,4 @@ fn declared_ports_take_probes_from_the_nodes_addresses() -> Result<()> {
         ensure!(app_error(&neighbour, &["request", &to, "--timeout", DROPPED])? == "timeout", "a pod");
     }
     wait_counter(&world.b, "bpf.inbound_probe", 2)
-}
-
-/// Waits until plaintext from a pod is refused in a certain way.
-fn wait_refused(world: &World, pod: &testbed::Pod, to: &str, how: &str) -> Result<()> {
-    crate::world::eventually(Duration::from_secs(20), || {
-        let error = app_error(pod, &["request", to, "--timeout", DROPPED])?;
-        ensure!(error == how, "{error}; log:\n{}", world.b.log());
-        Ok(())
-    })
 }
