@@ -128,6 +128,18 @@ impl From<Vec<u8>> for Held {
 }
 
 impl Held {
+    /// Writes `data` and keeps what `to` does not take.
+    pub(super) fn after_writing(mut data: &[u8], to: &mut Side) -> io::Result<Self> {
+        while !data.is_empty() {
+            let taken = to.write(&[IoSlice::new(data)])?;
+            if taken == 0 {
+                return Ok(Self::from(data.to_vec()));
+            }
+            data = &data[taken..];
+        }
+        Ok(Self::default())
+    }
+
     /// Bytes left.
     pub(super) fn len(&self) -> usize {
         self.bytes.len() - self.start

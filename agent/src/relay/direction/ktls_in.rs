@@ -3,10 +3,7 @@
 //! Few bytes are received and sent; many are spliced, one record after the other into a pipe and all together out of it, so that they
 //! are never copied here. Everything that is no data is received: splice does not say what it is.
 
-use std::{
-    io::{self, IoSlice},
-    os::fd::AsFd as _,
-};
+use std::{io, os::fd::AsFd as _};
 
 use rustls::AlertDescription;
 
@@ -98,15 +95,7 @@ impl KtlsIn {
                 if length >= BULK {
                     self.bulk = PATIENCE;
                 }
-                let mut data = &scratch.bytes[..length];
-                while !data.is_empty() {
-                    let taken = application.write(&[IoSlice::new(data)]).map_err(Fault::Write)?;
-                    if taken == 0 {
-                        self.held = Held::from(data.to_vec());
-                        break;
-                    }
-                    data = &data[taken..];
-                }
+                self.held = Held::after_writing(&scratch.bytes[..length], application).map_err(Fault::Write)?;
                 Ok(Step::Moved(length))
             }
             Event::Control => Ok(Step::Moved(0)),

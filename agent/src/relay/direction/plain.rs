@@ -1,7 +1,5 @@
 //! Bytes as they are, from one socket to the other.
 
-use std::io::IoSlice;
-
 use super::{Fault, Phase, Step};
 use crate::relay::{
     buffers::{Held, Scratch},
@@ -48,15 +46,7 @@ impl Plain {
                 self.finish(to)
             }
             Read::Data(length) => {
-                let mut data = &scratch.bytes[..length];
-                while !data.is_empty() {
-                    let taken = to.write(&[IoSlice::new(data)]).map_err(Fault::Write)?;
-                    if taken == 0 {
-                        self.held = Held::from(data.to_vec());
-                        break;
-                    }
-                    data = &data[taken..];
-                }
+                self.held = Held::after_writing(&scratch.bytes[..length], to).map_err(Fault::Write)?;
                 Ok(Step::Moved(length))
             }
         }
