@@ -14,6 +14,7 @@ use rcgen::{
 };
 use testbed::{Pod, Process, Testbed};
 use time::OffsetDateTime;
+use underpass::{identity::LocalIssuer, mesh::TrustDomain};
 
 use crate::world::{Stage, app, app_error, at, counter, serve};
 
@@ -143,6 +144,7 @@ fn files_issuer_serves_and_an_expired_certificate_fails_closed() -> Result<()> {
     crate::world::eventually(Duration::from_secs(20), || app(&world.client, &["request", &to]).map(drop))
 }
 
+/// Certificates that live for seconds, and a root that is replaced, under connections all the time.
 #[test]
 fn rotation_in_seconds_breaks_no_connection() -> Result<()> {
     let mut stage = Stage::new("rotate")?;
@@ -155,12 +157,24 @@ fn rotation_in_seconds_breaks_no_connection() -> Result<()> {
     let serial = |agent: &testbed::Agent| -> Result<String> {
         Ok(agent.status()?["pods"][0]["certificate"]["serial"].as_str().context("serial")?.to_owned())
     };
-    let mut seen = std::collections::BTreeSet::new();
-    while seen.len() < 4 {
+    // A third agent, so to speak, that shares the CA's directory and replaces its root.
+    let domain: TrustDomain = "cluster.local".parse()?;
+    let ca = LocalIssuer::open(&world.bed.dir().join("ca"), &domain, Duration::from_secs(6))?;
+    let roots = || -> Result<usize> {
+        let text = fs::read_to_string(world.bed.dir().join("ca/ca.crt"))?;
+        Ok(text.matches("BEGIN CERTIFICATE").count())
+    };
+    let (mut seen, mut most_roots) = (std::collections::BTreeSet::new(), 1);
+    while seen.len() < 6 {
+        if seen.len() == 2 && most_roots == 1 {
+            ca.rotate()?;
+        }
+        most_roots = most_roots.max(roots()?);
         seen.insert(serial(&world.a)?);
         app(&world.client, &["parallel", &to, "--count", "20", "--concurrency", "10"])?;
     }
     let alive = held.output(Duration::from_secs(20))?.last_json()?;
     ensure!(alive["alive"] == 5, "{alive}");
+    ensure!(most_roots == 2, "the root was not replaced with overlap: {most_roots} at most");
     Ok(())
 }
