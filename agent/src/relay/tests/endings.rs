@@ -308,3 +308,49 @@ fn a_reset_before_the_hand_over_crosses() {
         assert_eq!(watched.ended(), expected);
     }
 }
+
+/// With buffers that hold less than a record and a peer that reads slowly, the end comes behind the last byte all the same: kernel TLS keeps what
+/// the socket does not take, and a FIN must not overtake it.
+#[test]
+fn the_end_waits_for_what_the_socket_does_not_take() {
+    for round in 0..5 {
+        let node = Node::new();
+        let (ours, theirs) = pair();
+        let mut records = theirs.records();
+        let (a, tunnel) = sockets();
+        SockRef::from(&a).set_send_buffer_size(4096).expect("SO_SNDBUF");
+        SockRef::from(&tunnel).set_recv_buffer_size(4096).expect("SO_RCVBUF");
+        let (mut application, watched) = node.tunnel(Direction::Outbound, a, ours);
+        let total = 100_000 + round * 7919;
+        let sender = thread::spawn(move || {
+            application.write_all(&vec![3; total]).expect("sending");
+            end(&application);
+            application
+        });
+        let (mut wire, mut got, mut ended) = (Vec::new(), 0, false);
+        let mut piece = [0; 1500];
+        loop {
+            let read = (&tunnel).read(&mut piece).expect("receiving");
+            if read == 0 {
+                break;
+            }
+            wire.extend_from_slice(&piece[..read]);
+            while let Some((opened, length)) = records.open(&mut wire).expect("whole records") {
+                match opened {
+                    Opened::Data(range) => got += range.len(),
+                    Opened::CloseNotify => ended = true,
+                    other => panic!("{other:?}"),
+                }
+                wire.drain(..length);
+                if ended {
+                    break;
+                }
+            }
+        }
+        assert!(ended, "FIN without close_notify after {got} of {total} bytes");
+        assert_eq!((got, wire.len()), (total, 0));
+        drop(sender.join().expect("sending"));
+        drop(tunnel);
+        watched.ended();
+    }
+}
