@@ -1,9 +1,9 @@
 //! Policies in force: asked before a connection is let in, and about every live one when they change.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use arc_swap::ArcSwap;
@@ -13,7 +13,7 @@ use super::Proxy;
 use crate::{
     capture::Pod,
     mesh::{InboundMode, Snapshot, SpiffeId, WorkloadKey},
-    policy::{Decision, Disposition, NodePolicies, PlaintextRules, PolicySet, Request, Selection, plaintext_rules},
+    policy::{Decision, Disposition, NodePolicies, PlaintextRules, Request, Selection, Verdict, plaintext_rules},
     relay::{CloseReason, Connection, Direction},
 };
 
@@ -58,6 +58,8 @@ impl Enforcement {
     /// Puts a snapshot's policies in force, for connections that come from now on.
     pub(super) fn set(&self, snapshot: &Arc<Snapshot>) {
         let node = NodePolicies::compile(snapshot);
+        // Pods come and go; nothing is kept of those that went.
+        self.judged().retain(|workload, _| node.of(workload).is_some());
         self.current.store(Arc::new(InForce { snapshot: Arc::clone(snapshot), node }));
     }
 
@@ -69,7 +71,7 @@ impl Enforcement {
         source: IpAddr,
         destination: SocketAddr,
     ) -> Result<(), Forbidden> {
-        self.current.load().judge(workload, Some(peer), source, destination)
+        self.current.load().admit(workload, &Request { peer: Some(peer), source, destination })
     }
 
     /// May a plaintext connection from `source` reach `destination`, the workload's own address?
@@ -79,16 +81,17 @@ impl Enforcement {
         source: IpAddr,
         destination: SocketAddr,
     ) -> Result<(), Forbidden> {
-        self.current.load().judge(workload, None, source, destination)
+        self.current.load().admit(workload, &Request { peer: None, source, destination })
     }
 
     /// What the programs in the kernel have to do with plaintext for a workload.
     pub(super) fn plaintext_rules(&self, workload: &WorkloadKey) -> PlaintextRules {
-        let current = self.current.load();
-        match (current.snapshot.workload(workload), current.node.of(workload)) {
-            (Some(known), Some(policies)) => plaintext_rules(&current.snapshot, known, policies),
-            _ => PlaintextRules { default: Disposition::Deny, ports: std::collections::BTreeMap::new() },
-        }
+        self.current.load().plaintext_rules(workload)
+    }
+
+    /// Does an open plaintext connection that does not pass the agent have to end?
+    fn forbids_plaintext(&self, workload: &WorkloadKey, source: IpAddr, destination: SocketAddr) -> bool {
+        self.current.load().judge(workload, &Request { peer: None, source, destination }).is_err()
     }
 
     /// Does a live connection have to end?
@@ -97,58 +100,72 @@ impl Enforcement {
         if what.direction != Direction::Inbound {
             return false;
         }
+        let (peer, source) = (what.source_identity.as_ref(), what.source.ip());
+        let request = Request { peer, source, destination: what.upstream };
         let current = self.current.load();
         // A pod that has left the mesh keeps its connections.
-        current.node.of(&what.workload).is_some()
-            && current.judge(&what.workload, what.source_identity.as_ref(), what.source.ip(), what.upstream).is_err()
+        current.node.of(&what.workload).is_some() && current.judge(&what.workload, &request).is_err()
     }
 
-    /// Takes note of what decides about plaintext for a workload; whether that is something new.
-    fn changed(&self, workload: &WorkloadKey) -> bool {
+    /// Takes note of what decides about plaintext for a workload: its rules, if that is something new.
+    fn changed(&self, workload: &WorkloadKey) -> Option<PlaintextRules> {
         let current = self.current.load();
-        let mut all = self.plaintext.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(policies) = current.node.of(workload) else {
-            all.remove(workload);
-            return false;
-        };
-        let judged = Judged { rules: self.plaintext_rules(workload), selection: policies.selection().clone() };
-        let lenient = policies.is_empty();
-        match all.insert(workload.clone(), judged) {
-            Some(before) => all.get(workload) != Some(&before),
+        let policies = current.node.of(workload)?;
+        let rules = current.plaintext_rules(workload);
+        let judged = Judged { rules: rules.clone(), selection: policies.selection().clone() };
+        let mut all = self.judged();
+        let changed = match all.get(workload) {
+            Some(before) => *before != judged,
             // Of an earlier agent's pods nothing is known.
-            None => !lenient,
-        }
+            None => !policies.is_empty(),
+        };
+        all.insert(workload.clone(), judged);
+        changed.then_some(rules)
+    }
+
+    fn judged(&self) -> MutexGuard<'_, HashMap<WorkloadKey, Judged>> {
+        self.plaintext.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl InForce {
-    fn judge(
-        &self,
-        workload: &WorkloadKey,
-        peer: Option<&SpiffeId>,
-        source: IpAddr,
-        destination: SocketAddr,
-    ) -> Result<(), Forbidden> {
+    /// Judges a connection that wants in, and reports what dry-run policies would make of it.
+    fn admit(&self, workload: &WorkloadKey, request: &Request<'_>) -> Result<(), Forbidden> {
+        let verdict = self.verdict(workload, request)?;
+        if let Some(dry_run) = verdict.dry_run.as_ref().filter(|dry_run| dry_run.is_allowed() != verdict.is_allowed()) {
+            let peer = request.peer.map(tracing::field::display);
+            info!(
+                pod = %workload, source = %request.source, destination = %request.destination, peer, enforced = %verdict.decision,
+                "dry run: would be {}: {dry_run}", if dry_run.is_allowed() { "allowed" } else { "denied" }
+            );
+        }
+        enforced(verdict)
+    }
+
+    /// Judges a connection that is open.
+    fn judge(&self, workload: &WorkloadKey, request: &Request<'_>) -> Result<(), Forbidden> {
+        enforced(self.verdict(workload, request)?)
+    }
+
+    fn verdict(&self, workload: &WorkloadKey, request: &Request<'_>) -> Result<Verdict, Forbidden> {
         let (Some(known), Some(policies)) = (self.snapshot.workload(workload), self.node.of(workload)) else {
             return Err(Forbidden("the workload is not this node's any more".into()));
         };
-        if peer.is_none() && known.mode_of(destination.port()) == InboundMode::Strict {
+        if request.peer.is_none() && known.mode_of(request.destination.port()) == InboundMode::Strict {
             return Err(Forbidden("plaintext, and the mode is STRICT".into()));
         }
-        let request = Request { peer, source, destination };
-        judge(policies, workload, &request)
+        Ok(policies.evaluate(request))
+    }
+
+    fn plaintext_rules(&self, workload: &WorkloadKey) -> PlaintextRules {
+        match (self.snapshot.workload(workload), self.node.of(workload)) {
+            (Some(known), Some(policies)) => plaintext_rules(&self.snapshot, known, policies),
+            _ => PlaintextRules { default: Disposition::Deny, ports: BTreeMap::new() },
+        }
     }
 }
 
-fn judge(policies: &PolicySet, workload: &WorkloadKey, request: &Request<'_>) -> Result<(), Forbidden> {
-    let verdict = policies.evaluate(request);
-    if let Some(dry_run) = verdict.dry_run.as_ref().filter(|dry_run| dry_run.is_allowed() != verdict.is_allowed()) {
-        let peer = request.peer.map(tracing::field::display);
-        info!(
-            pod = %workload, source = %request.source, destination = %request.destination, peer, enforced = %verdict.decision,
-            "dry run: would be {}: {dry_run}", if dry_run.is_allowed() { "allowed" } else { "denied" }
-        );
-    }
+fn enforced(verdict: Verdict) -> Result<(), Forbidden> {
     match verdict.decision {
         Decision::AllowedByDefault | Decision::Allowed(_) => Ok(()),
         denied => Err(Forbidden(denied.to_string())),
@@ -166,15 +183,12 @@ impl Proxy {
 
     /// Ends plaintext connections inside a pod, which do not pass the agent, when what decides about them has changed.
     pub(super) async fn end_forbidden_plaintext(self: &Arc<Self>, pod: &Pod) {
-        if !self.policies.changed(&pod.key) {
-            return;
-        }
+        let Some(rules) = self.policies.changed(&pod.key) else { return };
         let (proxy, key) = (Arc::clone(self), pod.key.clone());
-        let rules = self.policies.plaintext_rules(&key);
         let forbidden = move |local: SocketAddr, remote: SocketAddr| match rules.of(local.port()) {
             Disposition::Allow => false,
             Disposition::Deny => true,
-            Disposition::Evaluate => proxy.policies.plaintext(&key, remote.ip(), local).is_err(),
+            Disposition::Evaluate => proxy.policies.forbids_plaintext(&key, remote.ip(), local),
         };
         match self.capture.end_plaintext(pod, forbidden).await {
             Ok(0) => {}
