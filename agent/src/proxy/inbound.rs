@@ -11,7 +11,7 @@ use crate::{
     relay::{DataPath, Direction, NewConnection, Upstream},
     telemetry::RefusalReason,
     tunnel::{
-        Session, handshake,
+        Session, Tunnel, handshake,
         native::{self, MAX_HEADER, Preamble},
     },
 };
@@ -78,7 +78,12 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
             return session.refuse(AlertDescription::InternalError).await;
         }
     };
-    hand_over(context, session, application, &preamble, to, slot);
+    let tunnel = match timeout(proxy.limits.handshake, session.offload(proxy.tls.ktls())).await {
+        Ok(Ok(tunnel)) => tunnel,
+        Ok(Err(e)) => return refused(e.reason(), &e, Some(&identity)),
+        Err(_) => return refused(RefusalReason::Deadline, &"the rest of a record", Some(&identity)),
+    };
+    hand_over(context, tunnel, application, &preamble, to, slot);
 }
 
 /// Reads the header and leaves what follows it in `session.plaintext`.
@@ -116,7 +121,7 @@ fn own_address(preamble: &Preamble, addresses: &[IpAddr]) -> Option<IpAddr> {
 
 fn hand_over(
     context: &PodContext,
-    session: Session,
+    tunnel: Tunnel,
     application: TcpStream,
     preamble: &Preamble,
     to: SocketAddr,
@@ -126,16 +131,16 @@ fn hand_over(
         workload: context.pod.key.clone(),
         pod_id: context.pod.id,
         direction: Direction::Inbound,
-        source_identity: Some(session.info.peer.clone()),
+        source_identity: Some(tunnel.info.peer.clone()),
         destination_identity: Some(context.pod.identity.clone()),
         source: preamble.source,
         original_destination: preamble.destination,
         upstream: to,
         service: preamble.authority.as_deref().map(Into::into),
-        data_path: DataPath::of(session.fallback()),
-        fallback: session.fallback(),
-        cipher: Some(session.info.cipher),
-        resumed: session.info.resumed,
+        data_path: DataPath::of(tunnel.fallback()),
+        fallback: tunnel.fallback(),
+        cipher: Some(tunnel.info.cipher),
+        resumed: tunnel.info.resumed,
     };
-    context.hand_over(application, Upstream::Tunnel(Box::new(session)), new, slot);
+    context.hand_over(application, Upstream::Tunnel(Box::new(tunnel)), new, slot);
 }

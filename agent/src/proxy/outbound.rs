@@ -17,7 +17,7 @@ use super::{
 use crate::{
     relay::{DataPath, Direction, NewConnection, Upstream},
     telemetry::RefusalReason,
-    tunnel::{Session, TunnelError, handshake, native},
+    tunnel::{TunnelError, handshake, native},
 };
 
 /// Why a connection went nowhere.
@@ -121,12 +121,13 @@ async fn connect(context: &PodContext, plan: &Plan, target: &Target, client: Soc
                 unique_id: Some(rand::random::<[u8; 16]>().to_vec()),
             };
             let establish = async {
-                let mut session = handshake::connect(stream, &context.proxy.tls, &pod.identity, identity).await?;
-                session.send(&native::encode(&preamble)).await?;
-                Ok::<Session, TunnelError>(session)
+                let tls = &context.proxy.tls;
+                let header = native::encode(&preamble);
+                let session = handshake::connect(stream, tls, &pod.identity, identity, &header).await?;
+                session.offload(tls.ktls()).await
             };
             match timeout(limits.handshake, establish).await {
-                Ok(session) => Ok(Upstream::Tunnel(Box::new(session?))),
+                Ok(tunnel) => Ok(Upstream::Tunnel(Box::new(tunnel?))),
                 Err(_) => Err(Refusal::new(
                     RefusalReason::Deadline,
                     format!("no handshake with {to} within {:?}", limits.handshake),

@@ -1,18 +1,16 @@
 //! The buffers of a relay thread, and what a connection keeps of them while a peer does not take it.
 
-use std::{collections::VecDeque, io, io::IoSlice, ops::Range};
+use std::{io, io::IoSlice, ops::Range};
 
 use super::{pipe::Pipes, socket::Side};
-use crate::tunnel::records::{MAX_PLAINTEXT, MAX_RECORD};
+use crate::tunnel::records::{HEADER, MAX_PLAINTEXT, MAX_RECORD, TRAILER};
 
 /// Slices in one write. 16 records of 16 KiB fill the default buffer; twice that leaves room for short ones.
 const SLICES: usize = 32;
 /// Pieces up to this many bytes are moved together instead of costing a slice each.
 const SMALL: usize = 2048;
-/// What a record adds: header, content type and tag (RFC 8446, section 5.2), bytes.
-const RECORD_OVERHEAD: usize = 5 + 1 + 16;
-/// Room kept for control records beside the data of one read, bytes.
-const CONTROL_ROOM: usize = 256;
+/// A full record that we make, bytes.
+pub(super) const FULL_RECORD: usize = HEADER + MAX_PLAINTEXT + TRAILER;
 /// Least buffer that can work: a partial record, and a read behind it.
 pub(super) const MIN_BUFFER: usize = 2 * MAX_RECORD;
 
@@ -22,8 +20,6 @@ pub(super) struct Scratch {
     pub(super) bytes: Box<[u8]>,
     /// The plaintext in `bytes` after records were opened.
     pub(super) plaintext: Ranges,
-    /// Records on their way to a tunnel; left empty.
-    pub(super) records: RecordQueue,
     /// Pipes for splicing, all empty.
     pub(super) pipes: Pipes,
 }
@@ -32,15 +28,12 @@ impl Scratch {
     /// Memory for reads of at most `buffer` bytes, which also bounds what a connection holds per direction.
     pub(super) fn new(buffer: usize) -> Self {
         let bytes = vec![0; buffer.max(MIN_BUFFER)].into_boxed_slice();
-        Self { bytes, plaintext: Ranges::default(), records: RecordQueue::default(), pipes: Pipes::default() }
+        Self { bytes, plaintext: Ranges::default(), pipes: Pipes::default() }
     }
 
-    /// The most plaintext whose records fit the buffer.
-    pub(super) fn plaintext_limit(&self) -> usize {
-        let room = self.bytes.len() - CONTROL_ROOM;
-        let full = room / (MAX_PLAINTEXT + RECORD_OVERHEAD);
-        let rest = room % (MAX_PLAINTEXT + RECORD_OVERHEAD);
-        full * MAX_PLAINTEXT + rest.saturating_sub(RECORD_OVERHEAD)
+    /// Full records that fit the buffer.
+    pub(super) fn records(&self) -> usize {
+        self.bytes.len() / FULL_RECORD
     }
 }
 
@@ -167,65 +160,5 @@ impl Held {
         }
         *self = Self::default();
         Ok(true)
-    }
-}
-
-/// Sealed records on their way to a tunnel.
-#[derive(Default)]
-pub(super) struct RecordQueue {
-    records: VecDeque<Vec<u8>>,
-    /// Bytes of the first record already sent.
-    sent: usize,
-    /// Bytes left in all.
-    bytes: usize,
-}
-
-impl RecordQueue {
-    /// Bytes left.
-    pub(super) fn len(&self) -> usize {
-        self.bytes
-    }
-
-    /// Whether nothing is left.
-    pub(super) fn is_empty(&self) -> bool {
-        self.records.is_empty()
-    }
-
-    /// Adds a record.
-    pub(super) fn push(&mut self, record: Vec<u8>) {
-        self.bytes += record.len();
-        self.records.push_back(record);
-    }
-
-    /// Writes on; `true` when nothing is left.
-    pub(super) fn flush(&mut self, to: &mut Side) -> io::Result<bool> {
-        while let Some(first) = self.records.front() {
-            let mut slices = [IoSlice::new(&[]); SLICES];
-            slices[0] = IoSlice::new(&first[self.sent..]);
-            let count = self.records.len().min(SLICES);
-            for (slice, record) in slices.iter_mut().zip(&self.records).skip(1) {
-                *slice = IoSlice::new(record);
-            }
-            let taken = to.write(&slices[..count])?;
-            if taken == 0 {
-                return Ok(false);
-            }
-            self.advance(taken);
-        }
-        Ok(true)
-    }
-
-    fn advance(&mut self, mut taken: usize) {
-        self.bytes -= taken;
-        while let Some(first) = self.records.front() {
-            let left = first.len() - self.sent;
-            if taken < left {
-                self.sent += taken;
-                return;
-            }
-            taken -= left;
-            self.sent = 0;
-            self.records.pop_front();
-        }
     }
 }

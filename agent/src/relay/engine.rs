@@ -21,13 +21,13 @@ use super::{
 };
 use crate::{
     telemetry::{Counters, RefusalReason},
-    tunnel::{Protection, Session, UserRecords},
+    tunnel::{Protection, Tunnel, UserRecords},
 };
 
 /// The side that is not the application.
 pub enum Upstream {
     /// An authenticated tunnel.
-    Tunnel(Box<Session>),
+    Tunnel(Box<Tunnel>),
     /// Plain TCP to a destination outside the mesh.
     Plain(OwnedFd),
 }
@@ -56,7 +56,7 @@ pub struct RelayOptions {
 
 impl Default for RelayOptions {
     fn default() -> Self {
-        Self { threads: 0, buffer: 256 * 1024 }
+        Self { threads: 0, buffer: 128 * 1024 }
     }
 }
 
@@ -112,7 +112,7 @@ impl Relay {
         let Job { application, upstream, connection, guard } = job;
         let (upstream, path) = match upstream {
             Upstream::Plain(socket) => (socket, Path::Plain { outward: Plain::default(), inward: Plain::default() }),
-            Upstream::Tunnel(session) => match session.into_parts() {
+            Upstream::Tunnel(tunnel) => match tunnel.into_parts() {
                 Ok((socket, protection, plaintext)) => {
                     connection.received.store(plaintext.len() as u64, Relaxed);
                     (socket, path(protection, plaintext))
@@ -182,6 +182,8 @@ fn path(protection: Protection, plaintext: Vec<u8>) -> Path {
             let inward = TlsIn::new(unread, plaintext);
             Path::Tls { records: Box::new(records), outward: TlsOut::default(), inward }
         }
-        Protection::Kernel(tls) => Path::Ktls { tls, outward: KtlsOut::default(), inward: KtlsIn::new(plaintext) },
+        Protection::Kernel { tls, ended } => {
+            Path::Ktls { tls, outward: KtlsOut::default(), inward: KtlsIn::new(plaintext, ended) }
+        }
     }
 }

@@ -9,7 +9,7 @@ use std::{
 use rustls::AlertDescription;
 
 use super::{
-    CloseReason, Connection, Direction,
+    CloseReason, Connection,
     buffers::Scratch,
     direction::{Fault, KtlsIn, KtlsOut, Plain, Step, TlsIn, TlsOut},
     socket::Side,
@@ -124,8 +124,8 @@ impl Slot {
         guard: Box<dyn Send>,
     ) -> Self {
         Self {
-            application: Side::new(application),
-            upstream: Side::new(upstream),
+            application: Side::new(application, true),
+            upstream: Side::new(upstream, false),
             queued: false,
             watched: false,
             connection,
@@ -136,9 +136,6 @@ impl Slot {
 
     /// Sets what the relay wants of the sockets.
     pub(super) fn prepare(&mut self) -> io::Result<()> {
-        if self.is_tunnel() && self.connection.what.direction == Direction::Inbound {
-            self.upstream.prepare_accepted_tunnel()?;
-        }
         self.application.prepare()?;
         self.upstream.prepare()?;
         if !self.is_tunnel() {
@@ -307,8 +304,8 @@ impl Slot {
     }
 
     /// Closes both sockets: clean ends leave what is queued to the kernel to deliver, all others are resets. What is left is the guard.
-    pub(super) fn close(self, reason: CloseReason) -> Box<dyn Send> {
-        for side in [&self.application, &self.upstream] {
+    pub(super) fn close(mut self, reason: CloseReason) -> Box<dyn Send> {
+        for side in [&mut self.application, &mut self.upstream] {
             let set = if reason == CloseReason::Finished { side.deliver_on_close() } else { side.reset_on_close() };
             if let Err(error) = set {
                 tracing::warn!(id = self.connection.id.0, %error, "setting SO_LINGER before closing a connection");

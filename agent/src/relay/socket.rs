@@ -1,7 +1,7 @@
 //! One socket of a connection: what epoll said about it, and the few operations the relay needs.
 
 use std::{
-    io::{self, ErrorKind, IoSlice, Read as _},
+    io::{self, ErrorKind, IoSlice, IoSliceMut, Read as _},
     net::Shutdown,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
@@ -15,21 +15,12 @@ use nix::{
         socket::{getsockopt, sockopt::TcpUserTimeout},
     },
 };
-use socket2::{Socket, TcpKeepalive};
+use socket2::Socket;
 
 use crate::sys::tls::{self, Incoming};
 
 /// Neither the socket nor the pipe is waited for.
 const SPLICE: SpliceFFlags = SpliceFFlags::SPLICE_F_MOVE.union(SpliceFFlags::SPLICE_F_NONBLOCK);
-
-/// How long sent data may stay unacknowledged before a tunnel counts as dead.
-const USER_TIMEOUT: Duration = Duration::from_secs(25);
-/// Silence before the first keepalive probe.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
-/// Between unanswered probes; with the two values around it a vanished node is noticed in 25 s.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-/// Unanswered probes that end a connection.
-const KEEPALIVE_RETRIES: u32 = 3;
 
 /// What a read gave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +50,8 @@ pub(super) struct Side {
     undelivered: bool,
     /// `TCP_USER_TIMEOUT` in milliseconds, 0 for none.
     user_timeout: u32,
+    /// Closing is a reset.
+    lingers: bool,
 }
 
 impl Side {
@@ -69,8 +62,8 @@ impl Side {
         .union(EpollFlags::EPOLLRDHUP)
         .union(EpollFlags::EPOLLET);
 
-    /// A socket that is about to be registered: `EPOLL_CTL_ADD` reports what is already there.
-    pub(super) fn new(socket: OwnedFd) -> Self {
+    /// A socket that is about to be registered: `EPOLL_CTL_ADD` reports what is already there. `lingers`: it has `SO_LINGER {1,0}`.
+    pub(super) fn new(socket: OwnedFd, lingers: bool) -> Self {
         Self {
             socket: socket.into(),
             readable: false,
@@ -79,6 +72,7 @@ impl Side {
             failed: false,
             undelivered: false,
             user_timeout: 0,
+            lingers,
         }
     }
 
@@ -120,15 +114,26 @@ impl Side {
 
     /// Reads what there is, at most `buffer`.
     pub(super) fn read(&mut self, buffer: &mut [u8]) -> io::Result<Read> {
+        let room = buffer.len();
+        self.read_by(room, |mut socket| socket.read(buffer))
+    }
+
+    /// The same into several buffers, filled one after the other.
+    pub(super) fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<Read> {
+        let room = buffers.iter().map(|buffer| buffer.len()).sum();
+        self.read_by(room, |mut socket| socket.read_vectored(buffers))
+    }
+
+    fn read_by(&mut self, room: usize, mut read: impl FnMut(&Socket) -> io::Result<usize>) -> io::Result<Read> {
         while self.readable {
-            match (&self.socket).read(buffer) {
+            match read(&self.socket) {
                 Ok(0) => {
                     self.readable = false;
                     return Ok(Read::End);
                 }
                 Ok(n) => {
                     // Less than was asked for: the queue is empty, and whatever comes later is a new edge.
-                    self.readable = n == buffer.len() || self.marked;
+                    self.readable = n == room || self.marked;
                     return Ok(Read::Data(n));
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.readable = false,
@@ -141,8 +146,17 @@ impl Side {
 
     /// Writes what the kernel takes; 0 means nothing until the next event. `slices` must hold at least one byte.
     pub(super) fn write(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.send(slices, libc::MSG_NOSIGNAL)
+    }
+
+    /// The same before [`Self::finish`]: what is taken may wait for the FIN, so that both leave in one segment.
+    pub(super) fn write_before_end(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.send(slices, libc::MSG_NOSIGNAL | libc::MSG_MORE)
+    }
+
+    fn send(&mut self, slices: &[IoSlice<'_>], flags: libc::c_int) -> io::Result<usize> {
         while self.writable {
-            match self.socket.send_vectored_with_flags(slices, libc::MSG_NOSIGNAL) {
+            match self.socket.send_vectored_with_flags(slices, flags) {
                 Ok(n) => {
                     self.undelivered = true;
                     return Ok(n);
@@ -216,36 +230,38 @@ impl Side {
         self.socket.shutdown(Shutdown::Write)
     }
 
-    /// Small messages leave at once, and a byte sent as urgent stays in its place in the stream instead of being lost.
+    /// Holds small segments back until [`Self::finish`], so that the last record and the FIN leave in one.
+    pub(super) fn cork(&self) -> io::Result<()> {
+        self.socket.set_tcp_cork(true)
+    }
+
+    /// Looks at what the proxy set. What every socket of the relay has (no delay, urgent bytes in line, for tunnels the timeouts) was set by whoever made
+    /// it, or its listener.
     pub(super) fn prepare(&mut self) -> io::Result<()> {
-        self.socket.set_tcp_nodelay(true)?;
-        self.socket.set_out_of_band_inline(true)?;
         self.user_timeout = getsockopt(&self.socket, TcpUserTimeout)?;
         Ok(())
     }
 
-    /// What every tunnel has, so that a vanished node shows within 30 s. Dialled ones get it before the dial.
-    pub(super) fn prepare_accepted_tunnel(&self) -> io::Result<()> {
-        let keepalive = TcpKeepalive::new()
-            .with_time(KEEPALIVE_IDLE)
-            .with_interval(KEEPALIVE_INTERVAL)
-            .with_retries(KEEPALIVE_RETRIES);
-        self.socket.set_tcp_keepalive(&keepalive)?;
-        self.socket.set_tcp_user_timeout(Some(USER_TIMEOUT))
-    }
-
     /// From now on closing the socket, by us or by the kernel after our death, is a reset.
-    pub(super) fn reset_on_close(&self) -> io::Result<()> {
-        self.socket.set_linger(Some(Duration::ZERO))
+    pub(super) fn reset_on_close(&mut self) -> io::Result<()> {
+        if !self.lingers {
+            self.socket.set_linger(Some(Duration::ZERO))?;
+            self.lingers = true;
+        }
+        Ok(())
     }
 
     /// From now on closing the socket leaves what is queued to the kernel to deliver, for as long as it does so for any
     /// program: the user timeout would cut off a peer that reads the rest slowly.
-    pub(super) fn deliver_on_close(&self) -> io::Result<()> {
+    pub(super) fn deliver_on_close(&mut self) -> io::Result<()> {
         if self.user_timeout > 0 {
             self.socket.set_tcp_user_timeout(None)?;
         }
-        self.socket.set_linger(None)
+        if self.lingers {
+            self.socket.set_linger(None)?;
+            self.lingers = false;
+        }
+        Ok(())
     }
 
     /// The socket itself, for options.

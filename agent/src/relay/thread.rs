@@ -282,10 +282,8 @@ impl Worker {
         self.keys.remove(&slot.connection.id);
         self.watched.remove(&key);
         self.settling.remove(key);
-        for side in [&slot.application, &slot.upstream] {
-            // Explicitly: a child process between fork and exec may keep the socket open past our close.
-            let _ = self.epoll.delete(side);
-        }
+        // Closing takes the sockets out of epoll. Should a child process between fork and exec keep one open past that, an event of it
+        // meets nobody, or whoever has the number by then, to whom it is a hint.
         self.load.fetch_sub(1, Relaxed);
         self.shared.end(*slot, end);
     }

@@ -3,14 +3,12 @@
 use std::{
     collections::HashMap,
     hash::Hash,
-    io,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
 
-use bytes::BufMut;
 use rustls::{
     CipherSuite, ClientConfig, Error, ServerConfig,
     client::Resumption,
@@ -23,11 +21,10 @@ use rustls::{
     sign::SingleCertAndKey,
     version::TLS13,
 };
-use tokio::{io::AsyncReadExt, net::TcpStream, sync::watch};
+use tokio::sync::watch;
 
 use super::{
     ALPN_NATIVE,
-    handshake::READ_CHUNK,
     ktls::Support,
     verify::{Accepted, ClientVerifier, ServerVerifier},
 };
@@ -80,35 +77,11 @@ impl Suite {
     }
 }
 
-/// How much is read from the socket.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ReadMode {
-    /// As much as is there: fewer system calls.
-    #[default]
-    Greedy,
-    /// Never past the record that is needed next, so that the kernel finds the following ones in its own buffer.
-    RecordExact,
-}
-
-impl ReadMode {
-    /// Appends to `buffer` when the next step needs `missing` more bytes. 0 is the end.
-    pub(super) async fn read(self, stream: &mut TcpStream, buffer: &mut Vec<u8>, missing: usize) -> io::Result<usize> {
-        let most = match self {
-            Self::Greedy => missing.max(READ_CHUNK),
-            Self::RecordExact => missing,
-        };
-        buffer.reserve(most);
-        stream.read_buf(&mut buffer.limit(most)).await
-    }
-}
-
 /// What can be chosen about the tunnel's TLS.
 #[derive(Clone, Debug)]
 pub struct TlsOptions {
     /// Cipher suites, preferred first. Not empty.
     pub suites: Vec<Suite>,
-    /// How much is read during the handshake and before the relay takes over.
-    pub read_mode: ReadMode,
     /// What the kernel can do; where it can, it gets the keys.
     pub ktls: Support,
     /// Records that a key may protect before it is replaced, or, where it cannot be, before the connection ends. By default what its
@@ -118,21 +91,15 @@ pub struct TlsOptions {
 
 impl Default for TlsOptions {
     fn default() -> Self {
-        Self {
-            suites: Suite::ALL.into(),
-            read_mode: ReadMode::Greedy,
-            ktls: Support::disabled(),
-            records_per_key: None,
-        }
+        Self { suites: Suite::ALL.into(), ktls: Support::disabled(), records_per_key: None }
     }
 }
 
 impl TlsOptions {
-    /// Leaves records to the kernel as far as it can: suites that it knows come first, and nothing is read that it has to find.
+    /// Leaves records to the kernel as far as it can: suites that it knows come first.
     pub fn with_ktls(support: Support) -> Self {
         let mut options = Self::default();
         if !support.suites.is_empty() {
-            options.read_mode = ReadMode::RecordExact;
             // Stable: among equals the order stays.
             options.suites.sort_by_key(|&suite| !support.covers(suite));
         }
@@ -150,7 +117,6 @@ pub struct TlsConfigs {
     /// Which change of the store was last cleaned up after.
     cleaned: AtomicU64,
     trust_domain: TrustDomain,
-    read_mode: ReadMode,
     ktls: Support,
     records_per_key: Option<u64>,
     provider: Arc<CryptoProvider>,
@@ -180,7 +146,6 @@ impl TlsConfigs {
             certificates,
             cleaned: AtomicU64::new(0),
             trust_domain,
-            read_mode: options.read_mode,
             ktls: options.ktls.clone(),
             records_per_key: options.records_per_key,
             provider: provider(&options.suites),
@@ -221,10 +186,6 @@ impl TlsConfigs {
     /// Whose clients are accepted.
     pub(super) fn trust_domain(&self) -> &TrustDomain {
         &self.trust_domain
-    }
-
-    pub(super) fn read_mode(&self) -> ReadMode {
-        self.read_mode
     }
 
     /// What the kernel can do.

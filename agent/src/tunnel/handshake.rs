@@ -2,37 +2,40 @@
 
 use std::time::SystemTime;
 
+use bytes::BufMut as _;
 use rustls::{
     AlertDescription, CommonState, HandshakeKind, client::UnbufferedClientConnection,
     server::UnbufferedServerConnection,
 };
-use tokio::{io::AsyncWriteExt, net::TcpStream};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
 use super::{
-    ALPN_NATIVE, Protection, Session, SessionInfo, TlsConfigs, TunnelError,
+    ALPN_NATIVE, Session, SessionInfo, TlsConfigs, TunnelError, UserRecords,
     config::peer_name,
     driver::{Driver, DriverError, Step, Unbuffered},
     session::drain,
     verify::{Accepted, IdentityRefusal, refusal},
 };
-use crate::{
-    mesh::SpiffeId,
-    telemetry::{KtlsFallback, RefusalReason},
-};
+use crate::{mesh::SpiffeId, telemetry::RefusalReason};
 
-/// How much is asked of the socket at once when bytes behind the handshake are welcome.
+/// How much is asked of the socket at once.
 pub(super) const READ_CHUNK: usize = 16 * 1024;
 
-/// Handshakes as a client. The peer must prove `peer` and choose [`super::ALPN_NATIVE`]. The caller bounds the time.
+/// Handshakes as a client. The peer must prove `peer` and choose [`super::ALPN_NATIVE`]. `first` is sent as application data together with the
+/// end of the handshake. The caller bounds the time.
 pub async fn connect(
     stream: TcpStream,
     configs: &TlsConfigs,
     local: &SpiffeId,
     peer: &SpiffeId,
+    first: &[u8],
 ) -> Result<Session, TunnelError> {
     let (config, _) = configs.client(local, peer).ok_or_else(|| no_certificate(local))?;
     let connection = UnbufferedClientConnection::new(config, peer_name()).map_err(|e| refusal(&e))?;
-    handshake(stream, Driver::new(connection), configs, local, &Accepted::Exactly(peer.clone())).await
+    handshake(stream, Driver::new(connection), configs, local, &Accepted::Exactly(peer.clone()), first).await
 }
 
 /// Handshakes as a server. Refusals have been sent to the peer as alerts (drained as [`Session::refuse`] does) when this returns
@@ -41,7 +44,7 @@ pub async fn accept(stream: TcpStream, configs: &TlsConfigs, local: &SpiffeId) -
     let (config, _) = configs.server(local).ok_or_else(|| no_certificate(local))?;
     let connection = UnbufferedServerConnection::new(config).map_err(|e| refusal(&e))?;
     let accepted = Accepted::Domain(configs.trust_domain().clone());
-    handshake(stream, Driver::new(connection), configs, local, &accepted).await
+    handshake(stream, Driver::new(connection), configs, local, &accepted, &[]).await
 }
 
 fn no_certificate(local: &SpiffeId) -> TunnelError {
@@ -57,9 +60,13 @@ async fn handshake<C: Unbuffered>(
     configs: &TlsConfigs,
     local: &SpiffeId,
     accepted: &Accepted,
+    first: &[u8],
 ) -> Result<Session, TunnelError> {
     loop {
         let step = driver.advance();
+        if matches!(step, Ok(Step::Done)) {
+            break;
+        }
         let sending = !driver.outgoing.is_empty();
         if sending {
             let sent = stream.write_all(&driver.outgoing).await;
@@ -71,9 +78,9 @@ async fn handshake<C: Unbuffered>(
             }
         }
         match step {
-            Ok(Step::Done) => break,
+            Ok(Step::Done) => unreachable!("the loop has ended"),
             Ok(Step::Receive { missing }) => {
-                match configs.read_mode().read(&mut stream, &mut driver.incoming, missing).await {
+                match read_more(&mut stream, &mut driver.incoming, missing.max(READ_CHUNK)).await {
                     Ok(0) => {
                         return Err(TunnelError::Refused {
                             reason: RefusalReason::TlsHandshake,
@@ -97,35 +104,43 @@ async fn handshake<C: Unbuffered>(
             }
         }
     }
-    finish(stream, driver, configs, local, accepted).await
+    finish(stream, driver, configs, local, accepted, first).await
 }
 
 /// Takes the keys out and checks what rustls does not: the ALPN, and the peer's certificate once more, because a resumed
 /// session brings an old one.
 async fn finish<C: Unbuffered>(
     stream: TcpStream,
-    driver: Driver<C>,
+    mut driver: Driver<C>,
     configs: &TlsConfigs,
     local: &SpiffeId,
     accepted: &Accepted,
+    first: &[u8],
 ) -> Result<Session, TunnelError> {
+    let unsent = std::mem::take(&mut driver.outgoing);
     let facts = Facts::of(driver.connection.common());
     let judged = judge(driver.connection.common(), accepted);
     let (secrets, schedule, unread) = driver.into_keys().map_err(|e| refusal(&e))?;
     let Facts { cipher, key_exchange, resumed } = facts;
     let info = |peer| SessionInfo { local: local.clone(), peer, cipher, key_exchange, resumed };
+    let records = UserRecords::new(secrets, schedule, unread, unsent, configs.records_per_key())?;
     match judged {
         Ok(peer) => {
-            let protection = Protection::start(&stream, secrets, schedule, unread, configs)?;
-            Ok(Session { stream, protection, plaintext: Vec::new(), info: info(peer) })
+            let mut session = Session::new(stream, records, info(peer));
+            session.send(first).await?;
+            Ok(session)
         }
         Err((alert, error)) => {
-            // One alert is not worth the kernel's trouble.
-            let protection = Protection::user(secrets, schedule, unread, configs, KtlsFallback::Disabled)?;
-            Session { stream, protection, plaintext: Vec::new(), info: info(local.clone()) }.refuse(alert).await;
+            Session::new(stream, records, info(local.clone())).refuse(alert).await;
             Err(error)
         }
     }
+}
+
+/// Appends at most `most` bytes to `buffer`; 0 is the end.
+pub(super) async fn read_more(stream: &mut TcpStream, buffer: &mut Vec<u8>, most: usize) -> std::io::Result<usize> {
+    buffer.reserve(most);
+    stream.read_buf(&mut buffer.limit(most)).await
 }
 
 /// The peer's identity, or the alert that it gets.

@@ -2,8 +2,8 @@
 //!
 //! [`TlsConfigs`] builds rustls configurations from certificates, [`handshake`] drives rustls' unbuffered API over a
 //! socket, and what comes out is a [`Session`]: the socket, the traffic keys as [`records`], and whatever
-//! was read past the handshake. From there on rustls only derives keys; records are protected by rustls'
-//! own AEAD objects in user space, or by the kernel.
+//! was read past the handshake. From there on rustls only derives keys; records are protected in user space, or by the
+//! kernel once the tunnel's own header has passed ([`Session::offload`]).
 
 pub mod alert;
 mod config;
@@ -13,15 +13,15 @@ pub mod ktls;
 pub mod native;
 pub(crate) mod post_handshake;
 pub mod records;
-pub(crate) mod session;
+mod session;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod verify;
 
-pub use config::{ReadMode, Suite, TlsConfigs, TlsOptions};
-pub use session::{Protection, Session, SessionInfo, UserRecords};
+pub use config::{Suite, TlsConfigs, TlsOptions};
+pub use session::{Protection, Session, SessionInfo, Tunnel, UserRecords};
 
 use crate::telemetry::RefusalReason;
 

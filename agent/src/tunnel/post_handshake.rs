@@ -90,6 +90,11 @@ impl PostHandshake {
         Self { schedule, partial: Vec::new(), update_requested: false, quiet: 0 }
     }
 
+    /// The key schedule.
+    pub(super) fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
     /// Whether the peer asked for our next keys.
     pub(super) fn update_requested(&self) -> bool {
         self.update_requested

@@ -16,7 +16,7 @@ use super::{
     config::{Suite, client_config, peer_name, provider, server_config},
     driver::{Driver, Step, Unbuffered},
     ktls::{KernelTls, Support},
-    post_handshake::Schedule,
+    post_handshake::{PostHandshake, Schedule},
     records::Records,
 };
 use crate::{identity::Svid, mesh::SpiffeId, sys::tls};
@@ -97,13 +97,14 @@ pub(crate) struct Keys {
 impl Keys {
     /// Protects records here.
     pub(crate) fn records(self) -> Records {
-        Records::new(self.secrets, self.schedule, self.per_key).expect("records")
+        Records::new(&self.secrets, self.schedule, self.per_key).expect("records")
     }
 
     /// Has the kernel protect the records of `socket`.
     pub(crate) fn kernel(self, socket: BorrowedFd<'_>, support: &Support) -> KernelTls {
         tls::install(socket).expect("TCP_ULP");
-        KernelTls::start(socket, self.secrets, self.schedule, support, self.per_key).expect("keys for the kernel")
+        KernelTls::start(socket, self.secrets, PostHandshake::new(self.schedule), support, self.per_key)
+            .expect("keys for the kernel")
     }
 }
 

@@ -1,4 +1,5 @@
 mod handshakes;
+mod kernel_end;
 mod ktls;
 mod native;
 mod openssl;

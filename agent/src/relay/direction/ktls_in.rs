@@ -16,9 +16,8 @@ use crate::{
     },
     sys::tls::Incoming,
     tunnel::{
-        ktls::{Broken, Event, KernelTls},
+        ktls::{Broken, Event, KernelTls, from_kernel},
         records::MAX_PLAINTEXT,
-        session::kernel::from_kernel,
     },
 };
 
@@ -42,9 +41,10 @@ pub(in crate::relay) struct KtlsIn {
 }
 
 impl KtlsIn {
-    /// Starts with plaintext that came with the hand-over.
-    pub(in crate::relay) fn new(plaintext: Vec<u8>) -> Self {
-        Self { phase: Phase::Open, held: Held::from(plaintext), pipe: None, bulk: 0, lost: None }
+    /// Starts with plaintext that came with the hand-over, and with the peer's end if that did too.
+    pub(in crate::relay) fn new(plaintext: Vec<u8>, ended: bool) -> Self {
+        let phase = if ended { Phase::Ending } else { Phase::Open };
+        Self { phase, held: Held::from(plaintext), pipe: None, bulk: 0, lost: None }
     }
 
     /// Bytes held back.

@@ -91,6 +91,7 @@ impl KtlsOut {
     }
 
     fn end(&mut self, tunnel: &mut Side, tls: &mut KernelTls) -> Result<Step, Fault> {
+        tunnel.cork().map_err(Fault::Write)?;
         if !tunnel.attempt(|socket| tls.send_close_notify(socket)).map_err(Fault::Write)? {
             return Ok(Step::Blocked);
         }

@@ -123,6 +123,12 @@ impl Node {
         application.set_nonblocking(true).expect("non-blocking");
         upstream.set_nonblocking(true).expect("non-blocking");
         SockRef::from(&application).set_linger(Some(Duration::ZERO)).expect("SO_LINGER");
+        // As the proxy's listeners and pools make them.
+        for socket in [&application, &upstream] {
+            let socket = SockRef::from(socket);
+            socket.set_tcp_nodelay(true).expect("TCP_NODELAY");
+            socket.set_out_of_band_inline(true).expect("SO_OOBINLINE");
+        }
         let (guard, end) = mpsc::channel::<()>();
         let slot = Slot::new(
             OwnedFd::from(application),
@@ -154,7 +160,7 @@ impl Node {
         let (application, inner) = sockets();
         let connection = self.add(direction, DataPath::Ktls);
         let tls = Box::new(keys.kernel(tunnel.as_fd(), support));
-        let path = Path::Ktls { tls, outward: KtlsOut::default(), inward: KtlsIn::new(Vec::new()) };
+        let path = Path::Ktls { tls, outward: KtlsOut::default(), inward: KtlsIn::new(Vec::new(), false) };
         (application, self.place(connection, inner, tunnel, path))
     }
 

@@ -10,7 +10,7 @@ use crate::{
     identity::{CertificateStore, IssueError, Issuer, Svid},
     mesh::SpiffeId,
     relay::{Job, Upstream},
-    tunnel::{Session, TlsConfigs, TlsOptions, handshake, testing::TestCa},
+    tunnel::{Session, TlsConfigs, TlsOptions, Tunnel, handshake, testing::TestCa},
 };
 
 /// Issues one certificate.
@@ -48,7 +48,7 @@ async fn sessions() -> (Session, Session) {
     let (a, b) = tokio::join!(
         async {
             let stream = net::TcpStream::connect(address).await.expect("a connection");
-            handshake::connect(stream, &ours, &client, &server).await
+            handshake::connect(stream, &ours, &client, &server, b"HEADER").await
         },
         async {
             let (stream, _) = listener.accept().await.expect("a connection");
@@ -58,7 +58,7 @@ async fn sessions() -> (Session, Session) {
     (a.expect("a client"), b.expect("a server"))
 }
 
-fn submit(node: &Node, direction: Direction, session: Session) -> (TcpStream, Watched) {
+fn submit(node: &Node, direction: Direction, tunnel: Tunnel) -> (TcpStream, Watched) {
     let (application, inner) = sockets();
     inner.set_nonblocking(true).expect("non-blocking");
     SockRef::from(&inner).set_linger(Some(Duration::ZERO)).expect("SO_LINGER");
@@ -66,7 +66,7 @@ fn submit(node: &Node, direction: Direction, session: Session) -> (TcpStream, Wa
     let (guard, end) = mpsc::channel::<()>();
     node.relay.submit(Job {
         application: inner.into(),
-        upstream: Upstream::Tunnel(Box::new(session)),
+        upstream: Upstream::Tunnel(Box::new(tunnel)),
         connection: Arc::clone(&connection),
         guard: Box::new(guard),
     });
@@ -80,7 +80,6 @@ fn sessions_become_relayed_connections() {
     let (near, far) = (Node::new(), Node::new());
     let (client_session, server_session) = runtime.block_on(async {
         let (mut client, mut server) = sessions().await;
-        client.send(b"HEADER").await.expect("sending");
         let (client, server) = tokio::join!(
             async {
                 // In one record with nothing else to wait for: part of it is the application's.
@@ -95,7 +94,9 @@ fn sessions_become_relayed_connections() {
                 server
             }
         );
-        (client, server)
+        let support = ktls().cloned().unwrap_or_else(Support::disabled);
+        let (client, server) = tokio::join!(client.offload(&support), server.offload(&support));
+        (client.expect("a client's tunnel"), server.expect("a server's tunnel"))
     });
     let (client, one) = submit(&near, Direction::Outbound, client_session);
     let (server, two) = submit(&far, Direction::Inbound, server_session);

@@ -14,7 +14,7 @@ pub use support::{Availability, Support};
 
 use super::{
     alert,
-    post_handshake::{KEY_UPDATE, PostHandshake, Received, Schedule},
+    post_handshake::{KEY_UPDATE, PostHandshake, Received},
     records::{REKEY_MARGIN, RecordError},
 };
 use crate::sys::{
@@ -67,16 +67,16 @@ pub struct KernelTls {
 }
 
 impl KernelTls {
-    /// Gives `socket`, on which [`tls::install`] has succeeded, the keys of a handshake. Nothing may have been read behind the handshake. An error leaves
+    /// Gives `socket`, on which [`tls::install`] has succeeded, the keys of a handshake, with the numbers of the records that come next. Nothing of those may have been read. An error leaves
     /// the socket unusable, but with nothing sent or received under wrong keys.
     pub(super) fn start(
         socket: BorrowedFd<'_>,
         secrets: ExtractedSecrets,
-        schedule: Schedule,
+        post: PostHandshake,
         support: &Support,
         per_key: Option<u64>,
     ) -> io::Result<Self> {
-        let suite = schedule.suite();
+        let suite = post.schedule().suite();
         let before = tcp::accepted(socket)?;
         let first = secrets.tx.0;
         let rx = KernelKeys::new(suite, secrets.rx)?;
@@ -89,7 +89,7 @@ impl KernelTls {
         let limit = suite.tls13().map_or(0, |suite| suite.common.confidentiality_limit);
         let margin = if support.rekey { REKEY_MARGIN } else { END_MARGIN };
         Ok(Self {
-            post: PostHandshake::new(schedule),
+            post,
             suite,
             rekey: support.rekey,
             parameters: tx.parameters().size(),
@@ -188,6 +188,15 @@ impl KernelTls {
     /// Records that the kernel has sent under the present key.
     fn used(&self, socket: BorrowedFd<'_>) -> io::Result<u64> {
         Ok(tls::transmit_sequence(socket, self.parameters)?.saturating_sub(self.first))
+    }
+}
+
+/// What an error of the socket says about the record.
+pub(crate) fn from_kernel(error: io::Error) -> Broken {
+    match error.raw_os_error() {
+        Some(libc::EBADMSG) => RecordError::Decrypt.into(),
+        Some(libc::EMSGSIZE | libc::EINVAL) => RecordError::Header.into(),
+        _ => error.into(),
     }
 }
 

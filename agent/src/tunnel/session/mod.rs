@@ -1,6 +1,8 @@
 //! An established tunnel before it goes to the relay.
+//!
+//! The header of the native tunnel is sent and received with records made here, whoever makes them afterwards: it then leaves in one
+//! segment with the end of the handshake, and whatever arrives together with it is read at once.
 
-pub(crate) mod kernel;
 mod user;
 
 use std::{
@@ -8,25 +10,25 @@ use std::{
     time::Duration,
 };
 
-use rustls::{AlertDescription, ExtractedSecrets};
+use rustls::AlertDescription;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
 };
 
 pub use user::UserRecords;
+use user::{Reading, Received};
 
 use super::{
-    Suite, TlsConfigs, TunnelError, alert,
+    Suite, TunnelError, alert,
     handshake::READ_CHUNK,
     ktls::{Availability, KernelTls, Support},
     post_handshake::Schedule,
-    records::{RecordError, Records},
-    verify::refusal,
+    records::RecordError,
 };
 use crate::{
     mesh::SpiffeId,
-    sys::tls::{self, Incoming},
+    sys::tls,
     telemetry::{KtlsFallback, RefusalReason},
 };
 
@@ -54,7 +56,12 @@ pub enum Protection {
     /// We do.
     User(Box<UserRecords>),
     /// The kernel does.
-    Kernel(Box<KernelTls>),
+    Kernel {
+        /// What is left to do here.
+        tls: Box<KernelTls>,
+        /// The peer's authenticated end has been received.
+        ended: bool,
+    },
 }
 
 /// An authenticated tunnel: the socket (non-blocking, registered with no reactor any more once taken apart), its
@@ -62,74 +69,31 @@ pub enum Protection {
 pub struct Session {
     /// The tunnel's socket as tokio sees it until the relay takes over.
     pub stream: TcpStream,
-    /// Who protects the records.
-    pub protection: Protection,
+    /// Record protection until then.
+    pub records: Box<UserRecords>,
     /// Plaintext opened but not yet consumed: application bytes that came with the PROXY header.
     pub plaintext: Vec<u8>,
     /// Who is at the ends.
     pub info: SessionInfo,
 }
 
-impl Protection {
-    /// Begins behind a handshake: with the kernel where it can, else here. `unread` came behind the handshake.
-    pub(super) fn start(
-        stream: &TcpStream,
-        secrets: ExtractedSecrets,
-        schedule: Schedule,
-        unread: Vec<u8>,
-        configs: &TlsConfigs,
-    ) -> Result<Self, TunnelError> {
-        let support = configs.ktls();
-        let per_key = configs.records_per_key();
-        match kernel_takes(stream, &schedule, &unread, support) {
-            Ok(()) => {
-                let ktls = KernelTls::start(stream.as_fd(), secrets, schedule, support, per_key)
-                    .map_err(|source| TunnelError::Io { action: "giving the kernel the tunnel's keys", source })?;
-                Ok(Self::Kernel(Box::new(ktls)))
-            }
-            Err(fallback) => Self::user(secrets, schedule, unread, configs, fallback),
-        }
-    }
-
-    /// Begins behind a handshake, without the kernel.
-    pub(super) fn user(
-        secrets: ExtractedSecrets,
-        schedule: Schedule,
-        unread: Vec<u8>,
-        configs: &TlsConfigs,
-        fallback: KtlsFallback,
-    ) -> Result<Self, TunnelError> {
-        let records = Records::new(secrets, schedule, configs.records_per_key()).map_err(|e| refusal(&e))?;
-        Ok(Self::User(Box::new(UserRecords { records, unread, fallback, read_mode: configs.read_mode() })))
-    }
-}
-
-/// Prepares the socket for keys, or says why the kernel cannot have this connection.
-fn kernel_takes(stream: &TcpStream, schedule: &Schedule, unread: &[u8], support: &Support) -> Result<(), KtlsFallback> {
-    match support.availability {
-        Availability::Ready => {}
-        Availability::Missing(_) => return Err(KtlsFallback::Unavailable),
-        Availability::Disabled => return Err(KtlsFallback::Disabled),
-    }
-    if !Suite::of(schedule.suite().suite()).is_some_and(|suite| support.covers(suite)) {
-        return Err(KtlsFallback::Cipher);
-    }
-    if !unread.is_empty() {
-        return Err(KtlsFallback::Socket);
-    }
-    tls::install(stream.as_fd()).map_err(|error| {
-        tracing::debug!(%error, "this socket cannot have kernel TLS");
-        KtlsFallback::Socket
-    })
+/// A tunnel that is ready for the relay.
+pub struct Tunnel {
+    stream: TcpStream,
+    protection: Protection,
+    plaintext: Vec<u8>,
+    /// Who is at the ends.
+    pub info: SessionInfo,
 }
 
 impl Session {
+    pub(super) fn new(stream: TcpStream, records: UserRecords, info: SessionInfo) -> Self {
+        Self { stream, records: Box::new(records), plaintext: Vec::new(), info }
+    }
+
     /// Sends `data` as application data and waits until the kernel has it all.
     pub async fn send(&mut self, data: &[u8]) -> Result<(), TunnelError> {
-        match &mut self.protection {
-            Protection::User(records) => records.send(&mut self.stream, data).await,
-            Protection::Kernel(ktls) => kernel::send(ktls, &mut self.stream, data).await,
-        }
+        self.records.send(&mut self.stream, data).await
     }
 
     /// Receives at least one byte of application data into `self.plaintext` (tickets and key updates are handled on the way), or
@@ -144,38 +108,86 @@ impl Session {
                 detail: format!("no complete PROXY header in the first {limit} bytes"),
             });
         }
-        match &mut self.protection {
-            Protection::User(records) => records.receive(&mut self.stream, &mut self.plaintext).await,
-            Protection::Kernel(ktls) => kernel::receive(ktls, &mut self.stream, &mut self.plaintext).await,
+        loop {
+            match self.records.next(&mut self.stream, &mut self.plaintext, Reading::Greedy).await? {
+                Some(Received::Data(length)) => return Ok(length),
+                Some(Received::End) => return Ok(0),
+                None => {}
+            }
         }
     }
 
     /// Refuses the peer: fatal alert, `shutdown(WR)`, then reads and discards at most 1 MiB or for 2 s so that unread data
     /// does not turn the alert into a bare reset, then closes.
     pub async fn refuse(mut self, alert: AlertDescription) {
-        match &mut self.protection {
-            Protection::User(records) => {
-                if records.alert(&mut self.stream, alert).await {
-                    drain(self.stream).await;
-                }
-            }
-            Protection::Kernel(ktls) => {
-                if kernel::alert(ktls, &mut self.stream, alert).await {
-                    drain_with(self.stream, async |stream, buffer| match kernel::next(stream, buffer).await {
-                        Ok(Incoming::Records { length, .. }) => Some(length),
-                        _ => None,
-                    })
-                    .await;
-                }
-            }
+        if self.records.alert(&mut self.stream, alert).await {
+            drain(self.stream).await;
         }
     }
 
+    /// Leaves the records to the kernel from here on, if it can have them. Waits for the rest of a record that has begun to arrive: the
+    /// kernel can only begin with a whole one. The caller bounds the time.
+    pub async fn offload(mut self, support: &Support) -> Result<Tunnel, TunnelError> {
+        let protection = match kernel_takes(&self.stream, self.records.records.schedule(), support) {
+            Ok(()) => {
+                let mut ended = false;
+                while !ended && !self.records.unread.is_empty() {
+                    let next = self.records.next(&mut self.stream, &mut self.plaintext, Reading::Record).await?;
+                    ended = next == Some(Received::End);
+                }
+                give_to_kernel(&self.stream, *self.records, support, ended)?
+            }
+            Err(fallback) => {
+                self.records.fallback = fallback;
+                Protection::User(self.records)
+            }
+        };
+        Ok(Tunnel { stream: self.stream, protection, plaintext: self.plaintext, info: self.info })
+    }
+}
+
+/// Prepares the socket for keys, or says why the kernel cannot have this connection.
+fn kernel_takes(stream: &TcpStream, schedule: &Schedule, support: &Support) -> Result<(), KtlsFallback> {
+    match support.availability {
+        Availability::Ready => {}
+        Availability::Missing(_) => return Err(KtlsFallback::Unavailable),
+        Availability::Disabled => return Err(KtlsFallback::Disabled),
+    }
+    if !Suite::of(schedule.suite().suite()).is_some_and(|suite| support.covers(suite)) {
+        return Err(KtlsFallback::Cipher);
+    }
+    tls::install(stream.as_fd()).map_err(|error| {
+        tracing::debug!(%error, "this socket cannot have kernel TLS");
+        KtlsFallback::Socket
+    })
+}
+
+fn give_to_kernel(
+    stream: &TcpStream,
+    records: UserRecords,
+    support: &Support,
+    ended: bool,
+) -> Result<Protection, TunnelError> {
+    let per_key = records.per_key;
+    match records.into_keys() {
+        Ok((secrets, post)) => {
+            let tls = KernelTls::start(stream.as_fd(), secrets, post, support, per_key)
+                .map_err(|source| TunnelError::Io { action: "giving the kernel the tunnel's keys", source })?;
+            Ok(Protection::Kernel { tls: Box::new(tls), ended })
+        }
+        Err(mut records) => {
+            records.fallback = KtlsFallback::Socket;
+            Ok(Protection::User(records))
+        }
+    }
+}
+
+impl Tunnel {
     /// Why the kernel does not protect the records; `None` when it does.
     pub fn fallback(&self) -> Option<KtlsFallback> {
         match &self.protection {
             Protection::User(records) => Some(records.fallback),
-            Protection::Kernel(_) => None,
+            Protection::Kernel { .. } => None,
         }
     }
 
@@ -205,21 +217,9 @@ fn bad_record(action: &str, error: RecordError) -> TunnelError {
     TunnelError::Refused { reason: RefusalReason::BadRecord, detail: format!("{action}: {error}") }
 }
 
-async fn write(stream: &mut TcpStream, record: &[u8]) -> Result<(), TunnelError> {
-    stream.write_all(record).await.map_err(|source| TunnelError::Io { action: "sending into the tunnel", source })
-}
-
 /// Ends our direction and discards what still comes, within bounds: closing with unread bytes would send a reset, which
 /// overtakes the alert.
-pub(super) async fn drain(stream: TcpStream) {
-    drain_with(stream, async |stream, buffer| match stream.read(buffer).await {
-        Ok(0) | Err(_) => None,
-        Ok(n) => Some(n),
-    })
-    .await;
-}
-
-async fn drain_with(mut stream: TcpStream, next: impl AsyncFn(&mut TcpStream, &mut [u8]) -> Option<usize>) {
+pub(super) async fn drain(mut stream: TcpStream) {
     if stream.shutdown().await.is_err() {
         return;
     }
@@ -227,10 +227,9 @@ async fn drain_with(mut stream: TcpStream, next: impl AsyncFn(&mut TcpStream, &m
     let mut buffer = vec![0; READ_CHUNK];
     let discard = async {
         while left > 0 {
-            match next(&mut stream, &mut buffer).await {
-                None => return,
-                // An empty record is work too.
-                Some(n) => left = left.saturating_sub(n.max(1)),
+            match stream.read(&mut buffer).await {
+                Ok(0) | Err(_) => return,
+                Ok(n) => left = left.saturating_sub(n),
             }
         }
     };

@@ -11,11 +11,12 @@ use super::support::{Party, error, established, meet, two_parties, unchecked};
 use crate::{
     telemetry::RefusalReason,
     tunnel::{
-        Protection, ReadMode, Session, Suite, TlsOptions, UserRecords,
+        Protection, Session, Suite, TlsOptions, UserRecords,
         alert::DENIED,
         config::{client_config, peer_name, provider, server_config},
         driver::{Driver, Step, Unbuffered},
         handshake::{connect, judge},
+        ktls::Support,
         records::{Opened, Records},
         testing::{TestCa, identity},
         verify::Accepted,
@@ -23,13 +24,6 @@ use crate::{
 };
 
 /// The records of a session that the kernel does not protect.
-fn user(session: &mut Session) -> &mut UserRecords {
-    match &mut session.protection {
-        Protection::User(records) => records,
-        Protection::Kernel(_) => panic!("kernel TLS was not asked for"),
-    }
-}
-
 /// Sends `text` one way and checks that it arrives.
 async fn deliver(from: &mut Session, to: &mut Session, text: &[u8]) {
     from.send(text).await.unwrap();
@@ -65,7 +59,7 @@ async fn both_ends_know_each_other() {
     assert!(b.plaintext == long);
 
     // An end in one direction only.
-    let end = user(&mut a).records.seal_close_notify().unwrap();
+    let end = a.records.records.seal_close_notify().unwrap();
     a.stream.write_all(&end).await.unwrap();
     assert_eq!(b.receive(usize::MAX).await.unwrap(), 0);
     deliver(&mut b, &mut a, b"late answer").await;
@@ -87,28 +81,23 @@ async fn the_order_of_suites_is_chosen() {
     }
 }
 
+/// The header leaves together with the end of the handshake, so a server that reads what there is has both at once.
 #[tokio::test]
-async fn record_exact_reads_leave_the_rest_to_the_kernel() {
-    let ca = TestCa::new("root");
-    let options = TlsOptions { read_mode: ReadMode::RecordExact, ..TlsOptions::default() };
-    let client = Party::with_options(&ca.svid(&identity("client")), &options).await;
-    let server = Party::with_options(&ca.svid(&identity("server")), &options).await;
-    let (mut a, mut b) = established(&client, &server).await;
-    assert!(user(&mut a).unread.is_empty() && user(&mut b).unread.is_empty());
-    a.send(b"one").await.unwrap();
-    a.send(b"two").await.unwrap();
-    assert_eq!(b.receive(1024).await.unwrap(), 3);
-    assert!(user(&mut b).unread.is_empty(), "the second record is still in the kernel");
-    assert_eq!(b.receive(1024).await.unwrap(), 3);
-    assert_eq!(b.plaintext, b"onetwo");
+async fn what_is_sent_first_comes_with_the_handshake() {
+    let (_ca, client, server) = two_parties().await;
+    let dial = async |s| connect(s, &client.configs, &client.id, &server.id, b"header").await.unwrap();
+    let (_client_session, server_session) = meet(dial, &server).await;
+    let mut server_session = server_session.unwrap();
+    assert!(!server_session.records.unread.is_empty(), "it was read with the handshake's last flight");
+    assert_eq!(server_session.receive(1024).await.unwrap(), 6);
+    assert_eq!(server_session.plaintext, b"header");
 }
 
 #[tokio::test]
 async fn greedy_reads_keep_what_came_with_the_handshake() {
     let (_ca, client, server) = two_parties().await;
     let dial = async |s| {
-        let mut session = connect(s, &client.configs, &client.id, &server.id).await.unwrap();
-        session.send(b"header").await.unwrap();
+        let mut session = connect(s, &client.configs, &client.id, &server.id, b"header").await.unwrap();
         session.send(b"data").await.unwrap();
         session
     };
@@ -116,7 +105,7 @@ async fn greedy_reads_keep_what_came_with_the_handshake() {
     let mut server_session = server_session.unwrap();
     // However the packets fell: nothing is lost, and `unread` starts with a record.
     while server_session.plaintext.len() < 10 {
-        assert!(user(&mut server_session).unread.first().is_none_or(|b| *b == 23));
+        assert!(server_session.records.unread.first().is_none_or(|b| *b == 23));
         assert_ne!(server_session.receive(1024).await.unwrap(), 0);
     }
     assert_eq!(server_session.plaintext, b"headerdata");
@@ -137,7 +126,7 @@ async fn taken_apart_and_still_alive() {
     let (_ca, client, server) = two_parties().await;
     let (mut a, b) = established(&client, &server).await;
     assert_eq!(b.info.peer, client.id);
-    let (fd, protection, plaintext) = b.into_parts().unwrap();
+    let (fd, protection, plaintext) = b.offload(&Support::disabled()).await.unwrap().into_parts().unwrap();
     let Protection::User(user) = protection else { panic!("kernel TLS was not asked for") };
     let UserRecords { mut records, unread, .. } = *user;
     assert!(unread.is_empty() && plaintext.is_empty());
@@ -255,7 +244,7 @@ async fn configurations_are_dropped_with_their_identity() {
 
     let stream = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let stream = TcpStream::connect(stream.local_addr().unwrap()).await.unwrap();
-    let refused = error(connect(stream, &client.configs, &client.id, &server.id).await);
+    let refused = error(connect(stream, &client.configs, &client.id, &server.id, &[]).await);
     assert_eq!(refused.reason(), RefusalReason::NoCertificate);
 }
 
@@ -282,7 +271,7 @@ async fn a_resumed_session_does_not_outlive_the_certificate() {
         let judged = judge(s.connection.common(), &accepted).map_err(|(alert, e)| (alert, e.reason()));
         let resumed = s.connection.handshake_kind() == Some(rustls::HandshakeKind::Resumed);
         let (secrets, schedule, mut tickets) = c.into_keys().unwrap();
-        let mut records = Records::new(secrets, schedule, None).unwrap();
+        let mut records = Records::new(&secrets, schedule, None).unwrap();
         while let Some((_, wire)) = records.open(&mut tickets).unwrap() {
             tickets.drain(..wire);
         }

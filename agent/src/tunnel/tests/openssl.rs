@@ -15,7 +15,7 @@ use super::support::{Party, error};
 use crate::{
     telemetry::RefusalReason,
     tunnel::{
-        Protection, Session, TunnelError, handshake,
+        Session, TunnelError, handshake,
         testing::{TestCa, identity},
     },
 };
@@ -89,7 +89,7 @@ async fn openssl_client_exchanges_data_and_updates_keys() {
             timeout(LIMIT, read_until(log, "KEYUPDATE")).await.expect("a key update");
         }
     }
-    let Protection::User(user) = &mut session.protection else { panic!("kernel TLS was not asked for") };
+    let user = &mut session.records;
     let end = user.records.seal_close_notify().unwrap();
     session.stream.write_all(&end).await.unwrap();
     drop(stdin);
@@ -145,7 +145,7 @@ async fn openssl_server() {
     }
     let stream = TcpStream::connect(line["ACCEPT ".len()..].trim()).await.unwrap();
     let server = identity("server");
-    let session = handshake::connect(stream, &client.configs, &client.id, &server);
+    let session = handshake::connect(stream, &client.configs, &client.id, &server, &[]);
     let mut session = timeout(LIMIT, session).await.expect("no hang").unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(session.info.peer, server);
     session.send(b"to openssl\n").await.unwrap();

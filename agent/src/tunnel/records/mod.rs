@@ -1,18 +1,14 @@
 //! TLS 1.3 records in user space, outside of a rustls connection: rustls derives and updates the keys
-//! ([`rustls::kernel::KernelConnection`]) and protects each record (its AEAD objects); this module only frames.
-//! The kernel-TLS path has the same shape, with the kernel in place of the AEAD objects.
+//! ([`rustls::kernel::KernelConnection`]); this module frames, and `protection` seals and opens in place.
+//! The kernel-TLS path has the same shape, with the kernel in place of the AEAD.
+
+mod protection;
 
 use std::ops::Range;
 
-use rustls::{
-    AlertDescription, ConnectionTrafficSecrets, ContentType, Error, ExtractedSecrets, ProtocolVersion,
-    Tls13CipherSuite,
-    crypto::cipher::{
-        InboundOpaqueMessage, MessageDecrypter, MessageEncrypter, OutboundChunks, OutboundPlainMessage,
-        Tls13AeadAlgorithm,
-    },
-};
+use rustls::{AlertDescription, ContentType, Error, ExtractedSecrets};
 
+use self::protection::Key;
 use super::{
     alert,
     post_handshake::{KEY_UPDATE, PostHandshake, Received, Schedule},
@@ -23,7 +19,11 @@ pub const MAX_PLAINTEXT: usize = 16 * 1024;
 /// Largest record on the wire: header, plaintext, content type, padding and tag allowance (RFC 8446, section 5.2), bytes.
 pub const MAX_RECORD: usize = HEADER + MAX_PLAINTEXT + 256;
 /// Bytes of a record's header: content type, version, length.
-pub(super) const HEADER: usize = 5;
+pub(crate) const HEADER: usize = 5;
+/// The tag of every cipher of TLS 1.3, bytes.
+const TAG: usize = 16;
+/// Bytes behind a record's plaintext: the true content type and the tag.
+pub(crate) const TRAILER: usize = 1 + TAG;
 
 /// Rekeying starts this many records before the cipher's confidentiality limit, so that everything already under way
 /// still fits (half of AES-GCM's 2^24 records of RFC 8446, section 5.5).
@@ -61,37 +61,59 @@ pub enum Opened {
 /// Record protection in both directions of one connection.
 pub struct Records {
     post: PostHandshake,
-    suite: &'static Tls13CipherSuite,
-    tx: Box<dyn MessageEncrypter>,
+    tx: Key,
     tx_sequence: u64,
     /// From this sequence number on a key update is due.
     rekey_at: u64,
     /// No record is sealed with this sequence number or a later one.
     tx_limit: u64,
-    rx: Box<dyn MessageDecrypter>,
+    rx: Key,
     rx_sequence: u64,
+    /// A key has been replaced since the handshake.
+    updated: bool,
     /// The peer's direction is over: ended, or broken.
     rx_over: bool,
 }
 
 impl Records {
     /// Takes over from a handshake. A key protects at most `per_key` records, by default what its cipher can bear.
-    pub(super) fn new(secrets: ExtractedSecrets, schedule: Schedule, per_key: Option<u64>) -> Result<Self, Error> {
+    pub(super) fn new(secrets: &ExtractedSecrets, schedule: Schedule, per_key: Option<u64>) -> Result<Self, Error> {
         let suite = schedule.suite().tls13().ok_or_else(|| Error::General("records need TLS 1.3".into()))?;
-        let (tx_sequence, tx) = secrets.tx;
-        let (rx_sequence, rx) = secrets.rx;
+        let (tx_sequence, tx) = &secrets.tx;
+        let (rx_sequence, rx) = &secrets.rx;
         let tx_limit = suite.common.confidentiality_limit;
         Ok(Self {
             post: PostHandshake::new(schedule),
-            suite,
-            tx: encrypter(suite.aead_alg, tx, tx_sequence)?,
-            tx_sequence,
+            tx: Key::new(tx)?,
+            tx_sequence: *tx_sequence,
             rekey_at: per_key.unwrap_or(u64::MAX).min(tx_limit.saturating_sub(REKEY_MARGIN)),
             tx_limit,
-            rx: decrypter(suite.aead_alg, rx)?,
-            rx_sequence,
+            rx: Key::new(rx)?,
+            rx_sequence: *rx_sequence,
+            updated: false,
             rx_over: false,
         })
+    }
+
+    /// What somebody else needs, beside the handshake's keys, to go on from here: the sequence numbers of the next records sent and received.
+    /// `None` when those keys are no longer in use.
+    pub(super) fn sequences(&self) -> Option<(u64, u64)> {
+        (!self.updated).then_some((self.tx_sequence, self.rx_sequence))
+    }
+
+    /// The key schedule.
+    pub(super) fn schedule(&self) -> &Schedule {
+        self.post.schedule()
+    }
+
+    /// What is left when somebody else protects the records.
+    pub(super) fn into_post_handshake(self) -> PostHandshake {
+        self.post
+    }
+
+    /// How many records may be sealed before [`Self::take_control`] is to be asked again; at least one.
+    pub fn until_control(&self) -> usize {
+        usize::try_from(self.rekey_at.saturating_sub(self.tx_sequence)).unwrap_or(usize::MAX).max(1)
     }
 
     /// Protects at most [`MAX_PLAINTEXT`] bytes as one application-data record, header included.
@@ -139,26 +161,39 @@ impl Records {
             return None;
         }
         let (sequence, secrets) = self.post.next_tx().ok()?;
-        let next = encrypter(self.suite.aead_alg, secrets, sequence).ok()?;
+        let next = Key::new(&secrets).ok()?;
         let record = self.seal_as(ContentType::Handshake, &message).ok()?;
         self.tx = next;
         self.tx_sequence = sequence;
+        self.updated = true;
         Some(record)
+    }
+
+    /// Protects the plaintext between [`HEADER`] bytes and [`TRAILER`] bytes of room, in place.
+    ///
+    /// More than [`MAX_PLAINTEXT`] bytes of it are refused with [`RecordError::Header`], as is less than the room.
+    pub fn seal_in_place(&mut self, record: &mut [u8]) -> Result<(), RecordError> {
+        self.protect(record, ContentType::ApplicationData)
     }
 
     /// Protects a message of any type, unchecked.
     pub(super) fn seal_as(&mut self, typ: ContentType, plaintext: &[u8]) -> Result<Vec<u8>, RecordError> {
-        if plaintext.len() > MAX_PLAINTEXT {
+        let mut record = vec![0; HEADER + plaintext.len() + TRAILER];
+        record[HEADER..HEADER + plaintext.len()].copy_from_slice(plaintext);
+        self.protect(&mut record, typ)?;
+        Ok(record)
+    }
+
+    fn protect(&mut self, record: &mut [u8], typ: ContentType) -> Result<(), RecordError> {
+        if record.len().checked_sub(HEADER + TRAILER).is_none_or(|plaintext| plaintext > MAX_PLAINTEXT) {
             return Err(RecordError::Header);
         }
         if self.tx_sequence >= self.tx_limit {
             return Err(RecordError::Exhausted);
         }
-        let message =
-            OutboundPlainMessage { typ, version: ProtocolVersion::TLSv1_3, payload: OutboundChunks::Single(plaintext) };
-        let sealed = self.tx.encrypt(message, self.tx_sequence).map_err(|_| RecordError::Exhausted)?;
+        self.tx.seal(record, typ, self.tx_sequence).map_err(|_| RecordError::Exhausted)?;
         self.tx_sequence += 1;
-        Ok(sealed.encode())
+        Ok(())
     }
 
     fn open_next(&mut self, buffer: &mut [u8]) -> Result<Option<(Opened, usize)>, RecordError> {
@@ -166,34 +201,22 @@ impl Records {
         let wire = HEADER + length;
         let Some(body) = buffer.get_mut(HEADER..wire) else { return Ok(None) };
 
-        let start = body.as_ptr().addr();
-        let message = InboundOpaqueMessage::new(ContentType::ApplicationData, ProtocolVersion::TLSv1_2, body);
-        let plain = self.rx.decrypt(message, self.rx_sequence).map_err(|e| match e {
+        let (typ, length) = self.rx.open(body, self.rx_sequence).map_err(|e| match e {
             Error::DecryptError => RecordError::Decrypt,
             Error::PeerSentOversizedRecord => RecordError::Header,
             _ => RecordError::Unexpected,
         })?;
         self.rx_sequence = self.rx_sequence.checked_add(1).ok_or(RecordError::Exhausted)?;
 
-        let opened = match self.post.record(plain.typ, plain.payload)? {
-            Received::Data => {
-                let from = HEADER
-                    + match plain.payload {
-                        [] => 0,
-                        payload => payload.as_ptr().addr().checked_sub(start).ok_or(RecordError::Decrypt)?,
-                    };
-                let range = from..from + plain.payload.len();
-                if range.end > wire {
-                    return Err(RecordError::Decrypt);
-                }
-                Opened::Data(range)
-            }
+        let opened = match self.post.record(typ, &body[..length])? {
+            Received::Data => Opened::Data(HEADER..HEADER + length),
             Received::CloseNotify => Opened::CloseNotify,
             Received::Alert(description) => Opened::Alert(description),
             Received::Control => Opened::Control,
             Received::NextKeys((sequence, secrets)) => {
-                self.rx = decrypter(self.suite.aead_alg, secrets).map_err(|_| RecordError::Exhausted)?;
+                self.rx = Key::new(&secrets).map_err(|_| RecordError::Exhausted)?;
                 self.rx_sequence = sequence;
+                self.updated = true;
                 Opened::Control
             }
         };
@@ -219,39 +242,4 @@ fn body_length(buffer: &[u8]) -> Result<Option<usize>, RecordError> {
     let &[_, _, _, high, low, ..] = buffer else { return Ok(None) };
     let length = usize::from(u16::from_be_bytes([high, low]));
     if HEADER + length > MAX_RECORD { Err(RecordError::Header) } else { Ok(Some(length)) }
-}
-
-/// aws-lc's AES-GCM for TLS refuses nonces that do not grow, and takes the first nonce it sees for that of record 0
-/// (`aead_aes_gcm_tls13_seal_scatter` in `e_aes.c`). When rustls has used this key before us (a server's tickets), the new
-/// object is shown record 0 first. What it makes of it is dropped, so no second text under that nonce is ever seen.
-fn encrypter(
-    aead: &dyn Tls13AeadAlgorithm,
-    secrets: ConnectionTrafficSecrets,
-    sequence: u64,
-) -> Result<Box<dyn MessageEncrypter>, Error> {
-    use ConnectionTrafficSecrets::{Aes128Gcm, Aes256Gcm, Chacha20Poly1305};
-    let mut encrypter = match secrets {
-        Aes128Gcm { key, iv } | Aes256Gcm { key, iv } | Chacha20Poly1305 { key, iv } => aead.encrypter(key, iv),
-        _ => return Err(Error::General("unknown cipher".into())),
-    };
-    if sequence > 0 {
-        let nothing = OutboundPlainMessage {
-            typ: ContentType::ApplicationData,
-            version: ProtocolVersion::TLSv1_3,
-            payload: OutboundChunks::Single(&[]),
-        };
-        drop(encrypter.encrypt(nothing, 0)?);
-    }
-    Ok(encrypter)
-}
-
-fn decrypter(
-    aead: &dyn Tls13AeadAlgorithm,
-    secrets: ConnectionTrafficSecrets,
-) -> Result<Box<dyn MessageDecrypter>, Error> {
-    use ConnectionTrafficSecrets::{Aes128Gcm, Aes256Gcm, Chacha20Poly1305};
-    match secrets {
-        Aes128Gcm { key, iv } | Aes256Gcm { key, iv } | Chacha20Poly1305 { key, iv } => Ok(aead.decrypter(key, iv)),
-        _ => Err(Error::General("unknown cipher".into())),
-    }
 }
