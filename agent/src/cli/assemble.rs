@@ -105,6 +105,7 @@ async fn agent(args: RunArgs) -> anyhow::Result<()> {
     mesh.replace(config.snapshot);
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(Arc::clone(&certificates).run());
+    tasks.spawn(super::memory::give_back(Arc::clone(&table)));
     reconciler.reconcile().await;
     capture.collect_garbage().await;
     tasks.spawn(Arc::clone(&reconciler).run());

@@ -6,6 +6,7 @@ pub mod cgroup;
 pub mod check;
 mod cleanup;
 mod connections;
+mod memory;
 mod output;
 mod policy;
 mod run;

@@ -335,6 +335,13 @@ impl ConnectionTable {
         (live.iter().take(limit).map(|connection| connection.info()).collect(), live.len())
     }
 
+    /// Connections opened and closed so far, a number that only grows.
+    pub fn events(&self) -> u64 {
+        let live = self.len() as u64;
+        let opened = self.next.load(Relaxed) - 1;
+        opened + opened.saturating_sub(live)
+    }
+
     /// Number of live connections.
     pub fn len(&self) -> usize {
         self.shards.iter().map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner).len()).sum()

@@ -36,7 +36,7 @@ use crate::{
 /// Tickets kept for one pair of identities; rustls keeps them in eights.
 const TICKETS_PER_PAIR: usize = 8;
 /// Tickets a server sends: one to use and one for a second connection at the same time.
-const TICKETS_SENT: usize = 2;
+pub(super) const TICKETS_SENT: u8 = 2;
 /// Pairs whose configurations are kept; beyond that they are built anew.
 const MAX_CLIENTS: usize = 4096;
 /// Local identities whose configurations are kept; more than a node has pods.
@@ -312,6 +312,6 @@ pub(super) fn server_config(
     config.enable_secret_extraction = true;
     config.max_early_data_size = 0;
     config.ticketer = ticketer;
-    config.send_tls13_tickets = TICKETS_SENT;
+    config.send_tls13_tickets = TICKETS_SENT.into();
     Ok(config)
 }

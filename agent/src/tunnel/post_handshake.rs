@@ -6,7 +6,7 @@ use rustls::{
     client::ClientConnectionData, kernel::KernelConnection, server::ServerConnectionData,
 };
 
-use super::{alert, records::RecordError};
+use super::{alert, config::TICKETS_SENT, records::RecordError};
 
 /// Consecutive records without application data that are put up with; `kMaxKeyUpdates` of other implementations.
 const MAX_QUIET_RECORDS: u8 = 32;
@@ -37,7 +37,21 @@ pub(super) enum Schedule {
 /// Keys, and the sequence number of the first record under them.
 pub(super) type NextKeys = (u64, ConnectionTrafficSecrets);
 
+/// Whose side of the handshake we were.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Client,
+    Server,
+}
+
 impl Schedule {
+    fn role(&self) -> Role {
+        match self {
+            Self::Client(_) => Role::Client,
+            Self::Server(_) => Role::Server,
+        }
+    }
+
     pub(super) fn suite(&self) -> SupportedCipherSuite {
         match self {
             Self::Client(c) => c.negotiated_cipher_suite(),
@@ -76,7 +90,12 @@ pub(super) enum Received {
 
 /// The state of one connection.
 pub(super) struct PostHandshake {
-    schedule: Schedule,
+    /// Not kept for longer than it can be of use: it is most of what an idle connection costs.
+    schedule: Option<Schedule>,
+    suite: SupportedCipherSuite,
+    role: Role,
+    /// The schedule goes behind this many more tickets.
+    last_tickets: Option<u8>,
     /// Start of a message that continues in the next record.
     partial: Vec<u8>,
     /// The peer asked for our next keys.
@@ -87,12 +106,23 @@ pub(super) struct PostHandshake {
 
 impl PostHandshake {
     pub(super) fn new(schedule: Schedule) -> Self {
-        Self { schedule, partial: Vec::new(), update_requested: false, quiet: 0 }
+        let (suite, role) = (schedule.suite(), schedule.role());
+        let schedule = Some(schedule);
+        Self { schedule, suite, role, last_tickets: None, partial: Vec::new(), update_requested: false, quiet: 0 }
     }
 
-    /// The key schedule.
-    pub(super) fn schedule(&self) -> &Schedule {
-        &self.schedule
+    /// The cipher suite.
+    pub(super) fn suite(&self) -> SupportedCipherSuite {
+        self.suite
+    }
+
+    /// Whoever protects the records cannot replace keys: the schedule is only kept until the server has sent the tickets that ours send.
+    pub(super) fn without_updates(mut self) -> Self {
+        match self.role {
+            Role::Client => self.last_tickets = Some(TICKETS_SENT),
+            Role::Server => self.schedule = None,
+        }
+        self
     }
 
     /// Whether the peer asked for our next keys.
@@ -102,7 +132,7 @@ impl PostHandshake {
 
     /// Our next keys. Nothing may be sent under the old ones but the announcement.
     pub(super) fn next_tx(&mut self) -> Result<NextKeys, Error> {
-        let next = self.schedule.next_tx()?;
+        let next = self.schedule.as_mut().ok_or_else(|| Error::General("no key schedule".into()))?.next_tx()?;
         self.update_requested = false;
         Ok(next)
     }
@@ -168,19 +198,17 @@ impl PostHandshake {
         while let [typ, a, b, c, tail @ ..] = rest {
             let typ = HandshakeType::from(*typ);
             let length = u32::from_be_bytes([0, *a, *b, *c]) as usize;
-            let allowed = match (&typ, &self.schedule) {
+            let allowed = match (&typ, self.role) {
                 (HandshakeType::KeyUpdate, _) => length == 1,
-                (HandshakeType::NewSessionTicket, Schedule::Client(_)) => 4 + length <= MAX_HANDSHAKE_MESSAGE,
+                (HandshakeType::NewSessionTicket, Role::Client) => 4 + length <= MAX_HANDSHAKE_MESSAGE,
                 _ => false,
             };
             if !allowed {
                 return Err(RecordError::Unexpected);
             }
             let Some((payload, after)) = tail.split_at_checked(length) else { break };
-            match (typ, &mut self.schedule) {
-                (HandshakeType::NewSessionTicket, Schedule::Client(c)) => {
-                    c.handle_new_session_ticket(payload).map_err(|_| RecordError::Unexpected)?;
-                }
+            match typ {
+                HandshakeType::NewSessionTicket => self.ticket(payload)?,
                 // The next byte would be under other keys, so the message has to end its record (RFC 8446, section 5.1).
                 _ if after.is_empty() => next = Some(self.peer_updates(payload[0])?),
                 _ => return Err(RecordError::Unexpected),
@@ -190,12 +218,27 @@ impl PostHandshake {
         Ok((bytes.len() - rest.len(), next))
     }
 
+    /// Keeps a ticket, unless it is one more than expected of a connection that no longer can.
+    fn ticket(&mut self, payload: &[u8]) -> Result<(), RecordError> {
+        if let Some(Schedule::Client(client)) = &mut self.schedule {
+            client.handle_new_session_ticket(payload).map_err(|_| RecordError::Unexpected)?;
+        }
+        if let Some(last) = &mut self.last_tickets {
+            *last = last.saturating_sub(1);
+            if *last == 0 {
+                self.schedule = None;
+            }
+        }
+        Ok(())
+    }
+
     fn peer_updates(&mut self, request: u8) -> Result<NextKeys, RecordError> {
         self.update_requested |= match request {
             UPDATE_NOT_REQUESTED => false,
             UPDATE_REQUESTED => true,
             _ => return Err(RecordError::Unexpected),
         };
-        self.schedule.next_rx().map_err(|_| RecordError::Exhausted)
+        let schedule = self.schedule.as_mut().ok_or(RecordError::Exhausted)?;
+        schedule.next_rx().map_err(|_| RecordError::Exhausted)
     }
 }

@@ -76,7 +76,7 @@ impl KernelTls {
         support: &Support,
         per_key: Option<u64>,
     ) -> io::Result<Self> {
-        let suite = post.schedule().suite();
+        let suite = post.suite();
         let before = tcp::accepted(socket)?;
         let first = secrets.tx.0;
         let rx = KernelKeys::new(suite, secrets.rx)?;
@@ -89,7 +89,7 @@ impl KernelTls {
         let limit = suite.tls13().map_or(0, |suite| suite.common.confidentiality_limit);
         let margin = if support.rekey { REKEY_MARGIN } else { END_MARGIN };
         Ok(Self {
-            post,
+            post: if support.rekey { post } else { post.without_updates() },
             suite,
             rekey: support.rekey,
             parameters: tx.parameters().size(),

@@ -6,7 +6,7 @@ mod protection;
 
 use std::ops::Range;
 
-use rustls::{AlertDescription, ContentType, Error, ExtractedSecrets};
+use rustls::{AlertDescription, ContentType, Error, ExtractedSecrets, SupportedCipherSuite};
 
 use self::protection::Key;
 use super::{
@@ -101,9 +101,9 @@ impl Records {
         (!self.updated).then_some((self.tx_sequence, self.rx_sequence))
     }
 
-    /// The key schedule.
-    pub(super) fn schedule(&self) -> &Schedule {
-        self.post.schedule()
+    /// The cipher suite.
+    pub(super) fn suite(&self) -> SupportedCipherSuite {
+        self.post.suite()
     }
 
     /// What is left when somebody else protects the records.

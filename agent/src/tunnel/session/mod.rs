@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use rustls::AlertDescription;
+use rustls::{AlertDescription, SupportedCipherSuite};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -23,7 +23,6 @@ use super::{
     Suite, TunnelError, alert,
     handshake::READ_CHUNK,
     ktls::{Availability, KernelTls, Support},
-    post_handshake::Schedule,
     records::RecordError,
 };
 use crate::{
@@ -128,7 +127,7 @@ impl Session {
     /// Leaves the records to the kernel from here on, if it can have them. Waits for the rest of a record that has begun to arrive: the
     /// kernel can only begin with a whole one. The caller bounds the time.
     pub async fn offload(mut self, support: &Support) -> Result<Tunnel, TunnelError> {
-        let protection = match kernel_takes(&self.stream, self.records.records.schedule(), support) {
+        let protection = match kernel_takes(&self.stream, self.records.records.suite(), support) {
             Ok(()) => {
                 let mut ended = false;
                 while !ended && !self.records.unread.is_empty() {
@@ -147,13 +146,13 @@ impl Session {
 }
 
 /// Prepares the socket for keys, or says why the kernel cannot have this connection.
-fn kernel_takes(stream: &TcpStream, schedule: &Schedule, support: &Support) -> Result<(), KtlsFallback> {
+fn kernel_takes(stream: &TcpStream, suite: SupportedCipherSuite, support: &Support) -> Result<(), KtlsFallback> {
     match support.availability {
         Availability::Ready => {}
         Availability::Missing(_) => return Err(KtlsFallback::Unavailable),
         Availability::Disabled => return Err(KtlsFallback::Disabled),
     }
-    if !Suite::of(schedule.suite().suite()).is_some_and(|suite| support.covers(suite)) {
+    if !Suite::of(suite.suite()).is_some_and(|suite| support.covers(suite)) {
         return Err(KtlsFallback::Cipher);
     }
     tls::install(stream.as_fd()).map_err(|error| {
