@@ -96,12 +96,12 @@ impl Case {
         }
     }
 
-    /// How much of it is measured when instructions are counted: a second or so of an emulated processor's time.
+    /// How much of it is measured when instructions are counted. An emulated processor needs up to half a minute for it.
     pub(super) fn amount(&self) -> u64 {
         match self.load {
-            Load::Bulk(_) => 64 << 20,
-            Load::Exchange { .. } => 4000,
-            Load::Connect(_) => 200,
+            Load::Bulk(_) => 24 << 20,
+            Load::Exchange { .. } => 1600,
+            Load::Connect(_) => 64,
             Load::Idle => 0,
         }
     }

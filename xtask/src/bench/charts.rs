@@ -36,7 +36,7 @@ struct Bar<'a> {
 }
 
 /// Names of files, and their contents.
-pub(super) fn draw(kind: &Kind, rows: &[Row]) -> Result<Vec<(String, String)>> {
+pub(super) fn draw(kind: Kind, rows: &[Row]) -> Result<Vec<(String, String)>> {
     let plain = |row: &Row| {
         let case = row.case.trim_end_matches("-cold");
         rows.iter().find(|other| other.system == "plain" && other.case == case)
@@ -49,8 +49,9 @@ pub(super) fn draw(kind: &Kind, rows: &[Row]) -> Result<Vec<(String, String)>> {
     for (name, title, bars) in
         [("rate", value, values), ("cpu", "CPU time of all programs, plain TCP = 1: less is better", costs)]
     {
-        // Counted instructions are the cost already.
-        if !bars.is_empty() && !(kind.icount && name == "cpu") {
+        // Instructions are the cost.
+        let counted_already = kind.icount && name == "cpu";
+        if !bars.is_empty() && !counted_already {
             all.push((format!("{kind}-{name}.svg"), chart(&format!("{title} ({kind})"), &bars)?));
         }
     }
@@ -132,7 +133,7 @@ mod tests {
             Row::single("bulk1", "nginx", 5.5, "Gbit/s", Some(0.55)),
             Row::single("idle10k", "nginx", 5.5, "B", None),
         ];
-        let charts = draw(&Kind { vm: None, icount: false }, &rows).unwrap();
+        let charts = draw(Kind { vm: None, icount: false }, &rows).unwrap();
         let [(name, svg)] = &charts[..] else { panic!("no costs, so one chart: {charts:?}") };
         assert_eq!(name, "host-rate.svg");
         assert!(svg.starts_with("<svg") && svg.contains("bulk1  nginx") && svg.contains("0.55"), "{svg}");

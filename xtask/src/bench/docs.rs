@@ -24,7 +24,7 @@ impl fmt::Display for Kind {
 }
 
 /// The page with new tables for a kind of run.
-pub(super) fn insert(page: &str, kind: &Kind, tables: &str) -> Result<String> {
+pub(super) fn insert(page: &str, kind: Kind, tables: &str) -> Result<String> {
     let (begin, end) = (format!("<!-- bench {kind} -->\n"), format!("<!-- end of bench {kind} -->"));
     let missing =
         || format!("docs/performance.md has no lines `{}` and `{end}` to put the tables between", begin.trim());
@@ -41,9 +41,9 @@ mod tests {
     fn tables_are_replaced_where_they_belong() {
         let kind = Kind { vm: None, icount: false };
         let page = "a\n<!-- bench host -->\nold\n<!-- end of bench host -->\nb\n";
-        let new = insert(page, &kind, "\n| new |\n").unwrap();
+        let new = insert(page, kind, "\n| new |\n").unwrap();
         assert_eq!(new, "a\n<!-- bench host -->\n\n| new |\n\n<!-- end of bench host -->\nb\n");
-        assert_eq!(insert(&new, &kind, "\n| new |\n").unwrap(), new);
-        assert!(insert("nothing", &kind, "").unwrap_err().to_string().contains("bench host"));
+        assert_eq!(insert(&new, kind, "\n| new |\n").unwrap(), new);
+        assert!(insert("nothing", kind, "").unwrap_err().to_string().contains("bench host"));
     }
 }

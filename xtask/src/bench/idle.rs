@@ -21,7 +21,7 @@ const WANTED: u64 = 10_000;
 /// Descriptors of a process that are for something else.
 const RESERVED: u64 = 2000;
 /// How long opening them all may take.
-const OPEN: Duration = Duration::from_secs(120);
+const OPEN: Duration = Duration::from_mins(2);
 /// After the end of the connections, until memory is looked at again.
 const AFTER: Duration = Duration::from_secs(10);
 

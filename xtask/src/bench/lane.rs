@@ -8,7 +8,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
 use testbed::{Agent, AgentOptions, MeshConfig, Mode, Node, Pod, Process, Testbed};
 
 use super::{
@@ -83,6 +82,7 @@ impl Lane {
         Ok(lane)
     }
 
+    #[expect(clippy::redundant_closure_for_method_calls, reason = "the method's path has one lifetime only")]
     fn start_system(&mut self, tools: &Tools) -> Result<()> {
         let kind = self.system.kind.clone();
         match kind {
@@ -172,7 +172,7 @@ impl Lane {
             let path = &status["data_path"];
             let expected = if ktls { "ktls" } else { "user" };
             ensure!(
-                *path == Value::from(expected),
+                path.as_str() == Some(expected),
                 "an agent's data path is {path}, not {expected}: {}",
                 status["ktls"]
             );

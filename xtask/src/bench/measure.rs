@@ -12,7 +12,7 @@ use super::{
 };
 
 /// What a measurement may take beside the time measured.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// How long is measured.
 #[derive(Debug, Clone, Copy)]

@@ -65,10 +65,9 @@ impl System {
         let proxy = self.is_proxy();
         match (&self.kind, case.load) {
             _ if case.cold => proxy,
-            // It has no handshake, and nothing that costs memory of its own.
-            (Kind::OwnKtls, Load::Connect(_) | Load::Idle) => false,
-            // It protects what is between nodes, and knows no connections.
-            (Kind::WireGuard, Load::Idle) => false,
+            // One has no handshake, and neither has memory of its own for a connection.
+            (Kind::OwnKtls, Load::Connect(_)) | (Kind::OwnKtls | Kind::WireGuard, Load::Idle) => false,
+            // It protects what is between nodes.
             (Kind::WireGuard, _) => !case.same_node(),
             _ => true,
         }

@@ -1,4 +1,4 @@
-//! WireGuard between the nodes, as meshes use it: one tunnel for all pods.
+//! `WireGuard` between the nodes, as meshes use it: one tunnel for all pods.
 
 use std::{fs, path::Path, time::Duration};
 

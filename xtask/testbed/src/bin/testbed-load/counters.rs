@@ -41,6 +41,9 @@ impl Counters {
         let text = fs::read_to_string("/proc/stat").context("reading /proc/stat")?;
         let ticks = sysconf(SysconfVar::CLK_TCK)?.context("the system has no clock tick")? as f64;
         let mut counters = Self::of_stat(&text, ticks).context("/proc/stat has no line `cpu` or `ctxt`")?;
+        // In nanoseconds, where root may see it; the above has hundredths of a second.
+        let timers = fs::read_to_string("/proc/timer_list").unwrap_or_default();
+        counters.idle = idle_of_timers(&timers).unwrap_or(counters.idle);
         for group in groups {
             let text = fs::read_to_string(&group.file).with_context(|| format!("reading {}", group.file.display()))?;
             let usage = usage(&text).with_context(|| format!("{} has no usage_usec", group.file.display()))?;
@@ -78,6 +81,14 @@ impl Counters {
     }
 }
 
+/// Seconds without work, added up over processors: lines `.idle_sleeptime : 123 nsecs`.
+fn idle_of_timers(text: &str) -> Option<f64> {
+    let lines = text.lines().filter_map(|line| line.trim().strip_prefix(".idle_sleeptime"));
+    let times = lines.map(|line| line.trim_start_matches([' ', ':']).split(' ').next()?.parse::<u64>().ok());
+    let all: Vec<u64> = times.collect::<Option<_>>()?;
+    (!all.is_empty()).then(|| all.iter().sum::<u64>() as f64 / 1e9)
+}
+
 /// Seconds in a cgroup's `cpu.stat`.
 fn usage(text: &str) -> Option<f64> {
     let micros: u64 = text.lines().find_map(|line| line.strip_prefix("usage_usec "))?.trim().parse().ok()?;
@@ -86,7 +97,7 @@ fn usage(text: &str) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Counters, usage};
+    use super::{Counters, idle_of_timers, usage};
 
     #[test]
     fn the_kernels_formats() {
@@ -94,6 +105,9 @@ mod tests {
         let counters = Counters::of_stat(text, 100.0).unwrap();
         assert_eq!((counters.busy, counters.idle, counters.context_switches), (4.33, 40.5, 12345));
         assert!(Counters::of_stat("cpu  1 2\nctxt 1\n", 100.0).is_none());
+        let timers =
+            "  .tick_stopped   : 0\n  .idle_sleeptime : 1500000000 nsecs\n  .idle_sleeptime : 500000000 nsecs\n";
+        assert_eq!((idle_of_timers(timers), idle_of_timers("")), (Some(2.0), None));
         assert_eq!(usage("usage_usec 1500000\nuser_usec 1\n"), Some(1.5));
         assert_eq!(usage("user_usec 1\n"), None);
     }

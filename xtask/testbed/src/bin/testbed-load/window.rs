@@ -133,11 +133,13 @@ impl Window {
         if position < self.until.load(Relaxed) {
             return;
         }
-        let reading = Counters::read(&self.options.cpu);
-        readings.push(reading.map(|counters| Reading { at: Instant::now(), count, counters }));
+        // What the reading takes is none of the measured part.
+        let before = Instant::now();
+        let counters = Counters::read(&self.options.cpu);
+        let at = if readings.is_empty() { Instant::now() } else { before };
+        readings.push(counters.map(|counters| Reading { at, count, counters }));
         let (_, measured) = lengths(&self.options);
         let (phase, until) = match readings.len() {
-            // By time, what the reading took is none of the measured part.
             1 => (Phase::Measured, self.position(count).saturating_add(measured)),
             _ => (Phase::Over, u64::MAX),
         };
