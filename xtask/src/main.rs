@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod check;
 mod demo;
 mod exec;
@@ -35,6 +36,8 @@ enum Command {
     Test(test::Options),
     /// Run the tests that talk to the kernel on other kernels, in virtual machines.
     Vm(vm::Options),
+    /// Measure what Underpass costs, beside other systems, in one run (root).
+    Bench(bench::Options),
     /// Formatting, lints, documentation links, licences and advisories.
     Check,
     /// Run the fuzz targets.
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&ui, &options),
         Command::Test(options) => test::run(&ui, &options),
         Command::Vm(options) => vm::run(&ui, &options),
+        Command::Bench(options) => bench::run(&ui, &options),
         Command::Check => check::run(&ui),
         Command::Fuzz(options) => fuzz::run(&ui, &options),
     };

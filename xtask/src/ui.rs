@@ -60,6 +60,23 @@ impl Ui {
 }
 
 impl Step {
+    /// How far it is, shown to people as a bar; logs get a line for every tenth of the way.
+    pub(crate) fn progress(&self, done: usize, of: usize, what: &str) {
+        if self.bar.is_hidden() {
+            if (done * 10 / of.max(1)) > (done.saturating_sub(1) * 10 / of.max(1)) {
+                eprintln!("    {done} of {of}: {what}");
+            }
+            return;
+        }
+        if self.bar.length() != Some(of as u64) {
+            let template = "{spinner:.cyan} {prefix} {elapsed:.dim} [{bar:30.cyan/dim}] {pos}/{len} {wide_msg:.dim}";
+            self.bar.set_style(ProgressStyle::with_template(template).expect("a valid template").progress_chars("━╸─"));
+            self.bar.set_length(of as u64);
+        }
+        self.bar.set_position(done as u64);
+        self.now(what);
+    }
+
     /// What the step is doing at the moment; shown to people only.
     pub(crate) fn now(&self, what: impl Into<String>) {
         self.bar.set_message(what.into());

@@ -11,7 +11,10 @@ use nix::sys::{
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
-use super::{RunArgs, run::KtlsMode};
+use super::{
+    RunArgs,
+    run::{KtlsMode, Resumption},
+};
 use crate::{
     admin::{
         api::{self, CertificateStatus, KtlsStatus, Status},
@@ -86,7 +89,11 @@ async fn agent(args: RunArgs) -> anyhow::Result<()> {
         tls: TlsConfigs::with_options(
             Arc::clone(&certificates),
             trust_domain,
-            &TlsOptions { records_per_key: args.records_per_key, ..TlsOptions::with_ktls(ktls.clone()) },
+            &TlsOptions {
+                records_per_key: args.records_per_key,
+                resumption: args.resumption == Resumption::On,
+                ..TlsOptions::with_ktls(ktls.clone())
+            },
         ),
         certificates: Arc::clone(&certificates),
         relay: Arc::clone(&relay),

@@ -50,6 +50,10 @@ pub struct RunArgs {
     /// then ends with a reset [default: half of what the cipher can bear, or all of it without replacement].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(16..))]
     pub records_per_key: Option<u64>,
+    /// Whether connections resume earlier TLS sessions of the same two identities; off makes each one a full handshake: slower, and
+    /// no ticket is sent or used. Policies are evaluated on every connection in either case.
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    pub resumption: Resumption,
     /// Give the pods plain traffic back on SIGTERM or SIGINT, instead of keeping capture in place (fail closed).
     #[arg(long)]
     pub cleanup_on_exit: bool,
@@ -74,6 +78,16 @@ pub enum KtlsMode {
     #[default]
     Auto,
     /// The agent.
+    Off,
+}
+
+/// `--resumption`
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Resumption {
+    /// Sessions are resumed.
+    #[default]
+    On,
+    /// Every handshake is a full one.
     Off,
 }
 

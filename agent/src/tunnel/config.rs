@@ -87,11 +87,13 @@ pub struct TlsOptions {
     /// Records that a key may protect before it is replaced, or, where it cannot be, before the connection ends. By default what its
     /// cipher can bear.
     pub records_per_key: Option<u64>,
+    /// Whether sessions are resumed. Without it every connection has a full handshake.
+    pub resumption: bool,
 }
 
 impl Default for TlsOptions {
     fn default() -> Self {
-        Self { suites: Suite::ALL.into(), ktls: Support::disabled(), records_per_key: None }
+        Self { suites: Suite::ALL.into(), ktls: Support::disabled(), records_per_key: None, resumption: true }
     }
 }
 
@@ -119,6 +121,7 @@ pub struct TlsConfigs {
     trust_domain: TrustDomain,
     ktls: Support,
     records_per_key: Option<u64>,
+    resumption: bool,
     provider: Arc<CryptoProvider>,
     clients: Cache<(SpiffeId, SpiffeId), ClientConfig>,
     servers: Cache<SpiffeId, Server>,
@@ -148,6 +151,7 @@ impl TlsConfigs {
             trust_domain,
             ktls: options.ktls.clone(),
             records_per_key: options.records_per_key,
+            resumption: options.resumption,
             provider: provider(&options.suites),
             clients: Cache::new(MAX_CLIENTS),
             servers: Cache::new(MAX_SERVERS),
@@ -159,7 +163,11 @@ impl TlsConfigs {
         self.clean();
         let svid = self.certificates.current(local)?;
         let config = self.clients.get_or_build((local.clone(), peer.clone()), &svid, |_| {
-            client_config(&svid, peer, &self.provider).map(Arc::new)
+            let mut config = client_config(&svid, peer, &self.provider)?;
+            if !self.resumption {
+                config.resumption = Resumption::disabled();
+            }
+            Ok(Arc::new(config))
         });
         built(config, local).map(|config| (config, svid))
     }
@@ -178,6 +186,9 @@ impl TlsConfigs {
             let mut config = server_config(&svid, &self.trust_domain, Arc::clone(&ticketer), &self.provider)?;
             // Where the kernel does not have every cipher, ours is the order that matters; elsewhere the client may have such a kernel.
             config.ignore_client_order = !self.ktls.suites.is_empty() && self.ktls.suites.len() < Suite::ALL.len();
+            if !self.resumption {
+                config.send_tls13_tickets = 0;
+            }
             Ok(Arc::new(Server { config: Arc::new(config), ticketer }))
         });
         built(server, local).map(|server| (Arc::clone(&server.config), svid))

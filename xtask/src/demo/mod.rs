@@ -17,6 +17,7 @@ use crate::{
 };
 use report::Report;
 use scene::Scene;
+pub(crate) use signals::clean_up_when_interrupted;
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -85,7 +86,7 @@ fn perform(ui: &Ui, options: &Options) -> Result<Report> {
         geteuid().is_root(),
         "the demo makes network namespaces and loads BPF programs: run it as root (sudo -E cargo xtask demo)"
     );
-    signals::clean_up_when_interrupted()?;
+    clean_up_when_interrupted()?;
     if !options.prepared {
         setup::ensure(ui)?;
     }

@@ -1,11 +1,11 @@
-//! An interrupted demo leaves nothing behind either.
+//! An interrupted demo or benchmark leaves nothing behind either.
 
 use anyhow::{Context, Result};
 
 /// From now on SIGINT, SIGTERM and SIGHUP remove what this process created and then end it.
 ///
 /// A handler, not a blocked mask: programs that this one starts would inherit the mask and could not be ended politely.
-pub(super) fn clean_up_when_interrupted() -> Result<()> {
+pub(crate) fn clean_up_when_interrupted() -> Result<()> {
     let clean_up = || {
         eprintln!("\ninterrupted: removing namespaces, programs and pins");
         if let Err(error) = testbed::cleanup_own() {

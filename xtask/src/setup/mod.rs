@@ -37,7 +37,7 @@ pub(crate) fn ensure(ui: &Ui) -> Result<()> {
 }
 
 fn install(ui: &Ui, way: Option<bpf::Way>) -> Result<()> {
-    let packages = packages::missing();
+    let packages = packages::missing(packages::NEEDS);
     let rustc = rustc::Rustc::running()?;
     let tools = places::bpf_tools()?;
     if packages.is_empty() && bpf::ready(&tools, &rustc, way) {
@@ -45,7 +45,7 @@ fn install(ui: &Ui, way: Option<bpf::Way>) -> Result<()> {
     }
     let _lock = lock(ui, &places::cache()?)?;
     // Someone else may have been busy with the same.
-    let packages = packages::missing();
+    let packages = packages::missing(packages::NEEDS);
     if !packages.is_empty() {
         packages::install(ui, &packages)?;
     }
@@ -53,6 +53,16 @@ fn install(ui: &Ui, way: Option<bpf::Way>) -> Result<()> {
         bpf::install(ui, &tools, &rustc, way)?;
     }
     Ok(())
+}
+
+/// Installs what benchmarks compare with. Quick and silent when all is there.
+pub(crate) fn ensure_for_bench(ui: &Ui) -> Result<()> {
+    if packages::missing(packages::BENCH).is_empty() {
+        return Ok(());
+    }
+    let _lock = lock(ui, &places::cache()?)?;
+    let packages = packages::missing(packages::BENCH);
+    if packages.is_empty() { Ok(()) } else { packages::install(ui, &packages) }
 }
 
 /// Makes sure that `cargo deny` can be run; the directory that it is in.

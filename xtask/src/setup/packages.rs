@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use nix::unistd::geteuid;
 
-use crate::{exec, places, ui::Ui};
+use crate::{bench::NGINX_STREAM, exec, places, ui::Ui};
 
 /// Something that has to be there.
 pub(super) struct Need {
@@ -22,7 +22,8 @@ pub(super) struct Need {
     why: &'static str,
 }
 
-const NEEDS: &[Need] = &[
+/// For everything.
+pub(super) const NEEDS: &[Need] = &[
     Need { file: "cc", package: "gcc", why: "linking, and C parts of the TLS library" },
     Need { file: "c++", package: "g++", why: "the fuzzer's runtime" },
     Need { file: "pkg-config", package: "pkg-config", why: "finding the libraries below" },
@@ -43,9 +44,16 @@ const NEEDS: &[Need] = &[
     Need { file: "python3", package: "python3", why: "a client with sockets of its own in tests" },
 ];
 
-/// What is not there.
-pub(super) fn missing() -> Vec<&'static Need> {
-    NEEDS.iter().filter(|need| !present(need.file)).collect()
+/// For benchmarks, besides.
+pub(super) const BENCH: &[Need] = &[
+    Need { file: NGINX_STREAM, package: "libnginx-mod-stream", why: "a pair of proxies to compare with" },
+    Need { file: "stunnel4", package: "stunnel4", why: "a pair of proxies to compare with" },
+    Need { file: "wg", package: "wireguard-tools", why: "WireGuard to compare with, in virtual machines" },
+];
+
+/// What is not there of what is needed.
+pub(super) fn missing(needs: &'static [Need]) -> Vec<&'static Need> {
+    needs.iter().filter(|need| !present(need.file)).collect()
 }
 
 fn present(file: &str) -> bool {
@@ -81,8 +89,7 @@ pub(super) fn install(ui: &Ui, needs: &[&Need]) -> Result<()> {
         install().or_else(|_| exec::quietly(Command::new("apt-get").arg("update"), step).and_then(|()| install()))
     })
     .with_context(|| format!("installing packages; `{by_hand}` shows what is wrong"))?;
-    let still = missing();
-    if let Some(need) = still.first() {
+    if let Some(need) = needs.iter().find(|need| !present(need.file)) {
         bail!("{} is still missing although {} was installed", need.file, need.package);
     }
     Ok(())

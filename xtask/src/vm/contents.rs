@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result};
 
 use super::archive::Archive;
-use crate::{exec, places};
+use crate::{bench::NGINX_STREAM, exec, places};
 
 /// Programs that tests start, by name. Add one here and it is in the machine.
 const PROGRAMS: &[&str] = &[
@@ -42,6 +42,8 @@ const PROGRAMS: &[&str] = &[
     "kmod",
     "modprobe",
 ];
+/// What benchmarks start besides, and a module of nginx.
+const BENCH: &[&str] = &["stunnel4", "wg"];
 /// Paths that the kernel, programs and tests have built in.
 const PATHS: &[&str] = &["/bin/sh", "/sbin/modprobe", "/lib", "/lib64"];
 /// Configuration and data, where it exists.
@@ -74,8 +76,9 @@ for module in list(sys.modules.values()):
         if isinstance(getattr(module, name, None), str): print(getattr(module, name))
 ";
 
-/// Puts everything into `archive`. `programs` are tests and the like, built here, whose libraries are needed too.
-pub(super) fn fill(archive: &mut Archive, programs: &[PathBuf]) -> Result<()> {
+/// Puts everything into `archive`. `programs` are tests and the like, built here, whose libraries are needed too. `bench` adds what
+/// benchmarks need.
+pub(super) fn fill(archive: &mut Archive, programs: &[PathBuf], bench: bool) -> Result<()> {
     for (path, mode) in DIRECTORIES {
         archive.directory(path, *mode);
     }
@@ -92,7 +95,10 @@ pub(super) fn fill(archive: &mut Archive, programs: &[PathBuf]) -> Result<()> {
         archive.same(Path::new(path))?;
     }
     let mut needing: BTreeSet<PathBuf> = programs.iter().cloned().collect();
-    for name in PROGRAMS {
+    if bench {
+        needing.insert(archive.same(Path::new(NGINX_STREAM))?);
+    }
+    for name in PROGRAMS.iter().chain(bench.then_some(BENCH).into_iter().flatten()) {
         let path = places::program(name).with_context(|| format!("{name} is not installed, which tests need"))?;
         needing.insert(archive.same(&path)?);
     }

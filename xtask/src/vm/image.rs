@@ -23,13 +23,37 @@ const SLOWNESS: &str = "8";
 /// Tests that run at a time. The machine has two processors, and many tests wait for a clock.
 const JOBS: usize = 3;
 
+/// How the programs under test were built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Profile {
+    /// For tests.
+    Debug,
+    /// As they are shipped, for benchmarks.
+    Release,
+}
+
+impl Profile {
+    /// cargo's directory.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Debug => "debug",
+            Self::Release => "release",
+        }
+    }
+
+    /// What cargo is told.
+    pub(super) fn argument(self) -> Option<&'static str> {
+        (self == Self::Release).then_some("--release")
+    }
+}
+
 /// Everything that `tests` need, which are parts of `programs`.
-pub(super) fn make(programs: &[PathBuf], tests: &[Test]) -> Result<Archive> {
+pub(super) fn make(profile: Profile, programs: &[PathBuf], tests: &[Test]) -> Result<Archive> {
     let mut archive = Archive::new();
-    let programs = [&own_programs()[..], programs].concat();
-    contents::fill(&mut archive, &programs)?;
+    let programs = [&own_programs(profile)[..], programs].concat();
+    contents::fill(&mut archive, &programs, profile == Profile::Release)?;
     // At the same places as here: tests know some of them from their build.
-    for (path, stripped) in strip(&programs, &places::target().join("vm"))? {
+    for (path, stripped) in strip(&programs, &places::target().join("vm").join(profile.name()))? {
         archive.copy(&path, &stripped);
         if path.file_name().is_some_and(|name| name == GUEST) {
             archive.copy("/init", &stripped);
@@ -42,26 +66,26 @@ pub(super) fn make(programs: &[PathBuf], tests: &[Test]) -> Result<Archive> {
 }
 
 /// What one machine has of its own: its plan.
-pub(super) fn plan(tests: Vec<Test>, program: Option<Program>, full: bool) -> Result<Archive> {
+pub(super) fn plan(profile: Profile, tests: Vec<Test>, program: Option<Program>, full: bool) -> Result<Archive> {
     let mut archive = Archive::new();
-    let plan = Plan { jobs: JOBS, environment: environment(full), tests, program };
+    let plan = Plan { jobs: JOBS, environment: environment(profile, full), tests, program };
     archive.text(PLAN, serde_json::to_vec(&plan).context("writing the plan as JSON")?);
     Ok(archive)
 }
 
 /// The agent, as it is in the machines.
-pub(super) fn agent() -> PathBuf {
-    let [agent, ..] = own_programs();
+pub(super) fn agent(profile: Profile) -> PathBuf {
+    let [agent, ..] = own_programs(profile);
     agent
 }
 
 /// The program under test, the testbed's, and the first process.
-fn own_programs() -> [PathBuf; 3] {
-    ["underpass", "testbed-app", GUEST].map(|name| places::target().join("debug").join(name))
+fn own_programs(profile: Profile) -> [PathBuf; 4] {
+    ["underpass", "testbed-app", GUEST, "testbed-load"].map(|name| places::target().join(profile.name()).join(name))
 }
 
-fn environment(full: bool) -> BTreeMap<String, String> {
-    let [underpass, app, _] = own_programs().map(|path| path.display().to_string());
+fn environment(profile: Profile, full: bool) -> BTreeMap<String, String> {
+    let [underpass, app, ..] = own_programs(profile).map(|path| path.display().to_string());
     let mut all: BTreeMap<String, String> = [
         ("PATH", PROGRAMS),
         ("HOME", "/root"),

@@ -21,6 +21,16 @@ const BOOT: Duration = Duration::from_mins(3);
 /// Lines of the console shown when something went wrong.
 const CONSOLE_LINES: usize = 80;
 
+/// What a machine computes with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Processors {
+    /// Two, on threads of their own.
+    Parallel,
+    /// One whose clock advances by a nanosecond with every instruction, and to the next timer when there is nothing to do. What it
+    /// runs takes the same time whatever else happens on the host.
+    Counting,
+}
+
 /// What a machine does next, or what happens to it.
 pub(super) enum Event {
     /// A line on the report channel.
@@ -44,13 +54,14 @@ impl Machine {
     pub(super) fn start(
         qemu: &Qemu,
         kernel: &Kernel,
+        processors: Processors,
         initramfs: &Path,
         directory: &Path,
         (sender, events): (Sender<Event>, Receiver<Event>),
     ) -> Result<Self> {
         let console = directory.join("console");
         let mut command = qemu.command();
-        machine(&mut command, kernel, initramfs, &console);
+        machine(&mut command, kernel, processors, initramfs, &console);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut child = command.spawn().context("starting QEMU through setpriv (package util-linux)")?;
         let reports = child.stdout.take().expect("piped");
@@ -120,9 +131,16 @@ impl Drop for Machine {
     }
 }
 
-fn machine(command: &mut Command, kernel: &Kernel, initramfs: &Path, console: &Path) {
+fn machine(command: &mut Command, kernel: &Kernel, processors: Processors, initramfs: &Path, console: &Path) {
     // Translated code, on every processor there is; `max` has the instructions that kernel crypto wants.
-    command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", MEMORY]);
+    match processors {
+        Processors::Parallel => command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"]),
+        // Without `erms` and `fsrm`, whose single instruction copies any number of bytes.
+        Processors::Counting => command
+            .args(["-icount", "shift=0,sleep=off", "-accel", "tcg,thread=single", "-smp", "1"])
+            .args(["-cpu", "max,erms=off,fsrm=off"]),
+    };
+    command.args(["-m", MEMORY]);
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-nic", "none", "-no-reboot"]);
     command.arg("-serial").arg(format!("file:{}", console.display())).args(["-serial", "stdio"]);
     command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initramfs).arg("-append").arg(

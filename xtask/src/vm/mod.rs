@@ -25,8 +25,10 @@ use crate::{
     exec, places, setup,
     ui::{Step, Ui},
 };
+use image::Profile;
 use kernels::Kernel;
 pub(crate) use kernels::Series;
+pub(crate) use machine::Processors;
 use qemu::Qemu;
 use run::Run;
 use store::Store;
@@ -34,6 +36,8 @@ pub(crate) use suites::NEED_KTLS;
 
 /// Seconds that a program other than a test may take.
 const PROGRAM_LIMIT: u64 = 1500;
+/// The same for benchmarks.
+const BENCH_LIMIT: u64 = 7000;
 
 #[derive(clap::Args, Default)]
 pub(crate) struct Options {
@@ -83,7 +87,7 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
 pub(crate) fn run_all(ui: &Ui, options: &Options) -> Result<Totals> {
     supported()?;
     let programs = ui.step("building the tests for virtual machines", |step| {
-        build_programs(step)?;
+        build_programs(Profile::Debug, step)?;
         suites::build(&mut cargo("test"), step)
     })?;
     let tests = suites::tests(&programs, options.filter.as_deref(), options.full)?;
@@ -105,14 +109,36 @@ pub(crate) fn run_all(ui: &Ui, options: &Options) -> Result<Totals> {
 /// Runs this program with other arguments, of which the last one is the agent's path, on a kernel. What it prints is given to `with`, with whether
 /// it was on standard error.
 pub(crate) fn run_this(ui: &Ui, series: Series, arguments: &[&str], with: impl FnMut(&str, bool)) -> Result<()> {
+    let arguments: Vec<_> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+    run_as(ui, series, (Profile::Debug, Processors::Parallel, PROGRAM_LIMIT), &arguments, with)
+}
+
+/// The same for benchmarks: with programs as they are shipped.
+pub(crate) fn run_bench(
+    ui: &Ui,
+    series: Series,
+    processors: Processors,
+    arguments: &[String],
+    with: impl FnMut(&str, bool),
+) -> Result<()> {
+    run_as(ui, series, (Profile::Release, processors, BENCH_LIMIT), arguments, with)
+}
+
+fn run_as(
+    ui: &Ui,
+    series: Series,
+    (profile, processors, limit): (Profile, Processors, u64),
+    arguments: &[String],
+    with: impl FnMut(&str, bool),
+) -> Result<()> {
     supported()?;
-    ui.step("building what runs in the virtual machine", build_programs)?;
+    ui.step("building what runs in the virtual machine", |step| build_programs(profile, step))?;
     let (qemu, kernels) = fetch(ui, &[series], false)?;
     let kernel = kernels.first().context("one was asked for")?;
     let path = env::current_exe().context("finding this program")?;
-    let agent = image::agent().display().to_string();
-    let arguments = arguments.iter().map(|argument| (*argument).to_owned()).chain([agent]).collect();
-    run::program(ui, &qemu, kernel, Program { path, arguments, limit: PROGRAM_LIMIT }, with)
+    let agent = image::agent(profile).display().to_string();
+    let arguments = arguments.iter().cloned().chain([agent]).collect();
+    run::program(ui, &qemu, kernel, profile, processors, Program { path, arguments, limit }, with)
 }
 
 fn supported() -> Result<()> {
@@ -124,9 +150,9 @@ fn supported() -> Result<()> {
     Ok(())
 }
 
-fn build_programs(step: &Step) -> Result<()> {
+fn build_programs(profile: Profile, step: &Step) -> Result<()> {
     let packages = ["underpass", "testbed", image::GUEST].into_iter().flat_map(|name| ["--package", name]);
-    exec::quietly(cargo("build").args(packages).arg("--bins"), step)
+    exec::quietly(cargo("build").args(profile.argument()).args(packages).arg("--bins"), step)
 }
 
 /// What is needed from the network, if it is not there.

@@ -16,9 +16,10 @@ use tempfile::TempDir;
 use vm_guest::{Program, Report, Test};
 
 use super::{
-    Options, image,
+    Options,
+    image::{self, Profile},
     kernels::Kernel,
-    machine::{Event, Machine},
+    machine::{Event, Machine, Processors},
     outcome::Outcome,
     qemu::Qemu,
     suites,
@@ -27,7 +28,7 @@ use crate::ui::Ui;
 
 /// A machine that says nothing for so long hangs: tests have a limit of their own, which the machine enforces.
 const SILENCE: Duration = Duration::from_mins(12);
-/// How long a machine may run, in general and with `--full`.
+/// How long a machine may run, in general, and with `--full` or for benchmarks.
 const LIMIT: [Duration; 2] = [Duration::from_mins(40), Duration::from_hours(4)];
 
 /// Everything that does not depend on the kernel.
@@ -54,7 +55,9 @@ impl<'a> Run<'a> {
         let interrupt = Interrupt::prepare()?;
         let directory = tempfile::Builder::new().prefix("underpass-vm-").tempdir().context("creating a directory")?;
         let system = directory.path().join("system.cpio");
-        ui.step("making the virtual machines' file system", |_| image::make(programs, tests)?.write(&system))?;
+        ui.step("making the virtual machines' file system", |_| {
+            image::make(Profile::Debug, programs, tests)?.write(&system)
+        })?;
         Ok(Self { ui, options, qemu, tests, directory, system, interrupt })
     }
 
@@ -63,13 +66,20 @@ impl<'a> Run<'a> {
         let tests = suites::for_kernel(self.tests, kernel.series);
         let left_out = self.tests.len() - tests.len();
         let (plan, initramfs) = (self.directory.path().join("plan.cpio"), self.directory.path().join("initramfs"));
-        image::plan(tests.clone(), None, self.options.full)?.write(&plan)?;
+        image::plan(Profile::Debug, tests.clone(), None, self.options.full)?.write(&plan)?;
         concatenate(&[&kernel.modules, &self.system, &plan], &initramfs)?;
         let (sender, events) = channel();
         self.interrupt.send_to(sender.clone());
         let without = if left_out == 0 { String::new() } else { format!(", without {left_out} that need tcx") };
         self.ui.say(&format!("Starting Linux {} for {} tests{without}", kernel.version, tests.len()));
-        let machine = Machine::start(self.qemu, kernel, &initramfs, self.directory.path(), (sender, events))?;
+        let machine = Machine::start(
+            self.qemu,
+            kernel,
+            Processors::Parallel,
+            &initramfs,
+            self.directory.path(),
+            (sender, events),
+        )?;
         let mut outcome = Outcome::new(kernel.series.to_string(), tests);
         let result = machine.follow(SILENCE, LIMIT[usize::from(self.options.full)], |report| {
             if let Report::Ready { kernel, uptime, lsm } = &report {
@@ -103,6 +113,8 @@ pub(super) fn program(
     ui: &Ui,
     qemu: &Qemu,
     kernel: &Kernel,
+    profile: Profile,
+    processors: Processors,
     program: Program,
     mut with: impl FnMut(&str, bool),
 ) -> Result<()> {
@@ -111,16 +123,17 @@ pub(super) fn program(
     let file = |name: &str| directory.path().join(name);
     let (system, plan, initramfs) = (file("system.cpio"), file("plan.cpio"), file("initramfs"));
     ui.step("making the virtual machine's file system", |_| {
-        image::make(std::slice::from_ref(&program.path), &[])?.write(&system)?;
-        image::plan(Vec::new(), Some(program), false)?.write(&plan)?;
+        image::make(profile, std::slice::from_ref(&program.path), &[])?.write(&system)?;
+        image::plan(profile, Vec::new(), Some(program), false)?.write(&plan)?;
         concatenate(&[&kernel.modules, &system, &plan], &initramfs)
     })?;
     let (sender, events) = channel();
     interrupt.send_to(sender.clone());
     ui.say(&format!("Starting Linux {}", kernel.version));
-    let machine = Machine::start(qemu, kernel, &initramfs, directory.path(), (sender, events))?;
+    let machine = Machine::start(qemu, kernel, processors, &initramfs, directory.path(), (sender, events))?;
     let mut outcome = None;
-    let result = machine.follow(SILENCE, LIMIT[0], |report| match report {
+    let limit = LIMIT[usize::from(profile == Profile::Release)];
+    let result = machine.follow(SILENCE, limit, |report| match report {
         Report::Said { line, aside } => with(&line, aside),
         Report::Finished { failure } => outcome = Some(failure),
         _ => {}

@@ -177,6 +177,23 @@ async fn how_a_tunnel_ends_is_told_apart() {
 }
 
 #[tokio::test]
+async fn without_resumption_on_either_side_every_handshake_is_a_full_one() {
+    let ca = TestCa::new("root");
+    for (at_client, at_server) in [(false, false), (true, false), (false, true)] {
+        let options = |resumption| TlsOptions { resumption, ..TlsOptions::default() };
+        let client = Party::with_options(&ca.svid(&identity("client")), &options(at_client)).await;
+        let server = Party::with_options(&ca.svid(&identity("server")), &options(at_server)).await;
+        for _ in 0..3 {
+            let (mut a, mut b) = established(&client, &server).await;
+            assert!(!a.info.resumed && !b.info.resumed, "client {at_client}, server {at_server}");
+            // Tickets would come with the first data.
+            deliver(&mut b, &mut a, b"x").await;
+            deliver(&mut a, &mut b, b"x").await;
+        }
+    }
+}
+
+#[tokio::test]
 async fn sessions_are_resumed_until_the_roots_change() {
     let (ca, client, server) = two_parties().await;
     let resumed = async || {
