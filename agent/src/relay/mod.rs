@@ -16,6 +16,7 @@ mod pipe;
 mod settling;
 mod slot;
 mod socket;
+mod splicer;
 mod stall;
 mod table;
 #[cfg(test)]

@@ -11,12 +11,12 @@ use nix::{
 };
 
 /// Capacity, bytes. The kernel counts it in pages, and a record takes up to [`PAGES_PER_RECORD`] of them.
-const CAPACITY: libc::c_int = 256 * 1024;
+pub(super) const CAPACITY: usize = 256 * 1024;
 /// Pages that a record of 16 KiB fills when it begins in the middle of one; some are made of smaller pieces.
-const PAGES_PER_RECORD: libc::c_int = 8;
-const PAGE: libc::c_int = 4096;
+const PAGES_PER_RECORD: usize = 8;
+const PAGE: usize = 4096;
 /// Records that surely fit. Kernels before 6.1.190 and 6.12.113 may lose bytes when a pipe is full, so it never is.
-pub(super) const RECORDS: usize = (CAPACITY / PAGE / PAGES_PER_RECORD) as usize;
+pub(super) const RECORDS: usize = CAPACITY / PAGE / PAGES_PER_RECORD;
 /// Idle pipes that a thread keeps.
 const KEPT: usize = 16;
 
@@ -31,7 +31,7 @@ pub(super) struct Pipe {
 impl Pipe {
     fn new() -> io::Result<Self> {
         let (read, write) = pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)?;
-        fcntl(&write, FcntlArg::F_SETPIPE_SZ(CAPACITY))?;
+        fcntl(&write, FcntlArg::F_SETPIPE_SZ(const { CAPACITY as libc::c_int }))?;
         Ok(Self { read, write, held: 0 })
     }
 

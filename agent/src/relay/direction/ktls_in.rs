@@ -11,8 +11,9 @@ use super::{Fault, Phase, Step};
 use crate::{
     relay::{
         buffers::{Held, Scratch},
-        pipe::{Pipe, RECORDS},
+        pipe::RECORDS,
         socket::Side,
+        splicer::{Filled, Splicer},
     },
     sys::tls::Incoming,
     tunnel::{
@@ -23,19 +24,11 @@ use crate::{
 
 /// Receives spent on looking for an alert in a tunnel that no longer takes anything.
 const LAST_READS: usize = 8;
-/// A receive of this much starts splicing, bytes: more than two records were waiting.
-const BULK: usize = 3 * MAX_PLAINTEXT;
-/// So many rounds of less than a full record end it.
-const PATIENCE: u8 = 4;
-
 /// The direction from the tunnel.
 pub(in crate::relay) struct KtlsIn {
     phase: Phase,
     held: Held,
-    /// Has bytes while the application does not take them.
-    pipe: Option<Pipe>,
-    /// Rounds of splicing left without a full record; 0 is receiving.
-    bulk: u8,
+    splicer: Splicer,
     /// The socket has failed. The kernel tells so before it hands out what had arrived by then, which may explain it or be all there was to come.
     lost: Option<io::Error>,
 }
@@ -44,12 +37,12 @@ impl KtlsIn {
     /// Starts with plaintext that came with the hand-over, and with the peer's end if that did too.
     pub(in crate::relay) fn new(plaintext: Vec<u8>, ended: bool) -> Self {
         let phase = if ended { Phase::Ending } else { Phase::Open };
-        Self { phase, held: Held::from(plaintext), pipe: None, bulk: 0, lost: None }
+        Self { phase, held: Held::from(plaintext), splicer: Splicer::default(), lost: None }
     }
 
     /// Bytes held back.
     pub(in crate::relay) fn held(&self) -> usize {
-        self.held.len() + self.pipe.as_ref().map_or(0, |pipe| pipe.held)
+        self.held.len() + self.splicer.held()
     }
 
     /// Whether the peer's authenticated end was read.
@@ -65,7 +58,9 @@ impl KtlsIn {
         tls: &mut KernelTls,
         scratch: &mut Scratch,
     ) -> Result<Step, Fault> {
-        if !self.held.flush(application).map_err(Fault::Write)? || !self.drain(application, scratch)? {
+        if !self.held.flush(application).map_err(Fault::Write)?
+            || !self.splicer.drain(application, &mut scratch.pipes).map_err(Fault::Write)?
+        {
             return Ok(Step::Blocked);
         }
         match self.phase {
@@ -73,7 +68,7 @@ impl KtlsIn {
             Phase::Ending => return self.finish(application),
             Phase::Done => return Ok(Step::Done),
         }
-        if self.bulk > 0
+        if self.splicer.is_due()
             && let Some(step) = self.splice(tunnel, application, tls, scratch)?
         {
             return Ok(step);
@@ -92,9 +87,7 @@ impl KtlsIn {
         let Some((event, length)) = self.next(tunnel, tls, &mut scratch.bytes)? else { return Ok(Step::Blocked) };
         match event {
             Event::Data => {
-                if length >= BULK {
-                    self.bulk = PATIENCE;
-                }
+                self.splicer.received(length);
                 self.held = Held::after_writing(&scratch.bytes[..length], application).map_err(Fault::Write)?;
                 Ok(Step::Moved(length))
             }
@@ -115,52 +108,25 @@ impl KtlsIn {
         tls: &mut KernelTls,
         scratch: &mut Scratch,
     ) -> Result<Option<Step>, Fault> {
-        let Some(mut pipe) = scratch.pipes.take() else { return Ok(None) };
-        let mut other = false;
         // A connection holds no more than a buffer.
         let records = RECORDS.min(scratch.bytes.len() / MAX_PLAINTEXT);
-        for _ in 0..records {
-            match tunnel.splice_into(pipe.write_end(), MAX_PLAINTEXT) {
-                Ok(0) => break,
-                Ok(length) => pipe.held += length,
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                    other = true;
-                    break;
-                }
-                Err(error) => {
-                    self.lost = Some(error);
-                    other = true;
-                    break;
-                }
-            }
+        let Some(Filled { moved, stopped }) = self.splicer.fill(tunnel, &mut scratch.pipes, records, MAX_PLAINTEXT)
+        else {
+            return Ok(None);
+        };
+        let other = stopped.is_some();
+        if let Some(error) = stopped.filter(|error| error.raw_os_error() != Some(libc::EINVAL)) {
+            self.lost = Some(error);
         }
-        let moved = pipe.held;
-        self.bulk = if moved >= MAX_PLAINTEXT { PATIENCE } else { self.bulk - 1 };
         if moved > 0 {
             tls.received_data();
         }
-        self.pipe = Some(pipe);
-        self.drain(application, scratch)?;
+        self.splicer.drain(application, &mut scratch.pipes).map_err(Fault::Write)?;
         Ok(match (moved, other) {
             (0, true) => None,
             (0, false) => Some(Step::Blocked),
             _ => Some(Step::Moved(moved)),
         })
-    }
-
-    /// Empties the pipe; `true` when it is, and has been given back.
-    fn drain(&mut self, application: &mut Side, scratch: &mut Scratch) -> Result<bool, Fault> {
-        let Some(mut pipe) = self.pipe.take() else { return Ok(true) };
-        while pipe.held > 0 {
-            let taken = application.splice_from(pipe.read_end(), pipe.held).map_err(Fault::Write)?;
-            if taken == 0 {
-                self.pipe = Some(pipe);
-                return Ok(false);
-            }
-            pipe.held -= taken;
-        }
-        scratch.pipes.put(pipe);
-        Ok(true)
     }
 
     /// Looks for the alert with which the peer explained why it no longer takes anything. Data on the way is dropped: the connection
