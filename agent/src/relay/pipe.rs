@@ -31,7 +31,7 @@ pub(super) struct Pipe {
 impl Pipe {
     fn new() -> io::Result<Self> {
         let (read, write) = pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)?;
-        fcntl(&write, FcntlArg::F_SETPIPE_SZ(const { CAPACITY as libc::c_int }))?;
+        fcntl(&write, FcntlArg::F_SETPIPE_SZ(i32::try_from(CAPACITY).map_err(io::Error::other)?))?;
         Ok(Self { read, write, held: 0 })
     }
 

@@ -26,7 +26,7 @@ use tokio::sync::watch;
 use super::{
     ALPN_NATIVE,
     ktls::Support,
-    verify::{Accepted, ClientVerifier, ServerVerifier},
+    verify::{Accepted, ClientVerifier, Leaves, ServerVerifier},
 };
 use crate::{
     identity::{CertificateStore, Svid},
@@ -35,8 +35,9 @@ use crate::{
 
 /// Tickets kept for one pair of identities; rustls keeps them in eights.
 const TICKETS_PER_PAIR: usize = 8;
-/// Tickets a server sends: one to use and one for a second connection at the same time.
-pub(super) const TICKETS_SENT: u8 = 2;
+/// Tickets a server sends. Every connection uses one and brings one; as many as are shaking hands at the same time come into being by themselves,
+/// because whoever finds none gets one by a full handshake. Each one more would cost a connection some 3 % of its instructions.
+pub(super) const TICKETS_SENT: u8 = 1;
 /// Pairs whose configurations are kept; beyond that they are built anew.
 const MAX_CLIENTS: usize = 4096;
 /// Local identities whose configurations are kept; more than a node has pods.
@@ -125,6 +126,7 @@ pub struct TlsConfigs {
     provider: Arc<CryptoProvider>,
     clients: Cache<(SpiffeId, SpiffeId), ClientConfig>,
     servers: Cache<SpiffeId, Server>,
+    leaves: Leaves,
 }
 
 struct Server {
@@ -155,6 +157,7 @@ impl TlsConfigs {
             provider: provider(&options.suites),
             clients: Cache::new(MAX_CLIENTS),
             servers: Cache::new(MAX_SERVERS),
+            leaves: Leaves::default(),
         })
     }
 
@@ -197,6 +200,11 @@ impl TlsConfigs {
     /// Whose clients are accepted.
     pub(super) fn trust_domain(&self) -> &TrustDomain {
         &self.trust_domain
+    }
+
+    /// Peers' leaves.
+    pub(super) fn leaves(&self) -> &Leaves {
+        &self.leaves
     }
 
     /// What the kernel can do.

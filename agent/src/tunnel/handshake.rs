@@ -17,7 +17,7 @@ use super::{
     config::peer_name,
     driver::{Driver, DriverError, Step, Unbuffered},
     session::drain,
-    verify::{Accepted, IdentityRefusal, refusal},
+    verify::{Accepted, IdentityRefusal, Leaves, refusal},
 };
 use crate::{mesh::SpiffeId, telemetry::RefusalReason};
 
@@ -119,7 +119,7 @@ async fn finish<C: Unbuffered>(
 ) -> Result<Session, TunnelError> {
     let unsent = std::mem::take(&mut driver.outgoing);
     let facts = Facts::of(driver.connection.common());
-    let judged = judge(driver.connection.common(), accepted);
+    let judged = judge(driver.connection.common(), accepted, configs.leaves());
     let (secrets, schedule, unread) = driver.into_keys().map_err(|e| refusal(&e))?;
     let Facts { cipher, key_exchange, resumed } = facts;
     let info = |peer| SessionInfo { local: local.clone(), peer, cipher, key_exchange, resumed };
@@ -144,7 +144,11 @@ pub(super) async fn read_more(stream: &mut TcpStream, buffer: &mut Vec<u8>, most
 }
 
 /// The peer's identity, or the alert that it gets.
-pub(super) fn judge(common: &CommonState, accepted: &Accepted) -> Result<SpiffeId, (AlertDescription, TunnelError)> {
+pub(super) fn judge(
+    common: &CommonState,
+    accepted: &Accepted,
+    leaves: &Leaves,
+) -> Result<SpiffeId, (AlertDescription, TunnelError)> {
     if common.alpn_protocol() != Some(ALPN_NATIVE) {
         let offered = common.alpn_protocol().map_or("none".into(), |p| String::from_utf8_lossy(p).into_owned());
         let detail = format!("peer's application protocol is {offered}, not underpass/1; is it an Underpass agent?");
@@ -154,7 +158,7 @@ pub(super) fn judge(common: &CommonState, accepted: &Accepted) -> Result<SpiffeI
         ));
     }
     let leaf = match common.peer_certificates() {
-        Some([leaf, ..]) => accepted.check(leaf),
+        Some([leaf, ..]) => leaves.parse(leaf).and_then(|leaf| accepted.check_parsed(leaf)),
         _ => Err(IdentityRefusal::Invalid("none was presented".into())),
     };
     let leaf = leaf.and_then(|l| {

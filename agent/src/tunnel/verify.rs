@@ -1,6 +1,9 @@
 //! SPIFFE verification of both sides: webpki checks the chain, this module who it is.
 
-use std::sync::Arc;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore, SignatureScheme,
@@ -66,7 +69,11 @@ pub(super) enum Accepted {
 impl Accepted {
     /// Checks the leaf's identity.
     pub(super) fn check(&self, leaf: &CertificateDer<'_>) -> Result<Leaf, IdentityRefusal> {
-        let leaf = Leaf::parse(leaf).map_err(IdentityRefusal::Invalid)?;
+        self.check_parsed(Leaf::parse(leaf).map_err(IdentityRefusal::Invalid)?)
+    }
+
+    /// Checks the identity of a leaf that has been parsed.
+    pub(super) fn check_parsed(&self, leaf: Leaf) -> Result<Leaf, IdentityRefusal> {
         let peer = &leaf.identity;
         let domain = match self {
             Self::Exactly(id) => id.trust_domain(),
@@ -81,6 +88,31 @@ impl Accepted {
             }
             _ => Ok(leaf),
         }
+    }
+}
+
+/// Leaves parsed before: a resumed session brings the same certificate each time.
+#[derive(Default)]
+pub(super) struct Leaves {
+    parsed: Mutex<HashMap<Box<[u8]>, Leaf>>,
+}
+
+impl Leaves {
+    /// Leaves kept, some 2 KiB each; more than the pods that talk to one node at a time.
+    const MOST: usize = 1024;
+
+    /// [`Leaf::parse`], once for each certificate.
+    pub(super) fn parse(&self, der: &CertificateDer<'_>) -> Result<Leaf, IdentityRefusal> {
+        let mut parsed = self.parsed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(leaf) = parsed.get(der.as_ref()) {
+            return Ok(leaf.clone());
+        }
+        let leaf = Leaf::parse(der).map_err(IdentityRefusal::Invalid)?;
+        if parsed.len() >= Self::MOST {
+            parsed.clear();
+        }
+        parsed.insert(der.as_ref().into(), leaf.clone());
+        Ok(leaf)
     }
 }
 
