@@ -8,7 +8,9 @@ mod exec;
 mod fuzz;
 mod places;
 mod setup;
+mod signals;
 mod test;
+mod torture;
 mod ui;
 mod vm;
 
@@ -35,6 +37,8 @@ enum Command {
     Test(test::Options),
     /// Run the tests that talk to the kernel on other kernels, in virtual machines.
     Vm(vm::Options),
+    /// Try to make the agents lose, repeat or reorder bytes, or end connections otherwise than plain TCP does (root).
+    Torture(torture::Options),
     /// Formatting, lints, documentation links, licences and advisories.
     Check,
     /// Run the fuzz targets.
@@ -48,6 +52,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&ui, &options),
         Command::Test(options) => test::run(&ui, &options),
         Command::Vm(options) => vm::run(&ui, &options),
+        Command::Torture(options) => torture::run(&ui, &options),
         Command::Check => check::run(&ui),
         Command::Fuzz(options) => fuzz::run(&ui, &options),
     };

@@ -2,7 +2,6 @@
 
 mod report;
 mod scene;
-mod signals;
 
 use std::{path::PathBuf, process::Command};
 
@@ -11,7 +10,7 @@ use nix::unistd::geteuid;
 use testbed::Testbed;
 
 use crate::{
-    exec, places, setup,
+    exec, places, setup, signals,
     ui::Ui,
     vm::{self, Series},
 };

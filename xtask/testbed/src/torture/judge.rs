@@ -79,7 +79,7 @@ pub fn judge(plan: &Plan, side: Side, outcome: &Outcome, least: u64) -> Result<(
         ReadEnd::End if *received != peer.total => {
             Err(format!("a clean end after {received} of {} bytes", peer.total))
         }
-        ReadEnd::End if peer.half_close.is_none() && !matches!(peer.last, Some((Act::Close, _))) => {
+        ReadEnd::End if !peer.ends() => {
             Err(format!("a clean end after {received} bytes, but the other end only resets"))
         }
         ReadEnd::Stopped if own.last.is_none() => Err("it stopped by itself".to_owned()),

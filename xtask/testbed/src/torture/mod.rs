@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 pub use bytes::{Mismatch, Source, Verifier};
 pub use judge::{Outcome, ReadEnd, judge};
-pub use plan::{Act, Buffers, Header, Plan, Reads, Scenario, Side, SidePlan, Trigger, Writes};
+pub use plan::{Act, Buffers, Header, Plan, Reads, Scenario, Side, SidePlan, Trigger, Writes, mix};
 
 /// What one end of many connections saw, as `testbed-app torture` prints it in its last line.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]

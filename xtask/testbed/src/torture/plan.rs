@@ -89,6 +89,13 @@ pub struct SidePlan {
     pub last: Option<(Act, Trigger)>,
 }
 
+impl SidePlan {
+    /// Whether the other end can see a clean end of what this one sends.
+    pub fn ends(&self) -> bool {
+        self.half_close.is_some() || matches!(self.last, Some((Act::Close, _)))
+    }
+}
+
 /// Sizes of writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Writes {
@@ -203,7 +210,7 @@ impl Header {
 }
 
 /// One number out of several, each bit of which depends on every bit of them (the finalizer of splitmix64).
-pub(super) fn mix(values: &[u64]) -> u64 {
+pub fn mix(values: &[u64]) -> u64 {
     values.iter().fold(0x9e37_79b9_7f4a_7c15, |state, value| {
         let mut z = (state ^ value).wrapping_add(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

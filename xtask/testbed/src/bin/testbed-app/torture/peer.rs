@@ -144,9 +144,10 @@ impl Peer<'_> {
             let count = match from.read(&mut buffer).await {
                 Ok(0) => {
                     self.seen.send_modify(|seen| {
-                        // A reset that writing has met is an end for reading.
-                        let complete = seen.received == self.plan.side(self.side.other()).total;
-                        let error = seen.write_error.clone().filter(|_| !complete);
+                        // A reset that writing has met is an end for reading: the kernel tells it once.
+                        let other = self.plan.side(self.side.other());
+                        let clean = other.ends() && seen.received == other.total;
+                        let error = seen.write_error.clone().filter(|_| !clean);
                         seen.read_end = Some(error.map_or(ReadEnd::End, ReadEnd::Error));
                     });
                     return Ok(());
