@@ -1,18 +1,16 @@
 //! What is done in each scenario.
 
 use std::{
+    os::unix::process::ExitStatusExt,
     path::PathBuf,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::{
-    sys::{
-        resource::{Resource, getrlimit},
-        signal::Signal,
-    },
+use nix::sys::{
+    resource::{Resource, getrlimit},
+    signal::Signal,
 };
-use std::os::unix::process::ExitStatusExt;
 use testbed::{
     Impairment, Process,
     pace::scaled,
@@ -62,7 +60,9 @@ impl Run {
     /// Runs one scenario; `Ok(false)` when this machine cannot.
     pub(super) fn scenario(&self, ui: &Ui, scenario: Scenario) -> Result<bool> {
         if scenario == Scenario::Memory && self.agent.is_some() && !Pressure::possible(self.machine) {
-            ui.say("memory     left out: this kernel can limit TCP's memory for the whole machine only (run it with --vm)");
+            ui.say(
+                "memory     left out: this kernel can limit TCP's memory for the whole machine only (run it with --vm)",
+            );
             return Ok(false);
         }
         let start = Instant::now();
@@ -86,7 +86,7 @@ impl Run {
     }
 
     fn scene(&self, scenario: Scenario) -> Result<(Scene, Vec<String>)> {
-        let mut setup = Setup::default();
+        let mut setup = Setup { small_packets: scenario.has_small_buffers(), ..Setup::default() };
         match scenario {
             Scenario::Tiny => setup.sysctls = TINY,
             Scenario::Wire => setup.impairment = Some(BAD_WIRE),
@@ -108,7 +108,11 @@ impl Run {
     fn check_data_path(&self, scene: &mut Scene, scenario: Scenario) -> Result<()> {
         if self.machine && scene.kernel_tls()?.is_some() {
             let (kernel, user) = scene.tunnels()?;
-            ensure!(kernel > user, "{}: the kernel protected {kernel} tunnels, the agents {user}", report::name(scenario));
+            ensure!(
+                kernel > user,
+                "{}: the kernel protected {kernel} tunnels, the agents {user}",
+                report::name(scenario)
+            );
         }
         Ok(())
     }

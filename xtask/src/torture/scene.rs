@@ -26,6 +26,8 @@ pub(super) struct Setup {
     pub(super) arguments: Vec<String>,
     /// Kernel parameters in both pods.
     pub(super) sysctls: &'static [(&'static str, &'static str)],
+    /// Packets on `lo` in both pods are as small as on other interfaces.
+    pub(super) small_packets: bool,
     /// The wire is bad.
     pub(super) impairment: Option<Impairment>,
     /// The agents' sockets get little memory.
@@ -51,14 +53,16 @@ impl Scene {
         let (client, server) = (bed.node("a").pod("client")?, bed.node("b").pod("server")?);
         for pod in [&client, &server] {
             pod.namespace().sysctl(setup.sysctls)?;
+            if setup.small_packets {
+                pod.namespace().ip("link set lo mtu 1500\n")?;
+            }
         }
         let wire = setup.impairment.map(|impairment| bed.impair(impairment, seed)).transpose()?;
         let mut mesh = MeshConfig::new(bed.dir().join("ca"));
         mesh.mode = Mode::Strict;
         mesh.enroll(&client);
         mesh.enroll(&server);
-        let mut scene =
-            Self { agents: Vec::new(), wire, pressure: None, client, server, bed, descriptors: Vec::new() };
+        let mut scene = Self { agents: Vec::new(), wire, pressure: None, client, server, bed, descriptors: Vec::new() };
         if let Some(binary) = agent {
             for name in ["a", "b"] {
                 let node = scene.bed.node(name);
@@ -114,13 +118,18 @@ impl Scene {
     /// The agents still run, complained of no defect, and have forgotten every connection.
     pub(super) fn settle(&self) -> Result<()> {
         for (agent, before) in self.agents.iter().zip(&self.descriptors) {
-            agent.wait_connections(FORGET, <[Value]>::is_empty).context("connections that are over stay in the table")?;
+            agent
+                .wait_connections(FORGET, <[Value]>::is_empty)
+                .context("connections that are over stay in the table")?;
             let log = agent.log();
             if let Some(line) = log.lines().find(|line| line.contains("panicked")) {
                 bail!("an agent panicked: {line}");
             }
             let now = descriptors(agent)?;
-            ensure!(now < before + KEPT_DESCRIPTORS, "an agent had {before} descriptors at its start and has {now} now");
+            ensure!(
+                now < before + KEPT_DESCRIPTORS,
+                "an agent had {before} descriptors at its start and has {now} now"
+            );
         }
         Ok(())
     }
@@ -145,7 +154,7 @@ impl Scene {
     /// The last lines of the agents' logs.
     pub(super) fn logs(&self) -> String {
         /// Lines of each.
-        const LINES: usize = 15;
+        const LINES: usize = 6;
         self.agents.iter().zip(["a", "b"]).fold(String::from("the agents' logs end with:"), |all, (agent, name)| {
             let log = agent.log();
             let lines: Vec<_> = log.lines().collect();

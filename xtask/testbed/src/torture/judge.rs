@@ -68,17 +68,14 @@ pub fn judge(plan: &Plan, side: Side, outcome: &Outcome, least: u64) -> Result<(
         }
     }
     match read_end {
-        ReadEnd::Open => Err(format!(
-            "it hangs, after {received} of {} bytes received and {sent} of {} sent",
-            peer.total, own.total
-        )),
+        ReadEnd::Open => {
+            Err(format!("it hangs, after {received} of {} bytes received and {sent} of {} sent", peer.total, own.total))
+        }
         ReadEnd::End if plan.endless && *received < least => {
             Err(format!("a clean end after {received} bytes, but the other end had sent {least} before it was killed"))
         }
         ReadEnd::End if plan.endless => Ok(()),
-        ReadEnd::End if *received != peer.total => {
-            Err(format!("a clean end after {received} of {} bytes", peer.total))
-        }
+        ReadEnd::End if *received != peer.total => Err(format!("a clean end after {received} of {} bytes", peer.total)),
         ReadEnd::End if !peer.ends() => {
             Err(format!("a clean end after {received} bytes, but the other end only resets"))
         }

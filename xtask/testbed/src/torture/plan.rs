@@ -34,6 +34,14 @@ pub enum Scenario {
     Kill,
 }
 
+impl Scenario {
+    /// Whether ends have small socket buffers. On an interface with packets larger than those, such as `lo`, Linux moves but a few
+    /// kilobytes per second then, on plain TCP too.
+    pub fn has_small_buffers(self) -> bool {
+        !matches!(self, Self::Stalled | Self::LongStall | Self::Memory | Self::Idle)
+    }
+}
+
 /// An end of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]

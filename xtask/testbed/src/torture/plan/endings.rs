@@ -46,10 +46,7 @@ impl Leave {
     }
 
     fn needs_data(self) -> bool {
-        matches!(
-            self,
-            Self::ResetWhileReceiving | Self::HalfCloseThenResetWhileReceiving | Self::CloseWhileReceiving
-        )
+        matches!(self, Self::ResetWhileReceiving | Self::HalfCloseThenResetWhileReceiving | Self::CloseWhileReceiving)
     }
 
     /// Half-close and last act; the other end sends `coming` bytes.

@@ -102,7 +102,7 @@ fn buffers(scenario: Scenario, rng: &mut StdRng) -> Buffers {
     let mut one = || match scenario {
         // Less than the kernel's least, which it then takes.
         Scenario::Tiny => Some(1),
-        Scenario::Idle => None,
+        _ if !scenario.has_small_buffers() => None,
         _ => *[None, None, None, Some(1), Some(20_000), Some(200_000)].choose(rng).expect("not empty"),
     };
     Buffers { send: one(), receive: one() }

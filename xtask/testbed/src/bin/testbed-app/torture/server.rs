@@ -39,8 +39,7 @@ impl Serve {
         let context = Arc::new(Context::new(&self.common)?);
         let listener = listen(self.listen)?;
         print(&json!({ "listening": listener.local_addr()? }));
-        let mut input =
-            tokio::task::spawn_blocking(|| std::io::copy(&mut std::io::stdin(), &mut std::io::sink()));
+        let mut input = tokio::task::spawn_blocking(|| std::io::copy(&mut std::io::stdin(), &mut std::io::sink()));
         let (mut tasks, mut report) = (JoinSet::new(), Report::default());
         loop {
             tokio::select! {
