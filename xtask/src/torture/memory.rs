@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 /// Memory for the sockets of one agent, bytes. A connection with full buffers can take several times as much.
-const LIMIT: u64 = 2 << 20;
+const LIMIT: u64 = 6 << 20;
 /// Where control groups of version 1 count memory, which can limit that of TCP alone.
 const MEMORY_V1: &str = "/sys/fs/cgroup/memory";
 const LIMIT_V1: &str = "memory.kmem.tcp.limit_in_bytes";

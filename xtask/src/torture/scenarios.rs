@@ -86,7 +86,9 @@ impl Run {
     }
 
     fn scene(&self, scenario: Scenario) -> Result<(Scene, Vec<String>)> {
-        let mut setup = Setup { small_packets: scenario.has_small_buffers(), ..Setup::default() };
+        // The busy ones among the idle have small buffers.
+        let small_packets = scenario.has_small_buffers() || scenario == Scenario::Idle;
+        let mut setup = Setup { small_packets, ..Setup::default() };
         match scenario {
             Scenario::Tiny => setup.sysctls = TINY,
             Scenario::Wire => setup.impairment = Some(BAD_WIRE),

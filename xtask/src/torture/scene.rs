@@ -1,6 +1,6 @@
 //! Two nodes with an agent each, a pod on each, and processes in them that are the ends of connections.
 
-use std::{fs, path::Path, time::Duration};
+use std::{fmt::Write as _, fs, path::Path, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -9,6 +9,7 @@ use testbed::{
 };
 
 use super::memory::Pressure;
+use crate::places;
 
 /// Where servers listen; a second one is for servers that are killed.
 pub(super) const PORT: u16 = 9000;
@@ -151,16 +152,21 @@ impl Scene {
         })
     }
 
-    /// The last lines of the agents' logs.
+    /// Keeps the agents' logs, and tells where and what they say of connections that ended badly.
     pub(super) fn logs(&self) -> String {
         /// Lines of each.
         const LINES: usize = 6;
-        self.agents.iter().zip(["a", "b"]).fold(String::from("the agents' logs end with:"), |all, (agent, name)| {
-            let log = agent.log();
-            let lines: Vec<_> = log.lines().collect();
+        let directory = places::target().join("torture");
+        let mut text = String::new();
+        for (agent, name) in self.agents.iter().zip(["a", "b"]) {
+            let (path, log) = (directory.join(format!("agent-{name}.log")), agent.log());
+            let kept = fs::create_dir_all(&directory).and_then(|()| fs::write(&path, &log));
+            let place = kept.map_or_else(|error| format!("not kept: {error}"), |()| path.display().to_string());
+            let lines: Vec<_> = log.lines().filter(|line| !line.contains("reason=\"finished\"")).collect();
             let last = lines[lines.len().saturating_sub(LINES)..].join("\n    ");
-            format!("{all}\n  node {name}:\n    {last}")
-        })
+            let _ = write!(text, "\n  log of node {name}'s agent ({place}), without clean ends:\n    {last}");
+        }
+        text
     }
 }
 

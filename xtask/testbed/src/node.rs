@@ -186,7 +186,7 @@ pub(crate) fn lead_through(a: &Node, b: &Node, middle: &Namespace) -> Result<()>
             "link add wire type veth peer name {name} netns {}\nlink set wire gso_max_segs 1\n",
             middle.name()
         ))?;
-        middle.ip(&format!("link set {name} up\n"))?;
+        middle.ip(&format!("link set dev {name} up\n"))?;
     }
     address(a, b)
 }
