@@ -157,11 +157,8 @@ impl Run {
         let mut words = self.words(Scenario::Mixed);
         words.extend(["--idle".into(), idle.to_string(), "--count".into(), busy.to_string()]);
         words.extend(["--concurrency".into(), busy.to_string()]);
-        // A thousand at once share two processors.
-        let limits = ["--limit".to_owned(), millis_as_seconds(Duration::from_secs(150))];
-        words.extend(limits.clone());
         let time = Duration::from_secs(400);
-        let server = scene.serve(PORT, &limits)?;
+        let server = scene.serve(PORT, &[])?;
         let client = scene.report(scene.drive(PORT, &words)?, time)?;
         let mut remarks = vec![format!("{idle} idle beside {busy} busy")];
         if [idle, busy] != CROWD {
@@ -218,9 +215,4 @@ fn killed(scene: &Scene, process: Process) -> Result<()> {
         bail!("an application that was to be killed ended with {status}:\n{}", process.text(testbed::Stream::Stdout));
     }
     Ok(())
-}
-
-/// A limit for programs that measure time by themselves.
-fn millis_as_seconds(time: Duration) -> String {
-    testbed::pace::patience(time).as_secs().to_string()
 }

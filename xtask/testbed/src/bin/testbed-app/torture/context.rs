@@ -26,7 +26,7 @@ pub(super) struct Common {
     /// A file that both ends share: each notes what it has sent, so that the other knows it after a kill.
     #[arg(long, value_name = "FILE")]
     progress: Option<PathBuf>,
-    /// How long a connection may take, beside the pauses of its plan, seconds.
+    /// How long nothing may happen on a connection, beside the pauses of its plan, seconds.
     #[arg(long, default_value_t = patience(Duration::from_secs(40)).as_secs())]
     limit: u64,
 }
@@ -36,7 +36,7 @@ pub(super) struct Context {
     die_after: u64,
     moved: AtomicU64,
     progress: Option<File>,
-    /// How long a connection may take, beside the pauses of its plan.
+    /// How long nothing may happen on a connection, beside the pauses of its plan.
     pub(super) limit: Duration,
     /// Whether idle connections may go on.
     pub(super) released: watch::Sender<bool>,

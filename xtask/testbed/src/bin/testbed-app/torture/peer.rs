@@ -1,6 +1,6 @@
 //! One end of one connection.
 
-use std::{future::pending, io, sync::Mutex};
+use std::{future::pending, io, sync::Mutex, time::Duration};
 
 use anyhow::{Context as _, Result};
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -13,7 +13,7 @@ use tokio::{
         tcp::{ReadHalf, WriteHalf},
     },
     sync::{OwnedSemaphorePermit, watch},
-    time::{Instant, sleep, timeout},
+    time::{sleep, timeout},
 };
 
 use super::context::Context;
@@ -57,7 +57,6 @@ pub(super) async fn run(
 ) -> Result<Outcome> {
     let own = plan.side(side);
     let peer = Peer { plan, side, own, context, seen: watch::Sender::default(), place: Mutex::new(place) };
-    let start = Instant::now();
     let limit = context.limit + plan.pauses();
     let (mut read, mut write) = stream.split();
     let stopped = tokio::select! {
@@ -68,8 +67,7 @@ pub(super) async fn run(
             result?;
             false
         }
-        // An idle connection's time begins when it may go on.
-        () = peer.time_up(start, limit) => false,
+        () = peer.time_up(limit) => false,
     };
     let seen = peer.seen.borrow();
     if matches!(own.last, Some((Act::Reset, _))) || seen.read_end.is_none() && !stopped {
@@ -123,14 +121,14 @@ impl Peer<'_> {
         self.until(|seen| seen.wrong.is_some() || matches!(seen.read_end, Some(ReadEnd::Error(_)))).await;
     }
 
-    async fn time_up(&self, start: Instant, limit: std::time::Duration) {
-        let idles = self.plan.sides.iter().any(|side| matches!(side.hold, Some((_, Trigger::Released))));
-        if idles {
+    /// When nothing has happened for `limit`: slow is not stuck.
+    async fn time_up(&self, limit: Duration) {
+        // An idle connection's time begins when it may go on.
+        if self.plan.sides.iter().any(|side| matches!(side.hold, Some((_, Trigger::Released)))) {
             let _ = self.context.released.subscribe().wait_for(|released| *released).await;
-            sleep(limit).await;
-        } else {
-            tokio::time::sleep_until(start + limit).await;
         }
+        let mut seen = self.seen.subscribe();
+        while timeout(limit, seen.changed()).await.is_ok() {}
     }
 
     async fn read(&self, from: &mut ReadHalf<'_>) -> Result<()> {
