@@ -55,7 +55,7 @@ pub(super) fn line(scenario: Scenario, reports: &[Report; 2], remarks: &[String]
 }
 
 fn size(bytes: u64) -> String {
-    format!("{:.1} MB", bytes as f64 / 1e6)
+    format!("{}.{} MB", bytes / 1_000_000, bytes / 100_000 % 10)
 }
 
 /// Every failure with what is needed to see it again.

@@ -34,6 +34,8 @@ const RECORDS_PER_KEY: &str = "16";
 const CROWD: [u64; 2] = [10_000, 1_000];
 /// Descriptors that an agent needs for something else than connections.
 const OTHER_DESCRIPTORS: u64 = 1000;
+/// How long nothing may happen on a connection whose agents have too little memory.
+const STARVED: Duration = Duration::from_secs(150);
 /// Connections of an application that is killed.
 const DYING: u64 = 4;
 /// Most bytes that it moves until then.
@@ -124,7 +126,8 @@ impl Run {
         let mut words = self.words(scenario);
         let mut time = self.time;
         let concurrency = match scenario {
-            Scenario::Stalled => 100,
+            // Small buffers are slow, not busy.
+            Scenario::Stalled | Scenario::Endings => 100,
             Scenario::LongStall => 16,
             Scenario::Tiny | Scenario::Wire => 64,
             _ => 32,
@@ -135,14 +138,20 @@ impl Run {
             (Some(number), _) => words.extend(["--first".into(), number.to_string(), "--count".into(), "1".into()]),
             (None, Scenario::Endings) => {
                 words.extend(["--count".into(), Plan::endings().to_string()]);
-                time += Duration::from_secs(60);
+                time += Duration::from_mins(1);
                 remarks.push(format!("all {} orders", Plan::endings()));
             }
             // Each takes more than half a minute, so there is one round.
             (None, Scenario::LongStall) => words.extend(["--count".into(), concurrency.to_string()]),
             (None, _) => words.extend(["--millis".into(), millis(self.time)]),
         }
-        let server = scene.serve(PORT, &[])?;
+        // A segment for which there is no memory is lost, and repeated after twice as long each time.
+        let mut limit = Vec::new();
+        if scenario == Scenario::Memory {
+            limit = vec!["--limit".to_owned(), STARVED.as_secs().to_string()];
+            words.extend(limit.clone());
+        }
+        let server = scene.serve(PORT, &limit)?;
         let client = scene.report(scene.drive(PORT, &words)?, time)?;
         Ok(([client, scene.report(server, time)?], remarks))
     }
@@ -183,19 +192,19 @@ impl Run {
             let first = rounds * DYING;
             // As many of each order of magnitude.
             let drawn = mix(&[self.seed, rounds]);
-            let bytes = (1 + drawn % LAST_BYTES) >> (drawn >> 32) % 24;
+            let bytes = (1 + drawn % LAST_BYTES) >> ((drawn >> 32) % 24);
             let dying: Vec<String> =
                 shared.iter().cloned().chain(["--die-after".into(), bytes.max(1).to_string()]).collect();
             let mut words = self.words(Scenario::Kill);
             words.extend(["--first".into(), first.to_string(), "--count".into(), DYING.to_string()]);
             if rounds % 2 == 0 {
                 words.extend(dying);
-                killed(scene, scene.drive(PORT, &words)?)?;
+                killed(scene, &scene.drive(PORT, &words)?)?;
             } else {
                 let victim = scene.serve(PORT + 1, &dying)?;
                 words.extend(shared.clone());
                 survivors.merge(scene.report(scene.drive(PORT + 1, &words)?, Duration::ZERO)?);
-                killed(scene, victim)?;
+                killed(scene, &victim)?;
             }
             rounds += 1;
         }
@@ -209,8 +218,8 @@ impl Run {
 }
 
 /// Waits until an application has killed itself.
-fn killed(scene: &Scene, process: Process) -> Result<()> {
-    let status = process.wait(Duration::from_secs(60)).with_context(|| scene.logs())?;
+fn killed(scene: &Scene, process: &Process) -> Result<()> {
+    let status = process.wait(Duration::from_mins(1)).with_context(|| scene.logs())?;
     if status.signal() != Some(Signal::SIGKILL as i32) {
         bail!("an application that was to be killed ended with {status}:\n{}", process.text(testbed::Stream::Stdout));
     }

@@ -14,7 +14,7 @@ use crate::places;
 /// Where servers listen; a second one is for servers that are killed.
 pub(super) const PORT: u16 = 9000;
 /// How long all ends of connections may take until they have reported, beyond the time for which connections are made.
-const REPORT: Duration = Duration::from_secs(300);
+const REPORT: Duration = Duration::from_mins(5);
 /// How long the agents may take to forget connections that are over.
 const FORGET: Duration = Duration::from_secs(40);
 /// Descriptors that an agent may have more after a scenario than before: pipes that its threads keep, clients of its socket.

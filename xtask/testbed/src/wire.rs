@@ -260,7 +260,7 @@ mod tests {
 
     #[test]
     fn checksums_of_both_families_are_made() {
-        let builders = [
+        let builders = vec![
             PacketBuilder::ethernet2([1; 6], [2; 6]).ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64),
             PacketBuilder::ethernet2([1; 6], [2; 6]).ipv6([1; 16], [2; 16], 64),
         ];

@@ -79,6 +79,9 @@ pub fn judge(plan: &Plan, side: Side, outcome: &Outcome, least: u64) -> Result<(
         ReadEnd::End if !peer.ends() => {
             Err(format!("a clean end after {received} bytes, but the other end only resets"))
         }
+        ReadEnd::End if own.last.is_none() && write_error.is_none() && *sent != own.total => {
+            Err(format!("it gave up after {sent} of {} bytes sent", own.total))
+        }
         ReadEnd::Stopped if own.last.is_none() => Err("it stopped by itself".to_owned()),
         ReadEnd::End | ReadEnd::Error(_) | ReadEnd::Stopped => Ok(()),
     }
@@ -134,6 +137,8 @@ mod tests {
         assert_eq!(client(&plan(), &wrong).unwrap_err(), "byte 3 is wrong");
         assert!(client(&plan(), &ended(20, ReadEnd::Open)).unwrap_err().starts_with("it hangs"));
         assert!(client(&plan(), &ended(20, ReadEnd::Stopped)).is_err());
+        let early = Outcome { sent: 9, ..ended(20, ReadEnd::End) };
+        assert!(client(&plan(), &early).unwrap_err().contains("9 of 10 bytes sent"));
     }
 
     #[test]

@@ -145,7 +145,7 @@ fn connect(
 
 async fn open(address: SocketAddr, plan: &Plan, context: &Context) -> Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).context("opening a socket")?;
-    peer::set_buffers(SockRef::from(&socket), plan.side(Side::Client).buffers).context("setting buffers")?;
+    peer::set_buffers(&SockRef::from(&socket), plan.side(Side::Client).buffers).context("setting buffers")?;
     socket.set_nonblocking(true)?;
     let connecting = TcpSocket::from_std_stream(socket.into()).connect(address);
     let mut stream = peer::within(context, connecting).await?;

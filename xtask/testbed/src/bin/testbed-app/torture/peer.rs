@@ -30,6 +30,19 @@ struct Seen {
     wrong: Option<String>,
 }
 
+/// Why an end does no more.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Over {
+    /// Everything was sent, and the other's end has come.
+    Complete,
+    /// The last act of its plan.
+    Left,
+    /// An error, or a wrong byte.
+    Broken,
+    /// Nothing happened for too long.
+    Stuck,
+}
+
 /// One end, with what its two directions share.
 struct Peer<'a> {
     plan: &'a Plan,
@@ -42,7 +55,7 @@ struct Peer<'a> {
 }
 
 /// Sets the sizes of a socket's buffers.
-pub(super) fn set_buffers(socket: SockRef<'_>, buffers: Buffers) -> io::Result<()> {
+pub(super) fn set_buffers(socket: &SockRef<'_>, buffers: Buffers) -> io::Result<()> {
     buffers.send.map_or(Ok(()), |size| socket.set_send_buffer_size(size))?;
     buffers.receive.map_or(Ok(()), |size| socket.set_recv_buffer_size(size))
 }
@@ -59,21 +72,26 @@ pub(super) async fn run(
     let peer = Peer { plan, side, own, context, seen: watch::Sender::default(), place: Mutex::new(place) };
     let limit = context.limit + plan.pauses();
     let (mut read, mut write) = stream.split();
-    let stopped = tokio::select! {
+    let over = tokio::select! {
         biased;
-        () = peer.last() => true,
-        () = peer.broken() => false,
+        () = peer.last() => Over::Left,
+        () = peer.broken() => Over::Broken,
         result = async { tokio::try_join!(peer.read(&mut read), peer.write(&mut write)) } => {
             result?;
-            false
+            Over::Complete
         }
-        () = peer.time_up(limit) => false,
+        () = peer.time_up(limit) => Over::Stuck,
     };
     let seen = peer.seen.borrow();
-    if matches!(own.last, Some((Act::Reset, _))) || seen.read_end.is_none() && !stopped {
+    // One that is stuck must not look complete to the other end.
+    if over == Over::Stuck || matches!(own.last, Some((Act::Reset, _))) {
         reset_on_close(&stream)?;
     }
-    let read_end = seen.read_end.clone().unwrap_or(if stopped { ReadEnd::Stopped } else { ReadEnd::Open });
+    let read_end = match (over, &seen.read_end) {
+        (Over::Stuck, _) => ReadEnd::Open,
+        (Over::Left, None) => ReadEnd::Stopped,
+        (_, end) => end.clone().unwrap_or_default(),
+    };
     Ok(Outcome {
         sent: seen.sent,
         received: seen.received,

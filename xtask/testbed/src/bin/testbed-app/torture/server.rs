@@ -85,7 +85,7 @@ async fn serve(mut stream: TcpStream, context: &Context) -> Result<Over> {
         Err(error) => return Ok(Over::Failed(format!("{error:#}"))),
     };
     // A connection may be reset by now, which its reader will tell.
-    let _ = peer::set_buffers(SockRef::from(&stream), plan.side(Side::Server).buffers);
+    let _ = peer::set_buffers(&SockRef::from(&stream), plan.side(Side::Server).buffers);
     let outcome = peer::run(stream, &plan, Side::Server, context, None).await?;
     let least = context.known_sent(plan.number, Side::Client)?;
     Ok(Over::Judged(Box::new(plan), outcome, least))
