@@ -9,7 +9,9 @@ mod exec;
 mod fuzz;
 mod places;
 mod setup;
+mod signals;
 mod test;
+mod torture;
 mod ui;
 mod vm;
 
@@ -38,6 +40,8 @@ enum Command {
     Vm(vm::Options),
     /// Measure what Underpass costs, beside other systems, in one run (root).
     Bench(bench::Options),
+    /// Try to make the agents lose, repeat or reorder bytes, or end connections otherwise than plain TCP does (root).
+    Torture(torture::Options),
     /// Formatting, lints, documentation links, licences and advisories.
     Check,
     /// Run the fuzz targets.
@@ -52,6 +56,7 @@ fn main() -> ExitCode {
         Command::Test(options) => test::run(&ui, &options),
         Command::Vm(options) => vm::run(&ui, &options),
         Command::Bench(options) => bench::run(&ui, &options),
+        Command::Torture(options) => torture::run(&ui, &options),
         Command::Check => check::run(&ui),
         Command::Fuzz(options) => fuzz::run(&ui, &options),
     };

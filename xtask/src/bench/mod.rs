@@ -34,8 +34,7 @@ use nix::{
 use testbed::Testbed;
 
 use crate::{
-    demo::clean_up_when_interrupted,
-    exec, places, setup,
+    exec, places, setup, signals,
     ui::{Step, Ui},
     vm::Series,
 };
@@ -153,7 +152,7 @@ fn perform(ui: &Ui, options: &Options) -> Result<Vec<Row>> {
         geteuid().is_root(),
         "benchmarks make network namespaces and load BPF programs: run them as root (sudo -E cargo xtask bench)"
     );
-    clean_up_when_interrupted()?;
+    signals::clean_up_when_interrupted()?;
     let (_, descriptors) = getrlimit(Resource::RLIMIT_NOFILE).context("reading the limit of open files")?;
     // Whatever is started inherits it.
     setrlimit(Resource::RLIMIT_NOFILE, descriptors, descriptors).context("raising the limit of open files")?;

@@ -2,7 +2,6 @@
 
 mod report;
 mod scene;
-mod signals;
 
 use std::{path::PathBuf, process::Command};
 
@@ -11,13 +10,12 @@ use nix::unistd::geteuid;
 use testbed::Testbed;
 
 use crate::{
-    exec, places, setup,
+    exec, places, setup, signals,
     ui::Ui,
     vm::{self, Series},
 };
 use report::Report;
 use scene::Scene;
-pub(crate) use signals::clean_up_when_interrupted;
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -86,7 +84,7 @@ fn perform(ui: &Ui, options: &Options) -> Result<Report> {
         geteuid().is_root(),
         "the demo makes network namespaces and loads BPF programs: run it as root (sudo -E cargo xtask demo)"
     );
-    clean_up_when_interrupted()?;
+    signals::clean_up_when_interrupted()?;
     if !options.prepared {
         setup::ensure(ui)?;
     }

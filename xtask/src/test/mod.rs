@@ -1,4 +1,4 @@
-//! `cargo xtask test`: every test, a short run of every fuzz target, and tests on other kernels; one closing line.
+//! `cargo xtask test`: every test, a short run of every fuzz target and of every torture, and tests on other kernels; one closing line.
 
 mod tally;
 
@@ -9,7 +9,7 @@ use nix::unistd::geteuid;
 use testbed::Testbed;
 
 use crate::{
-    exec, fuzz, places, setup,
+    exec, fuzz, places, setup, torture,
     ui::Ui,
     vm::{self, NEED_KTLS},
 };
@@ -31,7 +31,7 @@ pub(crate) struct Options {
     /// Do not run tests on other kernels in virtual machines.
     #[arg(long)]
     no_vm: bool,
-    /// Only tests whose name contains this; nothing is fuzzed then, and no virtual machine started.
+    /// Only tests whose name contains this; nothing is fuzzed or tortured then, and no virtual machine started.
     filter: Option<String>,
 }
 
@@ -64,6 +64,11 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
         let outcome = fuzz::run_all(ui, None, FUZZ[usize::from(options.full)])?;
         total.passed += outcome.passed;
         total.failed += outcome.failed.len();
+    }
+    if options.filter.is_none() {
+        let outcome = torture::short(ui)?;
+        total.passed += outcome.passed;
+        total.failed += outcome.failed;
     }
     if options.filter.is_none() {
         if options.no_vm {

@@ -29,6 +29,8 @@ mod process;
 mod programs;
 mod sniffer;
 mod state;
+pub mod torture;
+mod wire;
 
 use std::path::PathBuf;
 
@@ -43,6 +45,7 @@ pub use process::{Output, Process, Stream};
 pub use programs::{Iperf, Nginx, Redis};
 pub use sniffer::{Capture, Sniffer, SnifferOptions};
 pub use state::{AppliedCleanup, cleanup_own};
+pub use wire::{BadWire, Impairment};
 
 use state::Shared;
 

@@ -173,6 +173,26 @@ impl Node {
 /// Lays the wire between two nodes and routes each one's addresses to it.
 pub(crate) fn join(a: &Node, b: &Node) -> Result<()> {
     a.namespace().ip(&format!("link add wire type veth peer name wire netns {}\n", b.namespace().name()))?;
+    address(a, b)
+}
+
+/// Takes the wire away and lays one that ends in `middle`, at the interfaces `a` and `b`; what carries packets between these is not made
+/// here. No packet on it is more than one segment.
+pub(crate) fn lead_through(a: &Node, b: &Node, middle: &Namespace) -> Result<()> {
+    a.namespace().ip("link delete wire\n")?;
+    for node in [a, b] {
+        let name = node.name();
+        node.namespace().ip(&format!(
+            "link add wire type veth peer name {name} netns {}\nlink set wire gso_max_segs 1\n",
+            middle.name()
+        ))?;
+        middle.ip(&format!("link set dev {name} up\n"))?;
+    }
+    address(a, b)
+}
+
+/// Gives both ends of the wire their addresses and routes.
+fn address(a: &Node, b: &Node) -> Result<()> {
     for node in [a, b] {
         let index = node.index();
         node.namespace().ip(&format!(

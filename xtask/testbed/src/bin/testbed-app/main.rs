@@ -10,6 +10,7 @@ mod many;
 mod server;
 mod sockets;
 mod stream;
+mod torture;
 mod udp;
 
 use std::{net::SocketAddr, process::ExitCode, time::Duration};
@@ -58,6 +59,9 @@ enum Command {
     },
     /// Send a UDP datagram and wait for the answer.
     Udp(sockets::Target),
+    /// Be one end of connections that do what a seed says, and judge what comes of them.
+    #[command(subcommand)]
+    Torture(torture::Command),
 }
 
 fn main() -> ExitCode {
@@ -101,6 +105,7 @@ fn run(command: Command) -> Result<Value> {
             Command::Parallel(command) => command.target.within(command.run()).await,
             Command::Hold(command) => command.run().await,
             Command::Udp(target) => target.within(udp::ask(&target)).await,
+            Command::Torture(command) => torture::run(command).await,
         }
     })
 }

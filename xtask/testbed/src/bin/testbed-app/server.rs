@@ -72,7 +72,7 @@ impl Serve {
     }
 }
 
-fn listen(address: SocketAddr) -> Result<TcpListener> {
+pub(crate) fn listen(address: SocketAddr) -> Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).context("opening a socket")?;
     if address.is_ipv6() {
         socket.set_only_v6(false).context("making the socket dual-stack")?;

@@ -1,4 +1,4 @@
-//! An interrupted demo or benchmark leaves nothing behind either.
+//! A command that is interrupted leaves nothing behind either.
 
 use anyhow::{Context, Result};
 
