@@ -77,6 +77,11 @@ impl Step {
         self.now(what);
     }
 
+    /// A line of information that stays.
+    pub(crate) fn note(&self, line: &str) {
+        self.bar.suspend(|| eprintln!("{line}"));
+    }
+
     /// What the step is doing at the moment; shown to people only.
     pub(crate) fn now(&self, what: impl Into<String>) {
         self.bar.set_message(what.into());

@@ -24,10 +24,13 @@ const APPLICATION: u16 = 7000;
 const TUNNEL: u16 = 7443;
 /// Where proxies beside the client listen, on the loopback interface; one for each way.
 const ENTRANCES: [u16; 2] = [7100, 7101];
-/// Kernel parameters of every pod and node, the same for all systems: new connections must not run out of ports. Ports of the agent, of the
-/// proxies and of the application are below the range.
-pub(super) const SYSCTLS: [(&str, &str); 2] =
-    [("net.ipv4.ip_local_port_range", "16384 65535"), ("net.ipv4.tcp_tw_reuse", "1")];
+/// Kernel parameters of every pod and node, the same for all systems: new connections must not run out of ports, nor begin with what earlier ones
+/// learnt about the network. Ports of the agent, of the proxies and of the application are below the range.
+pub(super) const SYSCTLS: [(&str, &str); 3] = [
+    ("net.ipv4.ip_local_port_range", "16384 65535"),
+    ("net.ipv4.tcp_tw_reuse", "1"),
+    ("net.ipv4.tcp_no_metrics_save", "1"),
+];
 const START: Duration = Duration::from_secs(20);
 
 /// Programs and numbers that all lanes share.

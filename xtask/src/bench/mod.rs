@@ -278,7 +278,13 @@ fn measure_all(
         for (index, (case, lane)) in plan.iter().enumerate() {
             let name = format!("round {} of {rounds}: {}, {}", round + 1, case.name, lane.system.name);
             step.progress(round * plan.len() + index, rounds * plan.len(), &name);
-            all[index].push(measure::measure(lane, case, length, tools.processors).context(name)?);
+            let measure = || measure::measure(lane, case, length, tools.processors);
+            // On a machine that does something else, half a second may pass without an answer. Twice in a row is a fault.
+            let sample = measure().or_else(|error| {
+                step.note(&format!("    measured again: {name}: {error:#}"));
+                measure()
+            });
+            all[index].push(sample.context(name)?);
         }
     }
     let plain =

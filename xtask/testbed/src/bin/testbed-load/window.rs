@@ -24,7 +24,7 @@ pub(crate) struct Options {
     /// Seconds before.
     #[arg(long, value_name = "SECONDS", default_value_t = 0.3, value_parser = seconds)]
     warm_up: f64,
-    /// Measure so many (bytes or answers) instead of a time; before, an eighth of it is not measured.
+    /// Measure so many (bytes or answers) instead of a time; before, half of it is not measured.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     amount: Option<u64>,
     /// Tell the processor time of a cgroup under this name; several of one name are added up.
@@ -177,7 +177,7 @@ impl Window {
 /// Positions from the start to the measured part, and from there to its end.
 fn lengths(options: &Options) -> (u64, u64) {
     let time = |seconds: f64| nanos(Duration::from_secs_f64(seconds));
-    options.amount.map_or_else(|| (time(options.warm_up), time(options.time)), |amount| (amount.div_ceil(8), amount))
+    options.amount.map_or_else(|| (time(options.warm_up), time(options.time)), |amount| (amount.div_ceil(2), amount))
 }
 
 fn nanos(duration: Duration) -> u64 {
@@ -191,7 +191,7 @@ mod tests {
     #[test]
     fn an_amount_is_measured_behind_a_warm_up() {
         let window = Window::new(&Options { time: 0.0, warm_up: 0.0, amount: Some(80), cpu: Vec::new() });
-        assert_eq!(window.advance(9), Phase::WarmUp);
+        assert_eq!(window.advance(39), Phase::WarmUp);
         assert_eq!(window.advance(3), Phase::Measured);
         assert_eq!(window.advance(79), Phase::Measured);
         assert_eq!(window.advance(5), Phase::Over);
