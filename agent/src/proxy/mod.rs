@@ -6,6 +6,7 @@
 mod accept;
 mod dial;
 mod inbound;
+mod observe;
 mod outbound;
 mod plaintext;
 mod policy;
@@ -24,14 +25,14 @@ use tokio::{
 use tracing::debug;
 
 pub use policy::Enforcement;
-pub use reconcile::{PodState, PodStatus, Reconciler};
+pub use reconcile::{Applied, PodState, PodStatus, Reconciler};
 
 use crate::{
     capture::{Capture, Pod},
     identity::CertificateStore,
     mesh::MeshStore,
     relay::{CloseReason, ConnectionTable, DataPath, Direction, Job, NewConnection, Relay, Upstream},
-    telemetry::{Counters, RefusalReason},
+    telemetry::{Counters, RefusalReason, Telemetry},
     tunnel::TlsConfigs,
 };
 
@@ -77,6 +78,10 @@ pub struct Proxy {
     pub policies: Enforcement,
     /// What happened.
     pub counters: Arc<Counters>,
+    /// The same by who was at the ends, and the access log.
+    pub telemetry: Arc<Telemetry>,
+    /// Whether the access log has lines where the configuration does not say so.
+    pub access_log: bool,
     /// Bounds.
     pub limits: Limits,
 }
@@ -134,7 +139,8 @@ impl PodContext {
         if new.resumed {
             counters.resumed.fetch_add(1, Relaxed);
         }
-        let connection = table.add(new);
+        let account = self.account(&new);
+        let connection = table.add_accounted(new, Some(account));
         // Policies that came into force since it was judged have not seen it in the table.
         if policies.forbids(&connection) {
             table.close(connection.id, CloseReason::Policy);

@@ -3,20 +3,22 @@
 use std::{
     net::{IpAddr, SocketAddr},
     sync::atomic::Ordering::Relaxed,
+    time::Instant,
 };
 
 use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, time::timeout};
-use tracing::{debug, info};
+use tracing::debug;
 
 use super::{
     PodContext,
     accept::reset,
     dial,
+    observe::Refused,
     route::{self, Plan, Target},
 };
 use crate::{
     relay::{DataPath, Direction, NewConnection, Upstream},
-    telemetry::RefusalReason,
+    telemetry::{RefusalReason, Reporter},
     tunnel::{Session, TunnelError, handshake, native},
 };
 
@@ -53,11 +55,15 @@ pub(super) async fn serve(context: &PodContext, app: TcpStream, client: SocketAd
     match result {
         Ok((upstream, target, plan)) => hand_over(context, app, client, destination, upstream, &target, plan, slot),
         Err(Refusal { reason, detail }) => {
-            counters.refuse(reason);
-            info!(
-                pod = %context.pod.key, identity = %context.pod.identity, %destination, %reason, %detail,
-                "outbound connection refused"
-            );
+            context.refused(&Refused {
+                direction: Direction::Outbound,
+                reason,
+                detail: &detail,
+                source: client,
+                destination: Some(destination),
+                identity: None,
+                service: None,
+            });
             reset(app);
         }
     }
@@ -120,8 +126,10 @@ async fn connect(context: &PodContext, plan: &Plan, target: &Target, client: Soc
                 authority: plan.service.as_deref().map(ToOwned::to_owned),
                 unique_id: Some(rand::random::<[u8; 16]>().to_vec()),
             };
+            let began = Instant::now();
             let establish = async {
                 let mut session = handshake::connect(stream, &context.proxy.tls, &pod.identity, identity).await?;
+                context.proxy.telemetry.handshakes.of(Reporter::Source).observe(began.elapsed().as_secs_f64());
                 session.send(&native::encode(&preamble)).await?;
                 Ok::<Session, TunnelError>(session)
             };
