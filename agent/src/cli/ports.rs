@@ -3,11 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use tokio::{
-    net::TcpListener,
-    sync::Notify,
-    task::JoinSet,
-};
+use tokio::{net::TcpListener, sync::Notify, task::JoinSet};
 use tracing::info;
 
 use super::{RunArgs, run::Endpoint};

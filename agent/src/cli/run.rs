@@ -98,7 +98,9 @@ impl FromStr for Endpoint {
         if text == "off" {
             return Ok(Self::Off);
         }
-        text.parse().map(Self::At).map_err(|_| "write ADDRESS:PORT, like 127.0.0.1:15000 or [::]:15020, or off".to_owned())
+        text.parse()
+            .map(Self::At)
+            .map_err(|_| "write ADDRESS:PORT, like 127.0.0.1:15000 or [::]:15020, or off".to_owned())
     }
 }
 

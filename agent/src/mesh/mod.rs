@@ -18,8 +18,8 @@ pub(crate) use identity::check_name;
 pub use identity::{IdentityError, SpiffeId, TrustDomain};
 pub use mode::{EffectiveMode, ModeDefaults, ModeSource};
 pub use model::{
-    AccessLogRule, AccessLogSettings, CertificateFiles, Endpoint, Exclusions, InboundMode, LocalPod, MeshSettings, PortMode, ProbeSettings, Protocol,
-    Service, ServicePort, Workload, WorkloadKey,
+    AccessLogRule, AccessLogSettings, CertificateFiles, Endpoint, Exclusions, InboundMode, LocalPod, MeshSettings,
+    PortMode, ProbeSettings, Protocol, Service, ServicePort, Workload, WorkloadKey,
 };
 pub use policy::{
     Action, Condition, Labels, Operation, Policy, PolicyKey, PolicyStatus, Rule, Scope, ServiceAccount, Source,

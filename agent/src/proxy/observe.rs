@@ -87,14 +87,17 @@ fn established(mesh: &Snapshot, new: &NewConnection) -> Labels {
         Direction::Inbound => (new.source.ip(), &new.destination_identity, &new.source_identity),
     };
     let service = new.service.as_deref().and_then(|name| mesh.service_named(name));
-    labels(mesh, &Ends {
-        direction: new.direction,
-        local: &new.workload,
-        peer: peer_at(mesh, address, peer.as_ref()),
-        own_identity: own.as_ref().filter(|_| mutual),
-        peer_identity: peer.as_ref().filter(|_| mutual),
-        service: selected(mesh, new.direction, &new.workload, service),
-    })
+    labels(
+        mesh,
+        &Ends {
+            direction: new.direction,
+            local: &new.workload,
+            peer: peer_at(mesh, address, peer.as_ref()),
+            own_identity: own.as_ref().filter(|_| mutual),
+            peer_identity: peer.as_ref().filter(|_| mutual),
+            service: selected(mesh, new.direction, &new.workload, service),
+        },
+    )
 }
 
 /// Labels of a connection that was refused, from what was known by then.
@@ -109,14 +112,17 @@ fn unestablished(mesh: &Snapshot, local: &WorkloadKey, refused: &Refused<'_>) ->
             (Some(refused.source.ip()), refused.service.and_then(|name| mesh.service_named(name)).cloned())
         }
     };
-    labels(mesh, &Ends {
-        direction: refused.direction,
-        local,
-        peer: address.and_then(|address| peer_at(mesh, address, refused.identity)),
-        own_identity: None,
-        peer_identity: refused.identity,
-        service: selected(mesh, refused.direction, local, resolved.as_ref()),
-    })
+    labels(
+        mesh,
+        &Ends {
+            direction: refused.direction,
+            local,
+            peer: address.and_then(|address| peer_at(mesh, address, refused.identity)),
+            own_identity: None,
+            peer_identity: refused.identity,
+            service: selected(mesh, refused.direction, local, resolved.as_ref()),
+        },
+    )
 }
 
 /// The workload at an address, unless the peer proved to be somebody else.

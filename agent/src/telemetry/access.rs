@@ -163,10 +163,13 @@ impl Record<'_> {
             line.text("dst.service", service, MAX_NAME);
         }
         party(&mut line, ["dst.workload", "dst.namespace", "dst.identity"], &labels.destination);
-        line.plain("direction", match labels.reporter {
-            Reporter::Source => "outbound",
-            Reporter::Destination => "inbound",
-        });
+        line.plain(
+            "direction",
+            match labels.reporter {
+                Reporter::Source => "outbound",
+                Reporter::Destination => "inbound",
+            },
+        );
         if let Some(transfer) = &self.transfer {
             line.bare("bytes_sent", transfer.sent);
             line.bare("bytes_recv", transfer.received);

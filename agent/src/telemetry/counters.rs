@@ -269,9 +269,7 @@ impl Counters {
             closed_reset: self.closed_reset.load(Relaxed),
             retries: self.retries.load(Relaxed),
             ktls: self.ktls.load(Relaxed),
-            ktls_fallback: seen(
-                KtlsFallback::ALL.into_iter().map(|f| (f.as_str(), self.fallbacks(f))),
-            ),
+            ktls_fallback: seen(KtlsFallback::ALL.into_iter().map(|f| (f.as_str(), self.fallbacks(f)))),
             refused: seen(RefusalReason::ALL.into_iter().map(|r| (r.as_str(), self.refused(r)))),
         }
     }

@@ -25,10 +25,9 @@ impl<'a> Line<'a> {
         // Writing to a string cannot fail, here and below.
         let _ = match format {
             LogFormat::Text => write!(out, "{now} {level:>5} {target}: {message}"),
-            LogFormat::Json => write!(
-                out,
-                r#"{{"timestamp":"{now}","level":"{level}","target":"{target}","message":"{message}""#
-            ),
+            LogFormat::Json => {
+                write!(out, r#"{{"timestamp":"{now}","level":"{level}","target":"{target}","message":"{message}""#)
+            }
         };
         Self { out, format }
     }

@@ -1,11 +1,7 @@
 //! `/config_dump`: what the agent knows, in the shape that `istioctl ztunnel-config` reads (its field names are those of
 //! `istioctl/pkg/writer/ztunnel/configdump/api.go` in istio/istio). Certificates without keys.
 
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::SystemTime,
-};
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use ipnet::IpNet;
@@ -16,8 +12,8 @@ use super::View;
 use crate::{
     identity::Svid,
     mesh::{
-        Action, Condition, LATEST_REVISION, Policy, Protocol, Rule, Service, ServiceAccount, Snapshot, SpiffeId, StringMatch,
-        Values, Workload, WorkloadKey,
+        Action, Condition, LATEST_REVISION, Policy, Protocol, Rule, Service, ServiceAccount, Snapshot, SpiffeId,
+        StringMatch, Values, Workload, WorkloadKey,
     },
     relay::{Connection, DataPath, Direction},
 };

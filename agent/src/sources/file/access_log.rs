@@ -34,7 +34,8 @@ pub(super) fn settings(check: Check<'_>, section: &AccessLog) -> Result<AccessLo
 fn sample(check: Check<'_>, field: &str, value: Option<&Spanned<f64>>) -> Result<Option<u32>, ConfigError> {
     let Some(value) = value else { return Ok(None) };
     if !(0.0..=1.0).contains(&value.value) {
-        let problem = format!("{} is no share of the connections; write a number from 0 (none) to 1 (all)", value.value);
+        let problem =
+            format!("{} is no share of the connections; write a number from 0 (none) to 1 (all)", value.value);
         return Err(check.wrong(value, field, problem));
     }
     #[expect(clippy::cast_sign_loss, reason = "checked above")]

@@ -72,16 +72,20 @@ fn connections(to: &mut DescriptorEncoder<'_>, view: &View, live: &[Arc<Connecti
         [sample("upstream", sent), sample("application", received)]
     });
     counter(to, "underpass_bytes", "Application bytes moved, by who moves and protects them", moved)?;
-    counter(to, "underpass_ktls_tunnels", "Tunnels whose records the kernel protects", [(
-        NONE,
-        counters.ktls.load(Relaxed),
-    )])?;
+    counter(
+        to,
+        "underpass_ktls_tunnels",
+        "Tunnels whose records the kernel protects",
+        [(NONE, counters.ktls.load(Relaxed))],
+    )?;
     let fallbacks = KtlsFallback::ALL.map(|why| ([("reason", why.as_str())], counters.fallbacks(why)));
     counter(to, "underpass_ktls_fallbacks", "Tunnels whose records the agent protects, and why", fallbacks)?;
-    counter(to, "underpass_sessions_resumed", "Handshakes that resumed a session", [(
-        NONE,
-        counters.resumed.load(Relaxed),
-    )])?;
+    counter(
+        to,
+        "underpass_sessions_resumed",
+        "Handshakes that resumed a session",
+        [(NONE, counters.resumed.load(Relaxed))],
+    )?;
     counter(to, "underpass_retries", "Second endpoints tried", [(NONE, counters.retries.load(Relaxed))])
 }
 
@@ -92,7 +96,8 @@ fn ends(to: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result {
     counter(to, "underpass_connections_closed", "Established connections that ended, and why", closed)?;
     let refused = RefusalReason::ALL.map(|reason| ([("reason", reason.as_str())], telemetry.counters.refused(reason)));
     counter(to, "underpass_refusals", "Connections refused or cut, and why", refused)?;
-    let sides = |client: &'static str, server: &'static str| [(Reporter::Source, client), (Reporter::Destination, server)];
+    let sides =
+        |client: &'static str, server: &'static str| [(Reporter::Source, client), (Reporter::Destination, server)];
     histogram(
         to,
         "underpass_handshake_duration_seconds",

@@ -3,7 +3,9 @@
 use std::fmt;
 
 use prometheus_client::{
-    encoding::{DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, EncodeLabelSet, EncodeMetric as _, NoLabelSet},
+    encoding::{
+        DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, EncodeLabelSet, EncodeMetric as _, NoLabelSet,
+    },
     metrics::{MetricType, histogram::Histogram},
 };
 
@@ -18,9 +20,9 @@ pub(super) fn counter<L: EncodeLabelSet, V: EncodeCounterValue>(
     samples: impl IntoIterator<Item = (L, V)>,
 ) -> fmt::Result {
     let mut metric = to.encode_descriptor(name, help, None, MetricType::Counter)?;
-    samples
-        .into_iter()
-        .try_for_each(|(labels, value)| metric.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None))
+    samples.into_iter().try_for_each(|(labels, value)| {
+        metric.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)
+    })
 }
 
 /// A gauge.

@@ -8,13 +8,7 @@ mod traffic;
 
 use std::fmt;
 
-use axum::{
-    Router,
-    extract::State,
-    http::StatusCode,
-    response::Response,
-    routing::get,
-};
+use axum::{Router, extract::State, http::StatusCode, response::Response, routing::get};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, text},

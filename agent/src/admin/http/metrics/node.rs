@@ -24,10 +24,12 @@ pub(super) fn encode(to: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result
     )?;
     let pods = view.node.pods();
     let enrolled = pods.iter().filter(|p| matches!(p.state, PodState::Enrolled { .. })).count();
-    gauge(to, "underpass_pods", "Pods of this node that the configuration enrols", [
-        ([("state", "enrolled")], enrolled),
-        ([("state", "refused")], pods.len() - enrolled),
-    ])?;
+    gauge(
+        to,
+        "underpass_pods",
+        "Pods of this node that the configuration enrols",
+        [([("state", "enrolled")], enrolled), ([("state", "refused")], pods.len() - enrolled)],
+    )?;
     certificates(to, view)?;
     configuration(to, view)?;
     bpf(to, view)
@@ -52,14 +54,18 @@ fn since_epoch(time: SystemTime) -> Duration {
 
 fn configuration(to: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result {
     let (reload, applied) = (view.node.reload(), view.node.applied());
-    gauge(to, "underpass_configuration_generation", "Number of the configuration", [
-        ([("state", "accepted")], view.mesh.load().generation),
-        ([("state", "applied")], applied.generation),
-    ])?;
-    counter(to, "underpass_configuration_reloads", "Configurations read", [
-        ([("result", "accepted")], reload.accepted),
-        ([("result", "rejected")], reload.rejected),
-    ])?;
+    gauge(
+        to,
+        "underpass_configuration_generation",
+        "Number of the configuration",
+        [([("state", "accepted")], view.mesh.load().generation), ([("state", "applied")], applied.generation)],
+    )?;
+    counter(
+        to,
+        "underpass_configuration_reloads",
+        "Configurations read",
+        [([("result", "accepted")], reload.accepted), ([("result", "rejected")], reload.rejected)],
+    )?;
     let current = reload.error.is_none() && !reload.from_last_good && applied.error.is_none();
     gauge(
         to,

@@ -31,12 +31,7 @@ pub(super) fn encode(to: &mut DescriptorEncoder<'_>, traffic: &Traffic) -> fmt::
     gauge(to, "istio_tcp_sockets_open", "Established connections that have not ended", usual(Series::open))?;
     counter(to, "istio_tcp_sent_bytes", "Bytes from servers to clients", usual(Series::sent))?;
     counter(to, "istio_tcp_received_bytes", "Bytes from clients to servers", usual(Series::received))?;
-    gauge(
-        to,
-        "underpass_traffic_series",
-        "Samples of the istio_tcp metrics",
-        [(NONE, traffic.samples())],
-    )?;
+    gauge(to, "underpass_traffic_series", "Samples of the istio_tcp metrics", [(NONE, traffic.samples())])?;
     gauge(to, "underpass_traffic_series_limit", "Most samples of the istio_tcp metrics", [(NONE, traffic.limit())])?;
     counter(
         to,
