@@ -91,8 +91,8 @@ policies:
     action: ALLOW
     selector: { matchLabels: { app: shop } }
     rules:
-      - from: [{ principals: [cluster.local/ns/default/sa/client, "*/sa/ops"] }]
-        to: [{ ports: [8080] }]
+      - from: [{ source: { principals: [cluster.local/ns/default/sa/client, "*/sa/ops"] } }]
+        to: [{ operation: { ports: ["8080"] } }]
 "#;
     parse("n.yaml", text).unwrap().snapshot
 }

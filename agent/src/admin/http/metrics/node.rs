@@ -44,6 +44,12 @@ fn certificates(to: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result {
         "When the certificate of a local identity ends, seconds since 1970",
         held().map(|(id, svid)| ([("identity", id)], since_epoch(svid.not_after).as_secs_f64())),
     )?;
+    gauge(
+        to,
+        "underpass_certificate_start_timestamp_seconds",
+        "When it began",
+        held().map(|(id, svid)| ([("identity", id)], since_epoch(svid.not_before).as_secs_f64())),
+    )?;
     let missing = wanted.iter().filter(|id| current.get(id).is_none_or(|svid| !svid.valid_at(now))).count();
     gauge(to, "underpass_certificates_missing", "Local identities without a valid certificate", [(NONE, missing)])
 }
