@@ -13,7 +13,7 @@ use super::{PodContext, dial, observe::Refused};
 use crate::{
     mesh::SpiffeId,
     relay::{DataPath, Direction, NewConnection, Upstream},
-    telemetry::{RefusalReason, Reporter},
+    telemetry::{RefusalReason, Reporter, TraceId},
     tunnel::{
         Session, handshake,
         native::{self, MAX_HEADER, Preamble},
@@ -40,6 +40,7 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
             destination: by.preamble.map(|p| p.destination),
             identity: by.identity,
             service: by.preamble.and_then(|p| p.authority.as_deref()),
+            trace: by.preamble.and_then(trace),
         });
     };
     let _ = proxy.certificates.wait_for(&pod.identity, proxy.limits.handshake).await;
@@ -132,6 +133,11 @@ fn own_address(preamble: &Preamble, addresses: &[IpAddr]) -> Option<IpAddr> {
     addresses.iter().find(|a| a.is_ipv4() == v4).copied()
 }
 
+/// What the client's agent calls this connection.
+fn trace(preamble: &Preamble) -> Option<TraceId> {
+    preamble.unique_id.as_deref()?.try_into().ok().map(TraceId)
+}
+
 fn hand_over(
     context: &PodContext,
     session: Session,
@@ -155,5 +161,5 @@ fn hand_over(
         cipher: Some(session.info.cipher),
         resumed: session.info.resumed,
     };
-    context.hand_over(application, Upstream::Tunnel(Box::new(session)), new, slot);
+    context.hand_over(application, Upstream::Tunnel(Box::new(session)), new, trace(preamble), slot);
 }

@@ -32,7 +32,7 @@ use crate::{
     identity::CertificateStore,
     mesh::MeshStore,
     relay::{CloseReason, ConnectionTable, DataPath, Direction, Job, NewConnection, Relay, Upstream},
-    telemetry::{Counters, RefusalReason, Telemetry},
+    telemetry::{Counters, RefusalReason, Telemetry, TraceId},
     tunnel::TlsConfigs,
 };
 
@@ -116,7 +116,14 @@ impl Proxy {
 
 impl PodContext {
     /// Enters an established connection into the table, counts it, and gives it to the relay. `slot` is held until it ends.
-    fn hand_over(&self, application: TcpStream, upstream: Upstream, new: NewConnection, slot: OwnedSemaphorePermit) {
+    fn hand_over(
+        &self,
+        application: TcpStream,
+        upstream: Upstream,
+        new: NewConnection,
+        trace: Option<TraceId>,
+        slot: OwnedSemaphorePermit,
+    ) {
         let Proxy { counters, table, relay, policies, .. } = &*self.proxy;
         let application = match application.into_std() {
             Ok(socket) => socket,
@@ -139,7 +146,7 @@ impl PodContext {
         if new.resumed {
             counters.resumed.fetch_add(1, Relaxed);
         }
-        let account = self.account(&new);
+        let account = self.account(&new, trace);
         let connection = table.add_accounted(new, Some(account));
         // Policies that came into force since it was judged have not seen it in the table.
         if policies.forbids(&connection) {

@@ -10,7 +10,7 @@ use super::PodContext;
 use crate::{
     mesh::{LATEST_REVISION, Resolution, Service, Snapshot, SpiffeId, Workload, WorkloadKey},
     relay::{DataPath, Direction, NewConnection},
-    telemetry::{Account, Failure, Labels, LogChoice, Party, RefusalReason, Reporter, ServiceName},
+    telemetry::{Account, Failure, Labels, LogChoice, Party, RefusalReason, Reporter, ServiceName, TraceId},
 };
 
 /// A connection that goes nowhere.
@@ -29,6 +29,8 @@ pub(super) struct Refused<'a> {
     pub(super) identity: Option<&'a SpiffeId>,
     /// The service, as the client named it.
     pub(super) service: Option<&'a str>,
+    /// What ties the lines of both agents together.
+    pub(super) trace: Option<TraceId>,
 }
 
 /// Both ends of a connection.
@@ -46,10 +48,10 @@ struct Ends<'a> {
 
 impl PodContext {
     /// Counts an established connection.
-    pub(super) fn account(&self, new: &NewConnection) -> Account {
+    pub(super) fn account(&self, new: &NewConnection, trace: Option<TraceId>) -> Account {
         let mesh = self.proxy.mesh.load();
         let labels = established(&mesh, new);
-        Account::open(&self.proxy.telemetry, labels, self.log_choice(&mesh))
+        Account::open(&self.proxy.telemetry, labels, self.log_choice(&mesh), trace)
     }
 
     /// Counts and logs one that goes nowhere.
@@ -59,6 +61,7 @@ impl PodContext {
         let failure = Failure {
             reason: refused.reason,
             detail: refused.detail,
+            trace: refused.trace,
             source: Some(refused.source),
             destination: refused.destination,
             service: refused.service,

@@ -137,6 +137,7 @@ fn refusals_are_told_by_what_was_known() {
         destination: destination.map(at),
         identity,
         service: None,
+        trace: None,
     };
     let mesh = mesh();
     let labels = unestablished(&mesh, &web(), &refused(Direction::Outbound, Some("10.96.0.2:80"), None));

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     relay::{DataPath, Direction, NewConnection, Upstream},
-    telemetry::{RefusalReason, Reporter},
+    telemetry::{RefusalReason, Reporter, TraceId},
     tunnel::{Session, TunnelError, handshake, native},
 };
 
@@ -48,12 +48,15 @@ pub(super) async fn serve(context: &PodContext, app: TcpStream, client: SocketAd
         debug!(pod = %context.pod.key, %client, "reset: nobody's connect() was captured for this connection");
         return reset(app);
     };
+    let trace = TraceId(rand::random());
     let result = match route::plan(&context.proxy.mesh.load(), destination) {
-        Ok(plan) => connect_first(context, &plan, client).await.map(|(up, target)| (up, target, plan)),
+        Ok(plan) => connect_first(context, &plan, client, trace).await.map(|(up, target)| (up, target, plan)),
         Err(reason) => Err(Refusal::new(reason, "no route")),
     };
     match result {
-        Ok((upstream, target, plan)) => hand_over(context, app, client, destination, upstream, &target, plan, slot),
+        Ok((upstream, target, plan)) => {
+            hand_over(context, app, client, destination, upstream, &target, plan, trace, slot)
+        }
         Err(Refusal { reason, detail }) => {
             context.refused(&Refused {
                 direction: Direction::Outbound,
@@ -63,6 +66,7 @@ pub(super) async fn serve(context: &PodContext, app: TcpStream, client: SocketAd
                 destination: Some(destination),
                 identity: None,
                 service: None,
+                trace: Some(trace),
             });
             reset(app);
         }
@@ -79,13 +83,18 @@ fn original_destination(context: &PodContext, app: &TcpStream, client: SocketAdd
 }
 
 /// Tries the plan's targets in order. Nothing of the application's has been read yet, so a second try is safe.
-async fn connect_first(context: &PodContext, plan: &Plan, client: SocketAddr) -> Result<(Upstream, Target), Refusal> {
+async fn connect_first(
+    context: &PodContext,
+    plan: &Plan,
+    client: SocketAddr,
+    trace: TraceId,
+) -> Result<(Upstream, Target), Refusal> {
     let mut last = Refusal::new(RefusalReason::NoEndpoint, "no endpoint");
     for (i, target) in plan.targets.iter().enumerate() {
         if i > 0 {
             context.proxy.counters.retries.fetch_add(1, Relaxed);
         }
-        match connect(context, plan, target, client).await {
+        match connect(context, plan, target, client, trace).await {
             Ok(upstream) => return Ok((upstream, target.clone())),
             Err(e) => {
                 debug!(pod = %context.pod.key, ?target, reason = %e.reason, detail = %e.detail, "target failed");
@@ -96,7 +105,13 @@ async fn connect_first(context: &PodContext, plan: &Plan, client: SocketAddr) ->
     Err(last)
 }
 
-async fn connect(context: &PodContext, plan: &Plan, target: &Target, client: SocketAddr) -> Result<Upstream, Refusal> {
+async fn connect(
+    context: &PodContext,
+    plan: &Plan,
+    target: &Target,
+    client: SocketAddr,
+    trace: TraceId,
+) -> Result<Upstream, Refusal> {
     let limits = &context.proxy.limits;
     let pod = &context.pod;
     let unreachable = |to: SocketAddr| {
@@ -124,7 +139,7 @@ async fn connect(context: &PodContext, plan: &Plan, target: &Target, client: Soc
                 source: SocketAddr::new(source_ip, client.port()),
                 destination: *destination,
                 authority: plan.service.as_deref().map(ToOwned::to_owned),
-                unique_id: Some(rand::random::<[u8; 16]>().to_vec()),
+                unique_id: Some(trace.0.to_vec()),
             };
             let began = Instant::now();
             let establish = async {
@@ -159,6 +174,7 @@ fn hand_over(
     upstream: Upstream,
     target: &Target,
     plan: Plan,
+    trace: TraceId,
     slot: OwnedSemaphorePermit,
 ) {
     let (peer, to) = match target {
@@ -186,5 +202,5 @@ fn hand_over(
         cipher,
         resumed,
     };
-    context.hand_over(app, upstream, new, slot);
+    context.hand_over(app, upstream, new, Some(trace), slot);
 }

@@ -34,6 +34,7 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
             destination: Some(destination),
             identity: None,
             service: None,
+            trace: None,
         });
     };
     if let Err(why) = proxy.policies.plaintext(&pod.key, source.ip(), destination) {
@@ -66,5 +67,5 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
         cipher: None,
         resumed: false,
     };
-    context.hand_over(application, upstream, new, slot);
+    context.hand_over(application, upstream, new, None, slot);
 }

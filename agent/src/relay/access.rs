@@ -16,6 +16,7 @@ pub(super) fn ended(connection: &Connection, end: &End) {
     };
     account.close(&Record {
         id: Some(connection.id.0),
+        trace: account.trace(),
         labels: account.labels(),
         source: Some(what.source),
         destination: Some(what.upstream),

@@ -5,7 +5,7 @@
 
 use std::{
     cell::RefCell,
-    fmt::Display,
+    fmt::{self, Display},
     fs::File,
     io::{self, BufWriter, Write},
     net::SocketAddr,
@@ -27,10 +27,23 @@ const BATCH: usize = 64 * 1024;
 /// A buffer that a line made larger than this is given back.
 const LINE: usize = 4096;
 
+/// Ties the lines of both agents of a connection together: 16 bytes, as a trace id of W3C Trace Context has. It travels in the tunnel's
+/// header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TraceId(pub [u8; 16]);
+
+impl fmt::Display for TraceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
 /// What a line says.
 pub struct Record<'a> {
     /// Number of the connection, when it was established.
     pub id: Option<u64>,
+    /// The same in the lines of both agents.
+    pub trace: Option<TraceId>,
     /// Who is at the ends.
     pub labels: &'a Labels,
     /// Client's address.
@@ -148,6 +161,9 @@ impl Record<'_> {
         let mut line = Line::begin(out, format, level, "access", message);
         if let Some(id) = self.id {
             line.bare("id", id);
+        }
+        if let Some(trace) = self.trace {
+            line.plain("trace_id", trace);
         }
         if let Some(address) = self.source {
             line.plain("src.addr", address);

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     Telemetry,
-    access::{LogChoice, Record},
+    access::{LogChoice, Record, TraceId},
     labels::{Labels, Reporter},
     traffic::Series,
 };
@@ -15,6 +15,7 @@ pub struct Account {
     labels: Arc<Labels>,
     series: Arc<Series>,
     log: LogChoice,
+    trace: Option<TraceId>,
 }
 
 impl std::fmt::Debug for Account {
@@ -25,9 +26,14 @@ impl std::fmt::Debug for Account {
 
 impl Account {
     /// Counts a connection as opened.
-    pub fn open(telemetry: &Arc<Telemetry>, labels: Labels, log: LogChoice) -> Self {
+    pub fn open(telemetry: &Arc<Telemetry>, labels: Labels, log: LogChoice, trace: Option<TraceId>) -> Self {
         let (labels, series) = telemetry.traffic.open(labels);
-        Self { telemetry: Arc::clone(telemetry), labels, series, log }
+        Self { telemetry: Arc::clone(telemetry), labels, series, log, trace }
+    }
+
+    /// What ties its lines in both agents together.
+    pub fn trace(&self) -> Option<TraceId> {
+        self.trace
     }
 
     /// Who is at its ends.

@@ -152,6 +152,19 @@ mod tests {
         assert_eq!(value["target"], "access");
     }
 
+    proptest::proptest! {
+        #[test]
+        fn no_text_breaks_a_line(name: String) {
+            let json = line(LogFormat::Json, |line| line.text("name", &name, usize::MAX));
+            let value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+            proptest::prop_assert_eq!(value["name"].as_str(), Some(&*name));
+            for format in [LogFormat::Text, LogFormat::Json] {
+                let text = line(format, |line| line.display("name", &name, MAX_NAME));
+                proptest::prop_assert!(!text.trim_end_matches('\n').chars().any(hidden), "{:?}", text);
+            }
+        }
+    }
+
     #[test]
     fn long_values_are_cut_between_characters() {
         let long = "ä".repeat(32 * 1024);

@@ -15,7 +15,7 @@ mod traffic;
 
 use std::{fmt::Display, net::SocketAddr, sync::Arc};
 
-pub use access::{AccessLog, LogChoice, Record, Transfer};
+pub use access::{AccessLog, LogChoice, Record, TraceId, Transfer};
 pub use account::Account;
 pub use counters::{Counters, CountersSnapshot, KtlsFallback, RefusalReason};
 pub use labels::{Exposed, Labels, Party, Reporter, ResponseFlag, ServiceName};
@@ -58,6 +58,7 @@ impl Telemetry {
             log,
             &Record {
                 id: None,
+                trace: failure.trace,
                 labels: &labels,
                 source: failure.source,
                 destination: failure.destination,
@@ -79,6 +80,8 @@ pub struct Failure<'a> {
     pub reason: RefusalReason,
     /// For people.
     pub detail: &'a dyn Display,
+    /// What ties the lines of both agents together, when the peer said.
+    pub trace: Option<TraceId>,
     /// Client's address.
     pub source: Option<SocketAddr>,
     /// Where it was to go.

@@ -5,8 +5,8 @@ use std::{
 };
 
 use super::{
-    AccessLog, Account, Labels, LogChoice, Party, Record, RefusalReason, Reporter, ResponseFlag, Telemetry, Traffic,
-    Transfer,
+    AccessLog, Account, Labels, LogChoice, Party, Record, RefusalReason, Reporter, ResponseFlag, Telemetry, TraceId,
+    Traffic, Transfer,
     logging::{LogFormat, QUEUED_LINES, hidden},
 };
 use crate::{mesh::SpiffeId, telemetry::Failure};
@@ -173,6 +173,7 @@ fn hostile_names_are_escaped_and_cut_in_labels() {
 fn record<'a>(labels: &'a Labels, service: &'a str, in_order: bool) -> Record<'a> {
     Record {
         id: Some(7),
+        trace: Some(TraceId([0xab; 16])),
         labels,
         source: Some("10.0.0.1:40000".parse().unwrap()),
         destination: Some("10.0.0.2:8080".parse().unwrap()),
@@ -206,7 +207,7 @@ fn a_line_has_every_field() {
     let labels = from("client");
     let text = logged(LogFormat::Text, |log| log.write(LogChoice::Always, &record(&labels, "web.default.svc", true)));
     let expected = concat!(
-        " INFO access: connection complete id=7 src.addr=10.0.0.1:40000 src.namespace=\"default\" ",
+        " INFO access: connection complete id=7 trace_id=abababababababababababababababab src.addr=10.0.0.1:40000 src.namespace=\"default\" ",
         "src.identity=spiffe://cluster.local/ns/default/sa/client dst.addr=10.0.0.2:8080 ",
         "dst.dialled_addr=10.96.0.1:80 dst.service=\"web.default.svc\" direction=inbound bytes_sent=1 bytes_recv=2 ",
         "duration=1500ms data_path=ktls cipher=TLS13_AES_256_GCM_SHA384 resumed=true reason=finished response_flags=-\n"
@@ -278,7 +279,7 @@ fn a_stalled_reader_slows_nothing() {
     let telemetry = Telemetry::new(8000, access);
     let began = Instant::now();
     for _ in 0..QUEUED_LINES + MORE {
-        let account = Account::open(&telemetry, from("client"), LogChoice::Always);
+        let account = Account::open(&telemetry, from("client"), LogChoice::Always, None);
         account.close(&record(account.labels(), "web", true));
     }
     let took = began.elapsed();
@@ -301,6 +302,7 @@ fn a_failure_is_counted_by_reason_and_by_who_it_was() {
         &Failure {
             reason: RefusalReason::Policy,
             detail: &"no ALLOW policy matches",
+            trace: None,
             source: Some("10.0.0.1:40000".parse().unwrap()),
             destination: None,
             service: None,
@@ -328,7 +330,7 @@ fn measure_one_connection() {
         let telemetry = Telemetry::new(8000, access);
         let began = Instant::now();
         for _ in 0..CONNECTIONS {
-            let account = Account::open(&telemetry, from("client"), choice);
+            let account = Account::open(&telemetry, from("client"), choice, None);
             account.close(&record(account.labels(), "web.default.svc.cluster.local", true));
         }
         println!(

@@ -47,10 +47,7 @@ fn istios_metrics_and_the_access_log_tell_who_talked_to_whom() -> Result<()> {
     stage.mesh.enroll(&other);
     let client = "cluster.local/ns/default/sa/client";
     let rules = json!([{ "from": [{ "source": { "principals": [client] } }] }]);
-    stage.mesh.policies.push(
-        json!({ "name": "only-client", "namespace": "default", "action": "ALLOW", "rules": rules,
-            "selector": { "matchLabels": {} } }),
-    );
+    stage.mesh.policies.push(json!({ "name": "only-client", "namespace": "default", "action": "ALLOW", "rules": rules }));
     let world = stage.start()?;
     let _echo = serve(&world.server, 8080, &[])?;
     let [vip, _] = testbed::addresses::vips(1);
@@ -102,6 +99,9 @@ fn istios_metrics_and_the_access_log_tell_who_talked_to_whom() -> Result<()> {
     ] {
         ensure!(line.contains(part), "{part:?} is not in {line}");
     }
+    let trace =
+        line.split(" trace_id=").nth(1).and_then(|rest| rest.split(" ").next()).context("no trace_id")?.to_owned();
+    ensure!(world.a.wait_log(&trace, Duration::from_secs(10))?.contains("direction=outbound"));
     let line = world.b.wait_log("connection failed", Duration::from_secs(10))?;
     ensure!(line.contains("sa/other") && line.contains("reason=policy response_flags=DENY"), "{line}");
     Ok(())

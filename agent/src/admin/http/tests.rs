@@ -122,7 +122,7 @@ impl Scene {
             relay: Mutex::new(vec![thread; 2]),
         });
         let (table, telemetry) = (ConnectionTable::new(), Telemetry::new(8000, AccessLog::none()));
-        let account = Account::open(&telemetry, Labels::new(Reporter::Destination), LogChoice::Always);
+        let account = Account::open(&telemetry, Labels::new(Reporter::Destination), LogChoice::Always, None);
         let connection = table.add_accounted(new(&web.key), Some(account));
         connection.sent.store(11, std::sync::atomic::Ordering::Relaxed);
         let view = View { mesh, table, certificates, telemetry, node: Arc::clone(&node) as _ };

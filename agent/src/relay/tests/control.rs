@@ -163,7 +163,7 @@ fn telemetry_hears_of_bytes_and_of_the_end() {
     let (access, writer) = AccessLog::to(sink.clone(), LogFormat::Text);
     let (node, telemetry) = (Node::new(), Telemetry::new(8000, access));
     let what = node.add(Direction::Outbound, DataPath::Plain).what.clone();
-    let account = Account::open(&telemetry, Labels::new(Reporter::Source), LogChoice::Always);
+    let account = Account::open(&telemetry, Labels::new(Reporter::Source), LogChoice::Always, None);
     let connection = node.table.add_accounted(what, Some(account));
     let (client, inner) = sockets();
     let (outer, server) = sockets();
