@@ -50,12 +50,15 @@ impl<'a> Line<'a> {
         struct Bounded(String, usize);
         impl fmt::Write for Bounded {
             fn write_str(&mut self, text: &str) -> fmt::Result {
-                self.0.push_str(shortened(text, self.1.saturating_sub(self.0.len())));
-                if self.0.len() >= self.1 { Err(fmt::Error) } else { Ok(()) }
+                let fits = shortened(text, self.1.saturating_sub(self.0.len()));
+                self.0.push_str(fits);
+                if fits.len() < text.len() { Err(fmt::Error) } else { Ok(()) }
             }
         }
-        // One byte more, so that it shows when something is missing.
-        let mut text = Bounded(String::new(), most + 1);
+        /// Longest character in UTF-8, in bytes.
+        const CHARACTER: usize = 4;
+        // One character more, so that it shows when something is missing.
+        let mut text = Bounded(String::new(), most + CHARACTER);
         let _ = write!(text, "{value}");
         self.text(key, &text.0, most);
     }

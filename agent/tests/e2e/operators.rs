@@ -47,7 +47,10 @@ fn istios_metrics_and_the_access_log_tell_who_talked_to_whom() -> Result<()> {
     stage.mesh.enroll(&other);
     let client = "cluster.local/ns/default/sa/client";
     let rules = json!([{ "from": [{ "source": { "principals": [client] } }] }]);
-    stage.mesh.policies.push(json!({ "name": "only-client", "namespace": "default", "action": "ALLOW", "rules": rules }));
+    stage
+        .mesh
+        .policies
+        .push(json!({ "name": "only-client", "namespace": "default", "action": "ALLOW", "rules": rules }));
     let world = stage.start()?;
     let _echo = serve(&world.server, 8080, &[])?;
     let [vip, _] = testbed::addresses::vips(1);
