@@ -13,6 +13,7 @@
 
 pub mod api;
 pub mod client;
+pub mod http;
 pub mod server;
 mod socket;
 #[cfg(test)]

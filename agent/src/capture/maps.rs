@@ -156,6 +156,18 @@ impl Tables {
         Strictness::new(config, &self.rules(config.pod_id), &self.rules(ALL_PODS))
     }
 
+    /// How full the maps are that the agent writes: name, entries, room.
+    pub fn sizes(&self) -> Vec<(&'static str, usize, usize)> {
+        vec![
+            ("PODS", self.pods.contents().len(), capacity::PODS),
+            ("MESH", self.mesh.contents().len(), capacity::MESH),
+            ("EXCLUDED_CIDRS", self.excluded.contents().len(), capacity::EXCLUDED_CIDRS),
+            ("PORT_RULES", self.ports.contents().len(), capacity::PORT_RULES),
+            ("PROBE_CGROUPS", self.probe_cgroups.contents().len(), capacity::PROBE_CGROUPS),
+            ("NODE_ADDRESSES", self.node_addresses.contents().len(), capacity::NODE_ADDRESSES),
+        ]
+    }
+
     /// Makes the mesh-wide entries those of `state`. Nothing is written when one of the maps is too small.
     pub fn apply_mesh(&mut self, state: &MeshState) -> Result<(), CaptureError> {
         self.mesh.check(EVERYTHING, &state.mesh)?;

@@ -259,6 +259,11 @@ impl Capture {
         self.inner.maps.mark_own(socket)
     }
 
+    /// How full the maps are that the agent writes: name, entries, room.
+    pub fn map_sizes(&self) -> Vec<(&'static str, usize, usize)> {
+        self.inner.maps.tables().sizes()
+    }
+
     /// The BPF counters by name, and `bare_interfaces`: failures to attach to interfaces of enrolled pods.
     pub fn counters(&self) -> BTreeMap<String, u64> {
         let mut counters = self.inner.maps.counters().unwrap_or_else(|e| {

@@ -8,25 +8,30 @@ use nix::sys::{
     resource::{Resource, getrlimit, setrlimit},
     signal::{SigSet, Signal},
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::Notify,
+};
 use tracing::{info, warn};
 
 use super::{
     RunArgs,
-    run::{KtlsMode, Resumption},
+    ports::Ports,
+    run::{KtlsMode, Resumption, Switch},
 };
 use crate::{
     admin::{
         api::{self, CertificateStatus, KtlsStatus, Status},
+        http::{NodeView, View},
         server::{self, AdminState, StatusProvider},
     },
     capture::{Capture, CaptureOptions, cleanup},
     identity::{CertificateStore, FilesIssuer, Issuer, LocalIssuer},
     mesh::{CertificateFiles, MeshStore, Snapshot, SpiffeId},
-    proxy::{Enforcement, Limits, PodState, Proxy, Reconciler},
-    relay::{ConnectionTable, Relay, RelayOptions},
-    sources::file::{FileSource, IssuerConfig, NodeConfig, ReloadStats},
-    telemetry::Counters,
+    proxy::{Applied, Enforcement, Limits, PodState, PodStatus, Proxy, Reconciler},
+    relay::{ConnectionTable, Relay, RelayOptions, ThreadHealth},
+    sources::file::{FileSource, IssuerConfig, NodeConfig, ReloadStats, ReloadStatus},
+    telemetry::{AccessLog, Telemetry, logging::LogFormat},
     tunnel::{
         Suite, TlsConfigs, TlsOptions,
         ktls::{Availability, Support},
@@ -34,14 +39,15 @@ use crate::{
 };
 
 /// Runs the agent until SIGTERM or SIGINT.
-pub(super) fn run(args: RunArgs) -> anyhow::Result<()> {
+pub(super) fn run(args: RunArgs, format: LogFormat) -> anyhow::Result<()> {
     harden();
+    let (access, _writer) = AccessLog::stdout(format).context("opening standard output for the access log")?;
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("underpass")
         .build()
         .context("starting the runtime")?
-        .block_on(agent(args))
+        .block_on(agent(args, access))
 }
 
 /// Keys must not reach a core file, and two descriptors per connection need a high limit. Neither failing is a reason not to run.
@@ -61,12 +67,15 @@ fn harden() {
     }
 }
 
-async fn agent(args: RunArgs) -> anyhow::Result<()> {
+async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
 
     let cgroup = super::cgroup::attach_point(args.cgroup.as_deref())?;
     let (source, config) = FileSource::open(&args.config, &args.state_dir)?;
+    let mut ports = Ports::open(&args).await?;
+    let mut tasks = tokio::task::JoinSet::new();
+    let health = ports.answer_probes(&mut tasks);
     let reload = source.stats();
     let (issuer, prepare) = issuer(&config)?;
     let trust_domain = config.snapshot.trust_domain.clone();
@@ -74,7 +83,8 @@ async fn agent(args: RunArgs) -> anyhow::Result<()> {
 
     let certificates = CertificateStore::new(issuer);
     let table = ConnectionTable::new();
-    let counters = Arc::new(Counters::default());
+    let telemetry = Telemetry::new(args.max_series as usize, access);
+    let counters = Arc::clone(&telemetry.counters);
     let ktls = kernel_tls(args.ktls).await;
     let relay_options = RelayOptions { threads: args.relay_threads.unwrap_or(0).into(), ..RelayOptions::default() };
     let relay =
@@ -100,6 +110,8 @@ async fn agent(args: RunArgs) -> anyhow::Result<()> {
         table: Arc::clone(&table),
         policies: Enforcement::new(mesh.load()),
         counters: Arc::clone(&counters),
+        telemetry: Arc::clone(&telemetry),
+        access_log: args.access_log == Switch::On,
         limits: Limits {
             handshake: args.handshake_timeout,
             connect: args.connect_timeout,
@@ -110,7 +122,6 @@ async fn agent(args: RunArgs) -> anyhow::Result<()> {
     let reconciler = Reconciler::new(proxy, prepare);
 
     mesh.replace(config.snapshot);
-    let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(Arc::clone(&certificates).run());
     tasks.spawn(super::memory::give_back(Arc::clone(&table)));
     reconciler.reconcile().await;
@@ -126,18 +137,30 @@ async fn agent(args: RunArgs) -> anyhow::Result<()> {
         reconciler: Arc::clone(&reconciler),
         certificates: Arc::clone(&certificates),
         capture: Arc::clone(&capture),
+        relay: Arc::clone(&relay),
         reload,
         ktls,
     });
+    let view = View {
+        mesh: Arc::clone(&mesh),
+        table: Arc::clone(&table),
+        certificates: Arc::clone(&certificates),
+        telemetry,
+        node: Arc::clone(&provider) as Arc<dyn NodeView>,
+    };
+    let quit = Arc::new(Notify::new());
+    ports.answer(&mut tasks, &view, &quit);
     let socket = super::admin_socket(&args.run_dir);
     let admin = server::serve(&socket, AdminState { table, counters, mesh, provider })
         .with_context(|| format!("opening the admin socket {}", socket.display()))?;
     tasks.spawn(admin);
+    tasks.spawn(health.watch(view));
     info!(version = env!("CARGO_PKG_VERSION"), "running");
 
     tokio::select! {
         _ = terminate.recv() => info!("SIGTERM"),
         _ = interrupt.recv() => info!("SIGINT"),
+        () = quit.notified() => {}
     }
     // Nothing may be enrolled again from here on.
     tasks.shutdown().await;
@@ -205,8 +228,35 @@ struct NodeStatus {
     reconciler: Arc<Reconciler>,
     certificates: Arc<CertificateStore>,
     capture: Arc<Capture>,
+    relay: Arc<Relay>,
     reload: Arc<ReloadStats>,
     ktls: Support,
+}
+
+impl NodeView for NodeStatus {
+    fn bpf_counters(&self) -> BTreeMap<String, u64> {
+        self.capture.counters()
+    }
+
+    fn bpf_maps(&self) -> Vec<(&'static str, usize, usize)> {
+        self.capture.map_sizes()
+    }
+
+    fn pods(&self) -> Vec<PodStatus> {
+        self.reconciler.pods()
+    }
+
+    fn applied(&self) -> Applied {
+        self.reconciler.applied()
+    }
+
+    fn reload(&self) -> ReloadStatus {
+        self.reload.status()
+    }
+
+    fn relay(&self) -> Vec<ThreadHealth> {
+        self.relay.health()
+    }
 }
 
 impl StatusProvider for NodeStatus {

@@ -9,6 +9,7 @@ mod connections;
 mod memory;
 mod output;
 mod policy;
+mod ports;
 mod run;
 mod status;
 #[cfg(test)]
@@ -97,7 +98,7 @@ pub fn main() -> ExitCode {
         }
     };
     let result = match cli.command {
-        Command::Run(args) => assemble::run(*args).map(|()| ExitCode::SUCCESS),
+        Command::Run(args) => assemble::run(*args, cli.log_format).map(|()| ExitCode::SUCCESS),
         Command::Check(args) => check::check(&args),
         Command::Connections(args) => connections::connections(&args).map(|()| ExitCode::SUCCESS),
         Command::Status(args) => status::status(&args).map(|()| ExitCode::SUCCESS),

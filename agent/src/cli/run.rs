@@ -1,11 +1,11 @@
 //! `underpass run`.
 
-use std::{path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, ValueEnum};
 
 use super::{DEFAULT_PIN_ROOT, DEFAULT_RUN_DIR, EXIT_CODES};
-use crate::capture::TcMode;
+use crate::{capture::TcMode, telemetry::Traffic};
 
 /// Arguments of `underpass run`.
 #[derive(Debug, Args)]
@@ -69,6 +69,63 @@ pub struct RunArgs {
     /// Longest time for a TCP connect to a peer or an application, e.g. 500ms, 10s.
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = limit)]
     pub connect_timeout: Duration,
+    /// Address for operators on the node: /config_dump, /logging, /quitquitquit; loopback only, or off.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15000", value_parser = loopback)]
+    pub admin_addr: Endpoint,
+    /// Address for metrics (/metrics, /stats/prometheus), or off.
+    #[arg(long, value_name = "ADDRESS", default_value = "[::]:15020")]
+    pub metrics_addr: Endpoint,
+    /// Address for the kubelet's probes (/healthz/ready, /healthz/live), or off.
+    #[arg(long, value_name = "ADDRESS", default_value = "[::]:15021")]
+    pub health_addr: Endpoint,
+    /// Samples of Istio's TCP metrics at once; connections beyond that are counted together.
+    #[arg(long, value_name = "N", default_value_t = 8_000, value_parser = clap::value_parser!(u32).range(Traffic::MIN_LIMIT as i64..=1_000_000))]
+    pub max_series: u32,
+    /// Whether connections have a line on standard output where the configuration does not say so.
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    pub access_log: Switch,
+}
+
+/// Where to listen, if at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Endpoint {
+    /// Nowhere.
+    Off,
+    /// There; port 0 is one that the kernel chooses and the log tells.
+    At(SocketAddr),
+}
+
+impl FromStr for Endpoint {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "off" {
+            return Ok(Self::Off);
+        }
+        text.parse()
+            .map(Self::At)
+            .map_err(|_| "write ADDRESS:PORT, like 127.0.0.1:15000 or [::]:15020, or off".to_owned())
+    }
+}
+
+/// `--access-log`
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Yes.
+    #[default]
+    On,
+    /// No.
+    Off,
+}
+
+/// The admin port ends the agent and tells everything, to anybody who reaches it.
+fn loopback(text: &str) -> Result<Endpoint, String> {
+    match text.parse()? {
+        Endpoint::At(address) if !address.ip().is_loopback() => {
+            Err("whoever reaches it can end the agent: use a loopback address, like 127.0.0.1:15000, or off".to_owned())
+        }
+        endpoint => Ok(endpoint),
+    }
 }
 
 /// `--ktls`

@@ -67,6 +67,16 @@ impl CertificateStore {
         self.current.load().get(identity).filter(|s| s.valid_at(SystemTime::now())).cloned()
     }
 
+    /// The identities that are kept.
+    pub fn wanted(&self) -> BTreeSet<SpiffeId> {
+        self.wanted.borrow().clone()
+    }
+
+    /// The latest certificate of every identity that has one, valid or not.
+    pub fn all(&self) -> Arc<HashMap<SpiffeId, Arc<Svid>>> {
+        self.current.load_full()
+    }
+
     /// Waits until `identity` has a certificate, at most `limit`.
     pub async fn wait_for(&self, identity: &SpiffeId, limit: Duration) -> Option<Arc<Svid>> {
         let mut changes = self.subscribe();

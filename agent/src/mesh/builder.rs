@@ -93,6 +93,7 @@ impl SnapshotBuilder {
         for &a in &service.vips {
             self.snapshot.by_vip.insert(a, Arc::clone(&service));
         }
+        self.snapshot.by_hostname.insert(Arc::clone(&service.hostname), Arc::clone(&service));
         self.snapshot.services.push(service);
         Ok(())
     }

@@ -18,12 +18,12 @@ pub(crate) use identity::check_name;
 pub use identity::{IdentityError, SpiffeId, TrustDomain};
 pub use mode::{EffectiveMode, ModeDefaults, ModeSource};
 pub use model::{
-    CertificateFiles, Endpoint, Exclusions, InboundMode, LocalPod, MeshSettings, PortMode, ProbeSettings, Protocol,
-    Service, ServicePort, Workload, WorkloadKey,
+    AccessLogRule, AccessLogSettings, CertificateFiles, Endpoint, Exclusions, InboundMode, LocalPod, MeshSettings,
+    PortMode, ProbeSettings, Protocol, Service, ServicePort, Workload, WorkloadKey,
 };
 pub use policy::{
     Action, Condition, Labels, Operation, Policy, PolicyKey, PolicyStatus, Rule, Scope, ServiceAccount, Source,
     StringMatch, Values, WorkloadPolicy, canonical_block,
 };
-pub use snapshot::{Resolution, Snapshot};
+pub use snapshot::{LATEST_REVISION, Resolution, Snapshot};
 pub use store::MeshStore;

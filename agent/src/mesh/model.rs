@@ -1,6 +1,6 @@
 //! What a snapshot is made of.
 
-use std::{fmt, net::IpAddr, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf, sync::Arc};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -188,6 +188,37 @@ pub struct MeshSettings {
     pub exclude: Exclusions,
     /// Who probes this node's pods.
     pub probes: ProbeSettings,
+    /// What the access log says.
+    pub access_log: AccessLogSettings,
+}
+
+/// Which connections have a line in the access log, by the namespace of the pod on this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct AccessLogSettings {
+    /// In namespaces that have no rule of their own.
+    pub default: AccessLogRule,
+    /// Rules of namespaces; what one leaves out is taken from the default.
+    pub namespaces: BTreeMap<Arc<str>, AccessLogRule>,
+}
+
+impl AccessLogSettings {
+    /// What holds in a namespace.
+    pub fn of(&self, namespace: &str) -> AccessLogRule {
+        let Some(own) = self.namespaces.get(namespace) else { return self.default };
+        AccessLogRule {
+            enabled: own.enabled.or(self.default.enabled),
+            sample_ppm: own.sample_ppm.or(self.default.sample_ppm),
+        }
+    }
+}
+
+/// A part of [`AccessLogSettings`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct AccessLogRule {
+    /// Whether there are lines at all; when nothing says so, the agent's command line does.
+    pub enabled: Option<bool>,
+    /// How many of a million connections that end in order have a line; all when nothing is said. Others always have one.
+    pub sample_ppm: Option<u32>,
 }
 
 /// How the kubelet's probes are recognised, which no mode or policy stops.

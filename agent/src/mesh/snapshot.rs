@@ -11,6 +11,13 @@ use super::{
     WorkloadPolicy,
 };
 
+/// Labels that name an application, in order of preference: Istio's, the one Kubernetes recommends, the customary one.
+const NAME_LABELS: [&str; 3] = ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"];
+/// The same for its version.
+const REVISION_LABELS: [&str; 3] = ["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"];
+/// Revision of a workload whose labels name none, as Istio has it.
+pub const LATEST_REVISION: &str = "latest";
+
 /// Everything known about the mesh at one moment.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
@@ -26,6 +33,7 @@ pub struct Snapshot {
     pub(super) by_address: HashMap<IpAddr, Arc<Workload>>,
     pub(super) services: Vec<Arc<Service>>,
     pub(super) by_vip: HashMap<IpAddr, Arc<Service>>,
+    pub(super) by_hostname: HashMap<Arc<str>, Arc<Service>>,
     pub(super) policies: BTreeMap<PolicyKey, Arc<Policy>>,
     pub(super) workload_policies: HashMap<WorkloadKey, WorkloadPolicy>,
 }
@@ -53,6 +61,7 @@ impl Snapshot {
             by_address: HashMap::new(),
             services: Vec::new(),
             by_vip: HashMap::new(),
+            by_hostname: HashMap::new(),
             policies: BTreeMap::new(),
             workload_policies: HashMap::new(),
         }
@@ -95,6 +104,11 @@ impl Snapshot {
         &self.services
     }
 
+    /// The service with this host name; one of them, should there be several.
+    pub fn service_named(&self, hostname: &str) -> Option<&Arc<Service>> {
+        self.by_hostname.get(hostname)
+    }
+
     /// Identities this node must hold certificates for.
     pub fn local_identities(&self) -> BTreeSet<SpiffeId> {
         self.local_workloads().map(|w| w.identity.clone()).collect()
@@ -126,6 +140,18 @@ impl Snapshot {
     pub fn workload_policy(&self, key: &WorkloadKey) -> &WorkloadPolicy {
         static NOTHING: LazyLock<WorkloadPolicy> = LazyLock::new(WorkloadPolicy::default);
         self.workload_policies.get(key).unwrap_or(&NOTHING)
+    }
+
+    /// The application that a workload's labels name: Istio's canonical service.
+    pub fn canonical_name(&self, key: &WorkloadKey) -> Option<&Arc<str>> {
+        let labels = &self.workload_policy(key).labels.0;
+        NAME_LABELS.into_iter().find_map(|name| labels.get(name))
+    }
+
+    /// Its version by the labels: Istio's canonical revision.
+    pub fn canonical_revision(&self, key: &WorkloadKey) -> Option<&Arc<str>> {
+        let labels = &self.workload_policy(key).labels.0;
+        REVISION_LABELS.into_iter().find_map(|name| labels.get(name))
     }
 
     /// The mode in force on a port of a workload, and who set it.

@@ -1,52 +1,71 @@
 //! A tunnel from a peer: handshake, PROXY header, checks, then the application.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    fmt::Display,
+    net::{IpAddr, SocketAddr},
+    time::Instant,
+};
 
 use rustls::AlertDescription;
 use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, time::timeout};
-use tracing::info;
 
-use super::{PodContext, dial};
+use super::{PodContext, dial, observe::Refused};
 use crate::{
+    mesh::SpiffeId,
     relay::{DataPath, Direction, NewConnection, Upstream},
-    telemetry::RefusalReason,
+    telemetry::{RefusalReason, Reporter, TraceId},
     tunnel::{
         Session, Tunnel, handshake,
         native::{self, MAX_HEADER, Preamble},
     },
 };
 
+/// What is known of who dialled.
+#[derive(Default)]
+struct Peer<'a> {
+    identity: Option<&'a SpiffeId>,
+    preamble: Option<&'a Preamble>,
+}
+
 /// Carries one tunnel connection from accept to the relay.
 pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketAddr, slot: OwnedSemaphorePermit) {
     let proxy = &context.proxy;
     let pod = &context.pod;
-    let refused = |reason: RefusalReason, detail: &dyn std::fmt::Display, identity: Option<&dyn std::fmt::Display>| {
-        proxy.counters.refuse(reason);
-        info!(
-            pod = %pod.key, %peer, %reason, %detail,
-            identity = identity.map(tracing::field::display),
-            "inbound connection refused"
-        );
+    let refused = |reason: RefusalReason, detail: &dyn Display, by: &Peer<'_>| {
+        context.refused(&Refused {
+            direction: Direction::Inbound,
+            reason,
+            detail,
+            source: peer,
+            destination: by.preamble.map(|p| p.destination),
+            identity: by.identity,
+            service: by.preamble.and_then(|p| p.authority.as_deref()),
+            trace: by.preamble.and_then(trace),
+        });
     };
     let _ = proxy.certificates.wait_for(&pod.identity, proxy.limits.handshake).await;
+    let began = Instant::now();
     let mut session = match timeout(proxy.limits.handshake, handshake::accept(stream, &proxy.tls, &pod.identity)).await
     {
         Ok(Ok(session)) => session,
-        Ok(Err(e)) => return refused(e.reason(), &e, None),
-        Err(_) => return refused(RefusalReason::Deadline, &"TLS handshake", None),
+        Ok(Err(e)) => return refused(e.reason(), &e, &Peer::default()),
+        Err(_) => return refused(RefusalReason::Deadline, &"TLS handshake", &Peer::default()),
     };
+    proxy.telemetry.handshakes.of(Reporter::Destination).observe(began.elapsed().as_secs_f64());
     let identity = session.info.peer.clone();
+    let by = Peer { identity: Some(&identity), preamble: None };
     let preamble = match timeout(proxy.limits.handshake, read_preamble(&mut session)).await {
         Ok(Ok(preamble)) => preamble,
         Ok(Err((reason, detail))) => {
-            refused(reason, &detail, Some(&identity));
+            refused(reason, &detail, &by);
             return session.refuse(AlertDescription::AccessDenied).await;
         }
         Err(_) => {
-            refused(RefusalReason::Deadline, &"PROXY header", Some(&identity));
+            refused(RefusalReason::Deadline, &"PROXY header", &by);
             return session.refuse(AlertDescription::AccessDenied).await;
         }
     };
+    let by = Peer { preamble: Some(&preamble), ..by };
     let mesh = proxy.mesh.load();
     let checked = match mesh.workload(&pod.key) {
         Some(me) => {
@@ -57,31 +76,31 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
     let to = match checked {
         Ok((Some(ip), port)) => SocketAddr::new(ip, port),
         Ok((None, _)) => {
-            refused(RefusalReason::ProxyDestination, &"no address of that family", Some(&identity));
+            refused(RefusalReason::ProxyDestination, &"no address of that family", &by);
             return session.refuse(AlertDescription::AccessDenied).await;
         }
         Err(reason) => {
             let detail = format!("header says {} to {}", preamble.source, preamble.destination);
-            refused(reason, &detail, Some(&identity));
+            refused(reason, &detail, &by);
             return session.refuse(AlertDescription::AccessDenied).await;
         }
     };
     if let Err(why) = proxy.policies.tunnel(&pod.key, &identity, preamble.source.ip(), to) {
-        refused(RefusalReason::Policy, &why, Some(&identity));
+        refused(RefusalReason::Policy, &why, &by);
         return session.refuse(AlertDescription::AccessDenied).await;
     }
     let application = match dial::application(pod, preamble.source.ip().to_canonical(), to, proxy.limits.connect).await
     {
         Ok(stream) => stream,
         Err(e) => {
-            refused(RefusalReason::UpstreamUnreachable, &format!("application at {to}: {e}"), Some(&identity));
+            refused(RefusalReason::UpstreamUnreachable, &format!("application at {to}: {e}"), &by);
             return session.refuse(AlertDescription::InternalError).await;
         }
     };
     let tunnel = match timeout(proxy.limits.handshake, session.offload(proxy.tls.ktls())).await {
         Ok(Ok(tunnel)) => tunnel,
-        Ok(Err(e)) => return refused(e.reason(), &e, Some(&identity)),
-        Err(_) => return refused(RefusalReason::Deadline, &"the rest of a record", Some(&identity)),
+        Ok(Err(e)) => return refused(e.reason(), &e, &by),
+        Err(_) => return refused(RefusalReason::Deadline, &"the rest of a record", &by),
     };
     hand_over(context, tunnel, application, &preamble, to, slot);
 }
@@ -119,6 +138,11 @@ fn own_address(preamble: &Preamble, addresses: &[IpAddr]) -> Option<IpAddr> {
     addresses.iter().find(|a| a.is_ipv4() == v4).copied()
 }
 
+/// What the client's agent calls this connection.
+fn trace(preamble: &Preamble) -> Option<TraceId> {
+    preamble.unique_id.as_deref()?.try_into().ok().map(TraceId)
+}
+
 fn hand_over(
     context: &PodContext,
     tunnel: Tunnel,
@@ -142,5 +166,5 @@ fn hand_over(
         cipher: Some(tunnel.info.cipher),
         resumed: tunnel.info.resumed,
     };
-    context.hand_over(application, Upstream::Tunnel(Box::new(tunnel)), new, slot);
+    context.hand_over(application, Upstream::Tunnel(Box::new(tunnel)), new, trace(preamble), slot);
 }

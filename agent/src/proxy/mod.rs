@@ -6,6 +6,7 @@
 mod accept;
 mod dial;
 mod inbound;
+mod observe;
 mod outbound;
 mod plaintext;
 mod policy;
@@ -24,14 +25,14 @@ use tokio::{
 use tracing::debug;
 
 pub use policy::Enforcement;
-pub use reconcile::{PodState, PodStatus, Reconciler};
+pub use reconcile::{Applied, PodState, PodStatus, Reconciler};
 
 use crate::{
     capture::{Capture, Pod},
     identity::CertificateStore,
     mesh::MeshStore,
     relay::{CloseReason, ConnectionTable, DataPath, Direction, Job, NewConnection, Relay, Upstream},
-    telemetry::{Counters, RefusalReason},
+    telemetry::{Counters, RefusalReason, Telemetry, TraceId},
     tunnel::TlsConfigs,
 };
 
@@ -77,6 +78,10 @@ pub struct Proxy {
     pub policies: Enforcement,
     /// What happened.
     pub counters: Arc<Counters>,
+    /// The same by who was at the ends, and the access log.
+    pub telemetry: Arc<Telemetry>,
+    /// Whether the access log has lines where the configuration does not say so.
+    pub access_log: bool,
     /// Bounds.
     pub limits: Limits,
 }
@@ -111,7 +116,14 @@ impl Proxy {
 
 impl PodContext {
     /// Enters an established connection into the table, counts it, and gives it to the relay. `slot` is held until it ends.
-    fn hand_over(&self, application: TcpStream, upstream: Upstream, new: NewConnection, slot: OwnedSemaphorePermit) {
+    fn hand_over(
+        &self,
+        application: TcpStream,
+        upstream: Upstream,
+        new: NewConnection,
+        trace: Option<TraceId>,
+        slot: OwnedSemaphorePermit,
+    ) {
         let Proxy { counters, table, relay, policies, .. } = &*self.proxy;
         let application = match application.into_std() {
             Ok(socket) => socket,
@@ -134,7 +146,8 @@ impl PodContext {
         if new.resumed {
             counters.resumed.fetch_add(1, Relaxed);
         }
-        let connection = table.add(new);
+        let account = self.account(&new, trace);
+        let connection = table.add_accounted(new, Some(account));
         // Policies that came into force since it was judged have not seen it in the table.
         if policies.forbids(&connection) {
             table.close(connection.id, CloseReason::Policy);

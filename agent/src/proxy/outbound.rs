@@ -3,20 +3,22 @@
 use std::{
     net::{IpAddr, SocketAddr},
     sync::atomic::Ordering::Relaxed,
+    time::Instant,
 };
 
 use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, time::timeout};
-use tracing::{debug, info};
+use tracing::debug;
 
 use super::{
     PodContext,
     accept::reset,
     dial,
+    observe::Refused,
     route::{self, Plan, Target},
 };
 use crate::{
     relay::{DataPath, Direction, NewConnection, Upstream},
-    telemetry::RefusalReason,
+    telemetry::{RefusalReason, Reporter, TraceId},
     tunnel::{TunnelError, handshake, native},
 };
 
@@ -46,18 +48,26 @@ pub(super) async fn serve(context: &PodContext, app: TcpStream, client: SocketAd
         debug!(pod = %context.pod.key, %client, "reset: nobody's connect() was captured for this connection");
         return reset(app);
     };
+    let trace = TraceId(rand::random());
     let result = match route::plan(&context.proxy.mesh.load(), destination) {
-        Ok(plan) => connect_first(context, &plan, client).await.map(|(up, target)| (up, target, plan)),
+        Ok(plan) => connect_first(context, &plan, client, trace).await.map(|(up, target)| (up, target, plan)),
         Err(reason) => Err(Refusal::new(reason, "no route")),
     };
     match result {
-        Ok((upstream, target, plan)) => hand_over(context, app, client, destination, upstream, &target, plan, slot),
+        Ok((upstream, target, plan)) => {
+            hand_over(context, app, client, destination, upstream, &target, plan, trace, slot)
+        }
         Err(Refusal { reason, detail }) => {
-            counters.refuse(reason);
-            info!(
-                pod = %context.pod.key, identity = %context.pod.identity, %destination, %reason, %detail,
-                "outbound connection refused"
-            );
+            context.refused(&Refused {
+                direction: Direction::Outbound,
+                reason,
+                detail: &detail,
+                source: client,
+                destination: Some(destination),
+                identity: None,
+                service: None,
+                trace: Some(trace),
+            });
             reset(app);
         }
     }
@@ -73,13 +83,18 @@ fn original_destination(context: &PodContext, app: &TcpStream, client: SocketAdd
 }
 
 /// Tries the plan's targets in order. Nothing of the application's has been read yet, so a second try is safe.
-async fn connect_first(context: &PodContext, plan: &Plan, client: SocketAddr) -> Result<(Upstream, Target), Refusal> {
+async fn connect_first(
+    context: &PodContext,
+    plan: &Plan,
+    client: SocketAddr,
+    trace: TraceId,
+) -> Result<(Upstream, Target), Refusal> {
     let mut last = Refusal::new(RefusalReason::NoEndpoint, "no endpoint");
     for (i, target) in plan.targets.iter().enumerate() {
         if i > 0 {
             context.proxy.counters.retries.fetch_add(1, Relaxed);
         }
-        match connect(context, plan, target, client).await {
+        match connect(context, plan, target, client, trace).await {
             Ok(upstream) => return Ok((upstream, target.clone())),
             Err(e) => {
                 debug!(pod = %context.pod.key, ?target, reason = %e.reason, detail = %e.detail, "target failed");
@@ -90,7 +105,13 @@ async fn connect_first(context: &PodContext, plan: &Plan, client: SocketAddr) ->
     Err(last)
 }
 
-async fn connect(context: &PodContext, plan: &Plan, target: &Target, client: SocketAddr) -> Result<Upstream, Refusal> {
+async fn connect(
+    context: &PodContext,
+    plan: &Plan,
+    target: &Target,
+    client: SocketAddr,
+    trace: TraceId,
+) -> Result<Upstream, Refusal> {
     let limits = &context.proxy.limits;
     let pod = &context.pod;
     let unreachable = |to: SocketAddr| {
@@ -118,12 +139,14 @@ async fn connect(context: &PodContext, plan: &Plan, target: &Target, client: Soc
                 source: SocketAddr::new(source_ip, client.port()),
                 destination: *destination,
                 authority: plan.service.as_deref().map(ToOwned::to_owned),
-                unique_id: Some(rand::random::<[u8; 16]>().to_vec()),
+                unique_id: Some(trace.0.to_vec()),
             };
+            let began = Instant::now();
             let establish = async {
                 let tls = &context.proxy.tls;
                 let header = native::encode(&preamble);
                 let session = handshake::connect(stream, tls, &pod.identity, identity, &header).await?;
+                context.proxy.telemetry.handshakes.of(Reporter::Source).observe(began.elapsed().as_secs_f64());
                 session.offload(tls.ktls()).await
             };
             match timeout(limits.handshake, establish).await {
@@ -152,6 +175,7 @@ fn hand_over(
     upstream: Upstream,
     target: &Target,
     plan: Plan,
+    trace: TraceId,
     slot: OwnedSemaphorePermit,
 ) {
     let (peer, to) = match target {
@@ -179,5 +203,5 @@ fn hand_over(
         cipher,
         resumed,
     };
-    context.hand_over(app, upstream, new, slot);
+    context.hand_over(app, upstream, new, Some(trace), slot);
 }

@@ -3,10 +3,10 @@
 use std::net::SocketAddr;
 
 use tokio::{net::TcpStream, sync::OwnedSemaphorePermit};
-use tracing::{debug, info};
+use tracing::debug;
 use underpass_abi::is_agent_port;
 
-use super::{PodContext, accept::reset, dial};
+use super::{PodContext, accept::reset, dial, observe::Refused};
 use crate::{
     relay::{DataPath, Direction, NewConnection, Upstream},
     telemetry::RefusalReason,
@@ -26,8 +26,16 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
     };
     let source = SocketAddr::new(peer.ip().to_canonical(), peer.port());
     let refused = |reason: RefusalReason, detail: &dyn std::fmt::Display| {
-        proxy.counters.refuse(reason);
-        info!(pod = %pod.key, %source, %destination, %reason, %detail, "plaintext connection refused");
+        context.refused(&Refused {
+            direction: Direction::Inbound,
+            reason,
+            detail,
+            source,
+            destination: Some(destination),
+            identity: None,
+            service: None,
+            trace: None,
+        });
     };
     if let Err(why) = proxy.policies.plaintext(&pod.key, source.ip(), destination) {
         refused(RefusalReason::Policy, &why);
@@ -59,5 +67,5 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
         cipher: None,
         resumed: false,
     };
-    context.hand_over(application, upstream, new, slot);
+    context.hand_over(application, upstream, new, None, slot);
 }

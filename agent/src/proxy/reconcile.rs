@@ -49,22 +49,41 @@ pub struct PodStatus {
     pub state: PodState,
 }
 
+/// What the node has been made equal to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// The last configuration that every pod has been tried with; 0 at first.
+    pub generation: u64,
+    /// Why the latest one is not in the BPF maps, if it is not.
+    pub error: Option<String>,
+}
+
 /// Enrols and un-enrols pods as snapshots come.
 pub struct Reconciler {
     proxy: Arc<Proxy>,
     prepare: Box<dyn Fn(&Snapshot) + Send + Sync>,
     states: Mutex<BTreeMap<WorkloadKey, PodStatus>>,
+    applied: Mutex<Applied>,
 }
 
 impl Reconciler {
     /// `prepare` sees every snapshot before its pods are enrolled: issuers that are configured per workload hook in there.
     pub fn new(proxy: Arc<Proxy>, prepare: Box<dyn Fn(&Snapshot) + Send + Sync>) -> Arc<Self> {
-        Arc::new(Self { proxy, prepare, states: Mutex::default() })
+        Arc::new(Self { proxy, prepare, states: Mutex::default(), applied: Mutex::default() })
     }
 
     /// How every pod of this node stands.
     pub fn pods(&self) -> Vec<PodStatus> {
         self.states().values().cloned().collect()
+    }
+
+    /// What the node has been made equal to.
+    pub fn applied(&self) -> Applied {
+        self.applied.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Applied)) {
+        change(&mut self.applied.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Follows the mesh until dropped. [`Self::reconcile`] has been called once before.
@@ -91,6 +110,7 @@ impl Reconciler {
         // Addresses before pods: a pod must not be enrolled with its peers' addresses still uncaptured.
         if let Err(e) = self.proxy.capture.apply(&snapshot) {
             error!(error = %e, "the configuration cannot be put into the BPF maps; the previous one stays in force");
+            self.note(|applied| applied.error = Some(e.to_string()));
             return;
         }
         self.remove_stale(&snapshot).await;
@@ -98,6 +118,7 @@ impl Reconciler {
         stream::iter(workloads)
             .for_each_concurrent(ENROL_PARALLEL, |workload| async move { self.enrol(&workload).await })
             .await;
+        self.note(|applied| *applied = Applied { generation: snapshot.generation, error: None });
     }
 
     /// Gives every pod plain traffic back.

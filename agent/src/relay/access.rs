@@ -1,42 +1,38 @@
-//! The access log: one line for each connection that ended.
+//! What telemetry hears of a connection's end.
 
-use std::{fmt, sync::atomic::Ordering::Relaxed};
+use std::{fmt::Display, sync::atomic::Ordering::Relaxed};
 
-use super::{Connection, slot::End};
+use super::{CloseReason, Connection, slot::End};
+use crate::telemetry::{Record, ResponseFlag, Transfer};
 
-/// Writes the line. `tracing`'s writer decides where it goes and must not block.
-pub(super) fn log(connection: &Connection, end: &End) {
+/// Counts and logs the end of a connection, whose bytes are in the sums already. Never blocks.
+pub(super) fn ended(connection: &Connection, end: &End) {
+    let Some(account) = &connection.account else { return };
     let what = &connection.what;
-    tracing::info!(
-        target: "access",
-        id = connection.id.0,
-        direction = ?what.direction,
-        workload = %what.workload,
-        source = %what.source,
-        source_identity = %OrDash(what.source_identity.as_ref()),
-        original_destination = %what.original_destination,
-        destination_identity = %OrDash(what.destination_identity.as_ref()),
-        upstream = %what.upstream,
-        service = %OrDash(what.service.as_ref()),
-        data_path = ?what.data_path,
-        sent = connection.sent.load(Relaxed),
-        received = connection.received.load(Relaxed),
-        duration_ms = connection.since.elapsed().unwrap_or_default().as_millis() as u64,
-        reason = end.reason.as_str(),
-        refusal = %OrDash(end.refusal),
-        detail = %OrDash(end.detail.as_deref()),
-        "closed"
-    );
-}
-
-/// A value, or `-` as access logs have it.
-struct OrDash<T>(Option<T>);
-
-impl<T: fmt::Display> fmt::Display for OrDash<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0 {
-            Some(value) => value.fmt(f),
-            None => f.write_str("-"),
-        }
-    }
+    let flag = match (end.refusal, end.reason) {
+        (Some(refusal), _) => refusal.into(),
+        (None, CloseReason::Policy) => ResponseFlag::Deny,
+        (None, _) => ResponseFlag::None,
+    };
+    account.close(&Record {
+        id: Some(connection.id.0),
+        trace: account.trace(),
+        labels: account.labels(),
+        source: Some(what.source),
+        destination: Some(what.upstream),
+        dialled: (what.original_destination != what.upstream).then_some(what.original_destination),
+        service: what.service.as_deref(),
+        transfer: Some(Transfer {
+            sent: connection.sent.load(Relaxed),
+            received: connection.received.load(Relaxed),
+            duration: connection.since.elapsed().unwrap_or_default(),
+            data_path: what.data_path.as_str(),
+            cipher: what.cipher,
+            resumed: what.resumed,
+        }),
+        reason: end.reason.as_str(),
+        flag,
+        detail: end.detail.as_ref().map(|detail| detail as &dyn Display),
+        in_order: end.reason == CloseReason::Finished,
+    });
 }

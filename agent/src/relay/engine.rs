@@ -8,12 +8,13 @@ use std::{
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::{
     CloseReason, Connection, ConnectionTable,
     direction::{KtlsIn, KtlsOut, Plain, TlsIn, TlsOut},
+    health::{Beat, Seen, ThreadHealth},
     inbox::{Inbox, Message},
     slot::{End, Path, Slot},
     stall,
@@ -65,6 +66,8 @@ struct Thread {
     inbox: Arc<Inbox>,
     /// Connections placed on it that have not ended.
     load: Arc<AtomicUsize>,
+    beat: Arc<Beat>,
+    seen: Mutex<Seen>,
 }
 
 /// Handle to the relay threads. Dropping it is [`Relay::shutdown`].
@@ -99,10 +102,13 @@ impl Relay {
         for number in 0..count {
             let inbox = Arc::new(Inbox::new()?);
             let load = Arc::new(AtomicUsize::new(0));
-            let worker = Worker::new(Arc::clone(&inbox), Arc::clone(&load), Arc::clone(&relay.shared))?;
+            let beat = Arc::new(Beat::default());
+            let worker =
+                Worker::new(Arc::clone(&inbox), Arc::clone(&load), Arc::clone(&beat), Arc::clone(&relay.shared))?;
             let handle = thread::Builder::new().name(format!("relay-{number}")).spawn(move || worker.run())?;
             relay.running.get_mut().unwrap_or_else(PoisonError::into_inner).push(handle);
-            relay.threads.push(Thread { inbox, load });
+            let seen = Mutex::new(Seen::new(Instant::now()));
+            relay.threads.push(Thread { inbox, load, beat, seen });
         }
         Ok(Arc::new(relay))
     }
@@ -151,6 +157,16 @@ impl Relay {
         if let Message::Adopt(slot) = message {
             self.shared.end(*slot, CloseReason::Shutdown.into());
         }
+    }
+
+    /// How the threads are. Only who looks regularly sees for how long one has been stuck.
+    pub fn health(&self) -> Vec<ThreadHealth> {
+        let now = Instant::now();
+        let look = |thread: &Thread| {
+            let mut seen = thread.seen.lock().unwrap_or_else(PoisonError::into_inner);
+            seen.look(&thread.beat, thread.load.load(Relaxed), now)
+        };
+        self.threads.iter().map(look).collect()
     }
 
     /// Resets every connection and waits until the threads are gone. What is submitted afterwards is reset at once.

@@ -11,6 +11,7 @@ mod access;
 mod buffers;
 mod direction;
 mod engine;
+mod health;
 mod inbox;
 mod pipe;
 mod settling;
@@ -22,8 +23,11 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod thread;
+mod totals;
 
 pub use engine::{Job, Relay, RelayOptions, Upstream};
+pub use health::ThreadHealth;
 pub use table::{
     CloseReason, Connection, ConnectionId, ConnectionInfo, ConnectionTable, DataPath, Direction, NewConnection,
 };
+pub use totals::Totals;

@@ -13,10 +13,13 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::inbox::{Inbox, Message};
+use super::{
+    inbox::{Inbox, Message},
+    totals::{Taken, Totals},
+};
 use crate::{
     mesh::{SpiffeId, WorkloadKey},
-    telemetry::KtlsFallback,
+    telemetry::{Account, KtlsFallback},
 };
 
 /// Number of a connection, unique while the agent runs.
@@ -47,6 +50,18 @@ pub enum DataPath {
 }
 
 impl DataPath {
+    /// All of them, in order.
+    pub const ALL: [Self; 3] = [Self::User, Self::Ktls, Self::Plain];
+
+    /// The name in logs and metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::User => "user",
+            Self::Ktls => "ktls",
+            Self::Plain => "plain",
+        }
+    }
+
     /// Of a tunnel that the kernel protects, unless there is a reason why not.
     pub fn of(fallback: Option<KtlsFallback>) -> Self {
         if fallback.is_some() { Self::User } else { Self::Ktls }
@@ -86,6 +101,23 @@ pub enum CloseReason {
 }
 
 impl CloseReason {
+    /// All of them, in order.
+    pub const ALL: [Self; 13] = [
+        Self::Finished,
+        Self::ApplicationReset,
+        Self::UpstreamReset,
+        Self::Truncated,
+        Self::Denied,
+        Self::BadRecord,
+        Self::KeyLimit,
+        Self::ApplicationGone,
+        Self::Policy,
+        Self::Unenrolled,
+        Self::Operator,
+        Self::Shutdown,
+        Self::Internal,
+    ];
+
     /// The name in logs.
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -152,6 +184,9 @@ pub struct Connection {
     pub received: AtomicU64,
     /// Bytes the agent holds because a side does not take them, both directions together.
     pub held: AtomicU64,
+    /// What it is counted and logged under, if it is.
+    pub account: Option<Account>,
+    pub(super) taken: Taken,
     control: Mutex<Control>,
     table: Weak<ConnectionTable>,
 }
@@ -287,16 +322,23 @@ type Shard = Mutex<HashMap<ConnectionId, Weak<Connection>>>;
 pub struct ConnectionTable {
     shards: [Shard; SHARDS],
     next: AtomicU64,
+    totals: Totals,
 }
 
 impl ConnectionTable {
     /// An empty table.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { shards: std::array::from_fn(|_| Shard::default()), next: AtomicU64::new(1) })
+        let shards = std::array::from_fn(|_| Shard::default());
+        Arc::new(Self { shards, next: AtomicU64::new(1), totals: Totals::default() })
     }
 
     /// Adds a connection. It stays until its relay thread removes it, or until it is dropped without having reached one.
     pub fn add(self: &Arc<Self>, new: NewConnection) -> Arc<Connection> {
+        self.add_accounted(new, None)
+    }
+
+    /// The same with a place in the metrics and the access log.
+    pub fn add_accounted(self: &Arc<Self>, new: NewConnection, account: Option<Account>) -> Arc<Connection> {
         let id = ConnectionId(self.next.fetch_add(1, Relaxed));
         let connection = Arc::new(Connection {
             id,
@@ -305,6 +347,8 @@ impl ConnectionTable {
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             held: AtomicU64::new(0),
+            account,
+            taken: Taken::default(),
             control: Mutex::default(),
             table: Arc::downgrade(self),
         });
@@ -329,10 +373,22 @@ impl ConnectionTable {
 
     /// Live connections, at most `limit`, oldest first, and how many there are in all.
     pub fn list(&self, limit: usize) -> (Vec<ConnectionInfo>, usize) {
+        let live = self.by_age();
+        (live.iter().take(limit).map(|connection| connection.info()).collect(), live.len())
+    }
+
+    /// Live connections, at most `limit`, oldest first.
+    pub fn oldest(&self, limit: usize) -> Vec<Arc<Connection>> {
+        let mut live = self.by_age();
+        live.truncate(limit);
+        live
+    }
+
+    fn by_age(&self) -> Vec<Arc<Connection>> {
         let mut live = self.live();
         // Numbers are given in order of arrival.
         live.sort_unstable_by_key(|connection| connection.id);
-        (live.iter().take(limit).map(|connection| connection.info()).collect(), live.len())
+        live
     }
 
     /// Connections opened and closed so far, a number that only grows.
@@ -350,6 +406,18 @@ impl ConnectionTable {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Every live connection, with its bytes in [`Self::totals`] and in its account. For who reads the metrics.
+    pub fn settled(&self) -> Vec<Arc<Connection>> {
+        let live = self.live();
+        live.iter().for_each(|connection| self.totals.take(connection));
+        live
+    }
+
+    /// Sums over all connections there ever were.
+    pub fn totals(&self) -> &Totals {
+        &self.totals
     }
 
     /// Takes a connection out: it has ended.

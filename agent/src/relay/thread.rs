@@ -20,6 +20,7 @@ use slab::Slab;
 use super::{
     CloseReason, Connection, ConnectionId, ConnectionTable, access,
     buffers::Scratch,
+    health::Beat,
     inbox::{Inbox, Message},
     settling::Settling,
     slot::{End, Slot, Turn},
@@ -61,6 +62,8 @@ impl Shared {
 
     /// Takes a connection off the table, counts and logs it.
     pub(super) fn ended(&self, connection: &Connection, end: &End) {
+        self.table.totals().take(connection);
+        self.table.totals().end(end.reason);
         self.table.remove(connection.id);
         if end.reason == CloseReason::Finished {
             self.counters.closed_clean.fetch_add(1, Relaxed);
@@ -70,7 +73,7 @@ impl Shared {
         if let Some(refusal) = end.refusal {
             self.counters.refuse(refusal);
         }
-        access::log(connection, end);
+        access::ended(connection, end);
     }
 }
 
@@ -79,6 +82,7 @@ pub(super) struct Worker {
     epoll: Epoll,
     inbox: Arc<Inbox>,
     load: Arc<AtomicUsize>,
+    beat: Arc<Beat>,
     shared: Arc<Shared>,
     slots: Slab<Box<Slot>>,
     keys: HashMap<ConnectionId, usize>,
@@ -94,7 +98,12 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(inbox: Arc<Inbox>, load: Arc<AtomicUsize>, shared: Arc<Shared>) -> io::Result<Self> {
+    pub(super) fn new(
+        inbox: Arc<Inbox>,
+        load: Arc<AtomicUsize>,
+        beat: Arc<Beat>,
+        shared: Arc<Shared>,
+    ) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&*inbox, EpollEvent::new(EpollFlags::EPOLLIN, INBOX))?;
         let scratch = Scratch::new(shared.buffer);
@@ -102,6 +111,7 @@ impl Worker {
             epoll,
             inbox,
             load,
+            beat,
             shared,
             slots: Slab::new(),
             keys: HashMap::new(),
@@ -119,7 +129,10 @@ impl Worker {
         let mut messages = Vec::new();
         let mut running = true;
         while running {
-            let happened = match self.epoll.wait(&mut events, self.patience()) {
+            self.beat.rest();
+            let waited = self.epoll.wait(&mut events, self.patience());
+            self.beat.work();
+            let happened = match waited {
                 Ok(count) => &events[..count],
                 Err(Errno::EINTR) => continue,
                 Err(error) => {
@@ -309,5 +322,6 @@ impl Drop for Worker {
     /// A thread that ends, for whatever reason, takes no more connections: they go to others.
     fn drop(&mut self) {
         self.inbox.stop();
+        self.beat.end();
     }
 }

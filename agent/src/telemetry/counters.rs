@@ -252,6 +252,11 @@ impl Counters {
         fallback.map_or(&self.ktls, |why| &self.fallbacks[why as usize]).fetch_add(1, Relaxed);
     }
 
+    /// Tunnels whose records the agent protects for this reason.
+    pub fn fallbacks(&self, why: KtlsFallback) -> u64 {
+        self.fallbacks[why as usize].load(Relaxed)
+    }
+
     /// All values now.
     pub fn snapshot(&self) -> CountersSnapshot {
         CountersSnapshot {
@@ -264,9 +269,7 @@ impl Counters {
             closed_reset: self.closed_reset.load(Relaxed),
             retries: self.retries.load(Relaxed),
             ktls: self.ktls.load(Relaxed),
-            ktls_fallback: seen(
-                KtlsFallback::ALL.into_iter().map(|f| (f.as_str(), self.fallbacks[f as usize].load(Relaxed))),
-            ),
+            ktls_fallback: seen(KtlsFallback::ALL.into_iter().map(|f| (f.as_str(), self.fallbacks(f)))),
             refused: seen(RefusalReason::ALL.into_iter().map(|r| (r.as_str(), self.refused(r)))),
         }
     }

@@ -11,11 +11,11 @@ use std::{
 
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
-    EnvFilter, Layer as _, fmt::MakeWriter, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+    EnvFilter, Layer as _, Registry, fmt::MakeWriter, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
 };
 
 /// Lines that may wait for the writer.
-const QUEUED_LINES: usize = 16_384;
+pub(super) const QUEUED_LINES: usize = 16_384;
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
@@ -49,30 +49,54 @@ pub struct LogGuard {
     _writer: WorkerGuard,
 }
 
-/// Counts for the one writer of the process.
-static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
+/// The one log of the process.
+static LOG: OnceLock<Log> = OnceLock::new();
+
+struct Log {
+    dropped: ErrorCounter,
+    filter: reload::Handle<EnvFilter, Registry>,
+    /// The filter at the start.
+    initial: String,
+}
 
 /// Log lines dropped because the queue was full.
 pub fn dropped_lines() -> u64 {
-    DROPPED.get().map_or(0, |d| d.dropped_lines() as u64)
+    LOG.get().map_or(0, |log| log.dropped.dropped_lines() as u64)
 }
 
 /// Starts logging to standard error.
 pub fn init(filter: &str, format: LogFormat) -> Result<LogGuard, LogError> {
-    let filter = EnvFilter::try_new(filter)
-        .map_err(|e| LogError::Filter { filter: filter.to_owned(), reason: e.to_string() })?;
-    let (writer, guard) = queue(io::stderr());
+    let (reloadable, handle) = reload::Layer::new(parse(filter)?);
+    let (writer, guard) = queue(io::stderr(), "log");
     let dropped = writer.error_counter();
     tracing_subscriber::registry()
-        .with(layer(format, writer).with_filter(filter))
+        .with(layer(format, writer).with_filter(reloadable))
         .try_init()
         .map_err(|e| LogError::Twice(e.to_string()))?;
-    DROPPED.get_or_init(|| dropped);
+    LOG.get_or_init(|| Log { dropped, filter: handle, initial: filter.to_owned() });
     Ok(LogGuard { _writer: guard })
 }
 
-fn queue(to: impl Write + Send + 'static) -> (NonBlocking, WorkerGuard) {
-    NonBlockingBuilder::default().buffered_lines_limit(QUEUED_LINES).lossy(true).thread_name("log").finish(to)
+/// The filter in force; empty when nothing is logged by this process.
+pub fn filter() -> String {
+    LOG.get().and_then(|log| log.filter.with_current(ToString::to_string).ok()).unwrap_or_default()
+}
+
+/// Replaces the filter; `None` puts back the one from the start.
+pub fn set_filter(filter: Option<&str>) -> Result<(), LogError> {
+    let Some(log) = LOG.get() else { return Ok(()) };
+    let filter = parse(filter.unwrap_or(&log.initial))?;
+    // Fails only when the subscriber is gone, and it lives as long as the process.
+    log.filter.reload(filter).map_err(|e| LogError::Twice(e.to_string()))
+}
+
+fn parse(filter: &str) -> Result<EnvFilter, LogError> {
+    EnvFilter::try_new(filter).map_err(|e| LogError::Filter { filter: filter.to_owned(), reason: e.to_string() })
+}
+
+/// A writer of lines with a thread of its own.
+pub(super) fn queue(to: impl Write + Send + 'static, thread: &str) -> (NonBlocking, WorkerGuard) {
+    NonBlockingBuilder::default().buffered_lines_limit(QUEUED_LINES).lossy(true).thread_name(thread).finish(to)
 }
 
 fn layer<S>(format: LogFormat, writer: NonBlocking) -> Box<dyn tracing_subscriber::Layer<S> + Send + Sync>
@@ -100,7 +124,8 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-fn hidden(c: char) -> bool {
+/// Could it move the cursor, forge a line or hide characters?
+pub(super) fn hidden(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{061c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
@@ -157,7 +182,7 @@ mod tests {
 
     fn logged(format: LogFormat, log: impl FnOnce()) -> String {
         let sink = Sink::default();
-        let (writer, guard) = queue(sink.clone());
+        let (writer, guard) = queue(sink.clone(), "test");
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer(format, writer)), log);
         drop(guard);
         String::from_utf8(sink.0.lock().unwrap().clone()).unwrap()
@@ -203,7 +228,7 @@ mod tests {
         }
 
         let (release, blocked) = std::sync::mpsc::channel();
-        let (writer, guard) = queue(Blocked(blocked));
+        let (writer, guard) = queue(Blocked(blocked), "test");
         let dropped = writer.error_counter();
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer(LogFormat::Text, writer)), || {
             (0..QUEUED_LINES + 100).for_each(|n| tracing::info!(n, "line"));

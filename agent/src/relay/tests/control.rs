@@ -7,6 +7,10 @@ use std::{
 };
 
 use super::*;
+use crate::{
+    relay::{Job, Upstream},
+    telemetry::{AccessLog, Account, Labels, LogChoice, Reporter, Telemetry, logging::LogFormat},
+};
 
 #[test]
 fn close_resets_both_sides_within_a_second() {
@@ -152,36 +156,93 @@ fn the_table_lists_the_oldest_first() {
     assert!(node.table.is_empty());
 }
 
-/// What operators read in the access log.
+/// What telemetry hears of a connection, live and at its end; every byte once.
 #[test]
-fn the_access_log_line() {
-    #[derive(Clone, Default)]
-    struct Sink(Arc<std::sync::Mutex<Vec<u8>>>);
-    impl Write for Sink {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().expect("a lock").write(bytes)
-        }
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-    let (node, sink) = (Node::new(), Sink::default());
-    let connection = node.add(Direction::Outbound, DataPath::User);
-    connection.sent.store(12, Relaxed);
-    let writer = sink.clone();
-    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
-    tracing::subscriber::with_default(subscriber, || {
-        crate::relay::access::log(&connection, &CloseReason::Truncated.into());
+fn telemetry_hears_of_bytes_and_of_the_end() {
+    let sink = Sink::default();
+    let (access, writer) = AccessLog::to(sink.clone(), LogFormat::Text);
+    let (node, telemetry) = (Node::new(), Telemetry::new(8000, access));
+    let what = node.add(Direction::Outbound, DataPath::Plain).what.clone();
+    let account = Account::open(&telemetry, Labels::new(Reporter::Source), LogChoice::Always, None);
+    let connection = node.table.add_accounted(what, Some(account));
+    let (client, inner) = sockets();
+    let (outer, server) = sockets();
+    let path = Path::Plain { outward: Plain::default(), inward: Plain::default() };
+    let watched = node.place(Arc::clone(&connection), inner, outer, path);
+    let counted = || {
+        let (_, series) = telemetry.traffic.exposed().remove(0);
+        (series.sent(), series.received(), series.open())
+    };
+    (&client).write_all(&[1; 12]).expect("sending");
+    eventually("the bytes are counted", || connection.sent.load(Relaxed) == 12);
+    node.table.settled();
+    node.table.settled();
+    assert_eq!(counted(), (0, 12, 1), "the client's bytes are what the server receives");
+    (&server).write_all(&[1; 5]).expect("sending");
+    (&client).write_all(&[1; 8]).expect("sending");
+    eventually("the bytes are counted", || {
+        (connection.sent.load(Relaxed), connection.received.load(Relaxed)) == (20, 5)
     });
+    node.table.close(connection.id, CloseReason::Policy);
+    assert_eq!(watched.ended(), CloseReason::Policy);
+    assert_eq!(counted(), (5, 20, 0));
+    let totals = node.table.totals();
+    assert_eq!((totals.moved(DataPath::Plain), totals.moved(DataPath::Ktls)), ((20, 5), (0, 0)));
+    assert_eq!((totals.ended(CloseReason::Policy), totals.ended(CloseReason::Finished)), (1, 0));
+    drop(writer);
     let line = String::from_utf8(sink.0.lock().expect("a lock").clone()).expect("text");
     assert_eq!(line.lines().count(), 1);
-    for part in [
-        "access: closed id=1 direction=Outbound workload=default/test source=127.0.0.1:1",
-        "source_identity=spiffe://td.test/ns/default/sa/client",
-        "destination_identity=spiffe://td.test/ns/default/sa/server",
-        "service=- data_path=User sent=12 received=0 duration_ms=",
-        "reason=\"truncated\" refusal=- detail=-",
-    ] {
+    let begin = format!(
+        " WARN access: connection complete id={} src.addr=127.0.0.1:1 dst.addr=127.0.0.1:1 direction=outbound",
+        connection.id.0
+    );
+    for part in [&*begin, "bytes_sent=20 bytes_recv=5 duration=", "data_path=plain reason=policy response_flags=DENY"] {
         assert!(line.contains(part), "{part:?} is not in {line:?}");
     }
+}
+
+#[derive(Clone, Default)]
+struct Sink(Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().expect("a lock").write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A guard that does not come to an end holds up its thread: that shows, and the other thread goes on.
+#[test]
+fn a_stuck_thread_is_noticed() {
+    struct Stuck(std::sync::mpsc::Receiver<()>);
+    impl Drop for Stuck {
+        fn drop(&mut self) {
+            let _ = self.0.recv(); // until the sender is dropped
+        }
+    }
+    let node = Node::with(&RelayOptions { threads: 2, ..RelayOptions::default() });
+    let (release, stuck) = std::sync::mpsc::channel();
+    let (application, _theirs) = sockets();
+    let (upstream, _peer) = sockets();
+    let connection = node.add(Direction::Outbound, DataPath::Plain);
+    let id = connection.id;
+    for socket in [&application, &upstream] {
+        socket.set_nonblocking(true).expect("non-blocking");
+    }
+    node.relay.submit(Job {
+        application: application.into(),
+        upstream: Upstream::Plain(upstream.into()),
+        connection,
+        guard: Box::new(Stuck(stuck)),
+    });
+    node.table.close(id, CloseReason::Operator);
+    eventually("one thread is stuck", || node.relay.health().iter().any(|t| t.stuck >= Duration::from_millis(200)));
+    assert_eq!(node.relay.health().iter().filter(|t| t.stuck.is_zero() && !t.ended).count(), 1);
+    drop(release);
+    eventually("it goes on", || node.relay.health().iter().all(|t| t.stuck.is_zero() && !t.ended));
+    node.relay.shutdown();
+    assert!(node.relay.health().iter().all(|t| t.ended), "{:?}", node.relay.health());
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use serde_saphyr::Spanned;
 
 use super::{
-    ConfigError, IssuerConfig, NodeConfig,
+    ConfigError, IssuerConfig, NodeConfig, access_log,
     fields::{Check, mode},
     policies::Policies,
     probes,
@@ -50,6 +50,7 @@ pub(super) fn node_config(file: &str, document: &Document) -> Result<NodeConfig,
         capture_all: document.mesh.capture_all,
         exclude: check.exclusions("mesh.exclude", &document.mesh.exclude)?,
         probes: probes::settings(check, document)?,
+        access_log: access_log::settings(check, &document.access_log)?,
     };
 
     let node = &document.node.value;

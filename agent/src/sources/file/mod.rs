@@ -2,6 +2,7 @@
 //!
 //! `docs/configuration.md` documents the schema field by field; its examples are parsed by the tests here.
 
+mod access_log;
 mod convert;
 mod fields;
 mod labels;

@@ -28,6 +28,8 @@ pub(super) struct Document {
     #[serde(default)]
     pub(super) probes: Probes,
     #[serde(default)]
+    pub(super) access_log: AccessLog,
+    #[serde(default)]
     pub(super) namespaces: Vec<Namespace>,
     #[serde(default)]
     pub(super) workloads: Vec<Spanned<Workload>>,
@@ -70,6 +72,22 @@ pub(super) struct Mesh {
 pub(super) struct Probes {
     pub(super) cgroups: Vec<Spanned<String>>,
     pub(super) node_addresses: Vec<Spanned<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct AccessLog {
+    pub(super) enabled: Option<bool>,
+    pub(super) sample: Option<Spanned<f64>>,
+    pub(super) namespaces: Vec<NamespaceLog>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NamespaceLog {
+    pub(super) name: Spanned<String>,
+    pub(super) enabled: Option<bool>,
+    pub(super) sample: Option<Spanned<f64>>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -1,6 +1,7 @@
 //! The `file` source.
 
 mod accepted;
+mod access_log;
 mod modes;
 mod policies;
 mod probes;

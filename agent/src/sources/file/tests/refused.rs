@@ -69,7 +69,7 @@ fn unknown_fields_everywhere() {
         (
             "node: node-a",
             "@nodes: node-a",
-            r#"nodes: unknown field "nodes"; known here: apiVersion, kind, node, trustDomain, issuer, mesh, probes, namespaces, workloads, services, policies"#,
+            r#"nodes: unknown field "nodes"; known here: apiVersion, kind, node, trustDomain, issuer, mesh, probes, accessLog, namespaces, workloads, services, policies"#,
         ),
         ("local: {", "@remote: {", r#"issuer.remote: unknown field "remote"; known here: local, files"#),
         (

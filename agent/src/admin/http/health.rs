@@ -1,0 +1,173 @@
+//! Port 15021: what the kubelet asks.
+
+use std::{
+    fmt::Write as _,
+    sync::{Arc, OnceLock},
+    time::{Duration, SystemTime},
+};
+
+use axum::{
+    Router,
+    extract::State,
+    http::StatusCode,
+    response::{IntoResponse as _, Response},
+    routing::get,
+};
+use tokio::time::{MissedTickBehavior, interval};
+use tracing::error;
+
+use super::{View, refuse};
+use crate::{
+    proxy::{PodState, PodStatus},
+    telemetry::logging::printable,
+};
+
+/// A relay thread's round of work takes milliseconds (512 events, half a mebibyte each); one that takes this long will not end.
+pub(super) const STUCK: Duration = Duration::from_secs(15);
+/// How often the threads are looked at.
+const LOOK: Duration = Duration::from_secs(1);
+/// Most names in an explanation.
+const NAMED: usize = 5;
+
+/// Whether the agent can serve, from the moment on when it can be asked.
+#[derive(Default)]
+pub struct Health(OnceLock<View>);
+
+/// One thing that has to be there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Condition {
+    pub(super) name: &'static str,
+    pub(super) ready: bool,
+    /// How it stands, for people.
+    pub(super) detail: String,
+}
+
+impl Health {
+    /// Everything is in place: conditions are judged from now on. Runs until it is dropped.
+    pub async fn watch(self: Arc<Self>, view: View) {
+        let view = self.0.get_or_init(|| view);
+        let mut ticks = interval(LOOK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut said = false;
+        loop {
+            ticks.tick().await;
+            let (live, text) = live(view);
+            if !live && !said {
+                error!(what = text.trim_end(), "relay threads do not go on");
+            }
+            said = !live;
+        }
+    }
+}
+
+/// The routes.
+pub fn router(health: Arc<Health>) -> Router {
+    Router::new()
+        .route("/healthz/ready", get(ready))
+        .route("/healthz/live", get(alive))
+        .fallback(async || refuse(StatusCode::NOT_FOUND, "there are /healthz/ready and /healthz/live"))
+        .with_state(health)
+}
+
+async fn ready(State(health): State<Arc<Health>>) -> Response {
+    let Some(view) = health.0.get() else {
+        return refuse(StatusCode::SERVICE_UNAVAILABLE, "bpf: not ready: the agent is starting");
+    };
+    let mut text = String::new();
+    let mut ready = true;
+    for condition in conditions(view) {
+        let state = if condition.ready { "ok" } else { "not ready" };
+        ready &= condition.ready;
+        let _ = writeln!(text, "{}: {state}: {}", condition.name, printable(&condition.detail));
+    }
+    (if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, text).into_response()
+}
+
+async fn alive(State(health): State<Arc<Health>>) -> Response {
+    let (live, text) = health.0.get().map_or((true, "starting\n".to_owned()), live);
+    (if live { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, text).into_response()
+}
+
+fn live(view: &View) -> (bool, String) {
+    let mut text = String::new();
+    for (number, thread) in view.node.relay().iter().enumerate() {
+        if thread.ended {
+            let _ = writeln!(text, "relay thread {number} has ended");
+        } else if thread.stuck >= STUCK {
+            let (seconds, connections) = (thread.stuck.as_secs(), thread.connections);
+            let _ = writeln!(text, "relay thread {number} is stuck for {seconds} s, with {connections} connections");
+        }
+    }
+    if text.is_empty() { (true, "ok\n".to_owned()) } else { (false, text) }
+}
+
+/// What has to be there before new pods may rely on this agent. A single pod or identity in trouble is told, and does not make the node
+/// unready: the others work.
+pub(super) fn conditions(view: &View) -> [Condition; 4] {
+    let applied = view.node.applied();
+    let reload = view.node.reload();
+    let generation = view.mesh.load().generation;
+    let configuration = Condition {
+        name: "configuration",
+        ready: generation > 0,
+        detail: match (generation, &reload.error) {
+            (0, None) => "none has been read yet".to_owned(),
+            (n, None) if reload.from_last_good => format!("generation {n}, the last good copy"),
+            (n, None) => format!("generation {n}"),
+            (n, Some(error)) => format!("generation {n}; the file as it is now is refused: {error}"),
+        },
+    };
+    let bpf = Condition {
+        name: "bpf",
+        ready: applied.error.is_none() && applied.generation > 0,
+        detail: match &applied.error {
+            Some(error) => error.clone(),
+            None => format!("the maps have generation {}", applied.generation),
+        },
+    };
+    [configuration, certificates(view), bpf, listeners(&view.node.pods(), applied.generation > 0)]
+}
+
+fn certificates(view: &View) -> Condition {
+    let (wanted, current, now) = (view.certificates.wanted(), view.certificates.all(), SystemTime::now());
+    let missing: Vec<String> = wanted
+        .iter()
+        .filter(|id| current.get(id).is_none_or(|svid| !svid.valid_at(now)))
+        .map(ToString::to_string)
+        .collect();
+    Condition {
+        name: "certificates",
+        ready: wanted.is_empty() || missing.len() < wanted.len(),
+        detail: summary(wanted.len(), "identities have a certificate", &missing),
+    }
+}
+
+fn listeners(pods: &[PodStatus], applied: bool) -> Condition {
+    let refused: Vec<String> = pods
+        .iter()
+        .filter_map(|pod| match &pod.state {
+            PodState::Enrolled { .. } => None,
+            PodState::Refused { reason } => Some(format!("{} ({reason})", pod.key)),
+        })
+        .collect();
+    Condition {
+        name: "listeners",
+        ready: applied && (pods.is_empty() || refused.len() < pods.len()),
+        detail: summary(pods.len(), "pods have listeners", &refused),
+    }
+}
+
+/// `3 of 5 pods have listeners; not: a, b`
+fn summary(total: usize, what: &str, missing: &[String]) -> String {
+    let mut text = format!("{} of {total} {what}", total - missing.len());
+    if let [first, rest @ ..] = missing {
+        let _ = write!(text, "; not: {first}");
+        for name in rest.iter().take(NAMED - 1) {
+            let _ = write!(text, ", {name}");
+        }
+        if missing.len() > NAMED {
+            let _ = write!(text, " and {} more", missing.len() - NAMED);
+        }
+    }
+    text
+}
