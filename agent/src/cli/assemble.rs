@@ -15,6 +15,7 @@ use super::{RunArgs, run::KtlsMode};
 use crate::{
     admin::{
         api::{self, CertificateStatus, KtlsStatus, Status},
+        inventory::CertificateDetails,
         server::{self, AdminState, StatusProvider},
     },
     capture::{Capture, CaptureOptions, cleanup},
@@ -226,5 +227,13 @@ impl StatusProvider for NodeStatus {
 
     fn bpf_counters(&self) -> BTreeMap<String, u64> {
         self.capture.counters()
+    }
+
+    fn certificate_source(&self) -> &'static str {
+        self.certificates.source()
+    }
+
+    fn certificate(&self, identity: &SpiffeId) -> Option<CertificateDetails> {
+        self.certificates.current(identity).map(|svid| svid.describe().into())
     }
 }

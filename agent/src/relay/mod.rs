@@ -24,5 +24,6 @@ mod thread;
 
 pub use engine::{Job, Relay, RelayOptions, Upstream};
 pub use table::{
-    CloseReason, Connection, ConnectionId, ConnectionInfo, ConnectionTable, DataPath, Direction, NewConnection,
+    CloseReason, Connection, ConnectionId, ConnectionInfo, ConnectionOrder, ConnectionTable, DataPath, Direction,
+    NewConnection,
 };
