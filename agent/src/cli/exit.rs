@@ -2,6 +2,8 @@
 
 use std::{io, process::ExitCode};
 
+use nix::errno::Errno;
+
 use super::output::shown;
 use crate::admin::client::ClientError;
 
@@ -17,6 +19,8 @@ pub const EXIT_CODES_CHECK: &str =
 pub const UNREACHABLE: u8 = 3;
 /// `--check` found problems.
 pub const PROBLEMS: u8 = 4;
+/// What the kernel says to those who may not.
+const DENIED: [Errno; 2] = [Errno::EACCES, Errno::EPERM];
 /// Longest message on standard error, in lines; each is cut as a table's cell is.
 const LINES: usize = 200;
 
@@ -47,9 +51,12 @@ fn next(error: &anyhow::Error) -> Option<&'static str> {
         Some(ClientError::Answer { .. }) => return Some("`underpass --version`, and the same of the agent's binary"),
         _ => {}
     }
-    let denied = |e: &io::Error| matches!(e.kind(), io::ErrorKind::PermissionDenied);
-    let io = |cause: &(dyn std::error::Error + 'static)| cause.downcast_ref::<io::Error>().is_some_and(denied);
-    error.chain().any(io).then_some("the same command as root, e.g. with sudo")
+    // aya's errors are texts by the time they arrive here.
+    let denied = |cause: &(dyn std::error::Error + 'static)| {
+        let text = cause.to_string();
+        DENIED.iter().any(|errno| text.contains(&io::Error::from(*errno).to_string()))
+    };
+    error.chain().any(denied).then_some("the same command as root, e.g. with sudo")
 }
 
 /// `error: ...` and its causes, one per line, and what to run next.

@@ -42,11 +42,11 @@ pub struct Style {
     pub headings: bool,
 }
 
+#[cfg(test)]
 impl Style {
     /// What `-o table` prints.
     pub const TABLE: Self = Self { wide: false, headings: true };
     /// What `-o wide` prints.
-    #[cfg(test)]
     pub const WIDE: Self = Self { wide: true, headings: true };
 }
 

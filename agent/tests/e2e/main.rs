@@ -10,6 +10,7 @@ mod failures;
 mod ktls;
 mod lifecycle;
 mod limits;
+mod operators;
 mod policy;
 mod probes;
 mod refusals;

@@ -47,13 +47,13 @@ fn flags(value: u32, names: &[(u32, &'static str)]) -> Field {
 
 fn word(value: u32, names: &[(u32, &'static str)]) -> Field {
     match names.iter().find(|(n, _)| *n == value) {
-        Some((_, name)) => Field::Words(vec![name]),
+        Some((_, name)) => Field::Word(name),
         None => Field::Text(format!("unknown ({value})")),
     }
 }
 
 fn pod(id: u32, names: &Names) -> [(&'static str, Field); 2] {
-    let name = if id == ALL_PODS { Field::Words(vec!["all pods"]) } else { names.pod(id).into() };
+    let name = if id == ALL_PODS { Field::Word("all pods") } else { names.pod(id).into() };
     [("pod_id", Field::Number(id.into())), ("workload", name)]
 }
 

@@ -15,6 +15,8 @@ pub enum Field {
     Address(IpAddr),
     /// A network.
     Network(IpNet),
+    /// A word of this program's.
+    Word(&'static str),
     /// Words, such as the names of flags.
     Words(Vec<&'static str>),
     /// A name.
@@ -32,6 +34,7 @@ impl Field {
             Self::Number(n) => n.to_string(),
             Self::Address(a) => a.to_string(),
             Self::Network(n) => n.to_string(),
+            Self::Word(word) => (*word).to_owned(),
             Self::Words(words) if words.is_empty() => "-".to_owned(),
             Self::Words(words) => words.join(", "),
             Self::Text(text) => text.clone(),
