@@ -124,12 +124,24 @@ fn help_of_every_command() {
         &[][..],
         &["run"],
         &["check"],
-        &["connections"],
         &["status"],
+        &["workloads"],
+        &["services"],
         &["policies"],
+        &["certificates"],
+        &["connections"],
+        &["top"],
         &["policy"],
         &["policy", "explain"],
+        &["bpf"],
+        &["bpf", "programs"],
+        &["bpf", "maps"],
+        &["bpf", "dump"],
+        &["debug"],
+        &["debug", "bundle"],
         &["cleanup"],
+        &["completions"],
+        &["man"],
     ] {
         let out = underpass(&[command, &["--help"]].concat());
         assert_eq!(out.status.code(), Some(0));
@@ -154,18 +166,73 @@ fn wrong_usage_is_2() {
 fn without_an_agent_the_remedy_is_named() {
     let dir = tempfile::tempdir().expect("a directory");
     let run_dir = dir.path().to_str().expect("UTF-8");
-    for command in ["status", "connections", "policies"] {
+    for command in ["status", "workloads", "services", "policies", "certificates", "connections"] {
         let out = underpass(&[command, "--run-dir", run_dir]);
-        assert_eq!(out.status.code(), Some(1));
+        assert_eq!(out.status.code(), Some(3));
         assert!(out.stdout.is_empty());
         let error = text(&out.stderr);
         assert_eq!(
             error,
             format!(
-                "error: no agent is running: nobody listens on {run_dir}/admin.sock; start it with `underpass run`, or name its directory with --run-dir\n  caused by: No such file or directory (os error 2)\n"
+                "error: no agent is running: nobody listens on {run_dir}/admin.sock; start it with `underpass run`, or name its directory with --run-dir\n  caused by: No such file or directory (os error 2)\n  next: `underpass bpf programs` shows what holds the pods without an agent, `underpass check` whether one can run here\n"
             )
         );
     }
+}
+
+#[test]
+fn nothing_pinned_is_no_failure_unless_asked() {
+    // On no bpffs at all, which is what a machine without an agent may look like.
+    let dir = tempfile::tempdir().expect("a directory");
+    let pins = dir.path().to_str().expect("UTF-8");
+    for verb in ["programs", "maps"] {
+        let out = underpass(&["bpf", verb, "--pin-root", pins]);
+        assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+        assert!(text(&out.stdout).starts_with("nothing is pinned under "), "{}", text(&out.stdout));
+        let out = underpass(&["bpf", verb, "--pin-root", pins, "--check"]);
+        assert_eq!(out.status.code(), Some(4));
+        assert!(text(&out.stderr).starts_with("problem: nothing is pinned under "), "{}", text(&out.stderr));
+    }
+    assert_eq!(underpass(&["bpf", "dump", "PODS", "--pin-root", pins]).status.code(), Some(1));
+}
+
+#[test]
+fn top_without_a_terminal_names_what_works() {
+    let out = underpass(&["top"]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stderr).contains("`underpass connections --watch`"), "{}", text(&out.stderr));
+}
+
+/// The shell's own parser decides whether it is a script.
+#[test]
+fn completions_are_scripts_with_every_command() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let out = underpass(&["completions", shell]);
+        assert_eq!(out.status.code(), Some(0));
+        for command in ["certificates", "bundle", "programs"] {
+            assert!(text(&out.stdout).contains(command), "{shell}: {command}");
+        }
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let script = dir.path().join("underpass.bash");
+    std::fs::write(&script, underpass(&["completions", "bash"]).stdout).expect("written");
+    let asked = "source \"$1\"; COMP_WORDS=(underpass certif); COMP_CWORD=1; _underpass underpass certif underpass; echo \"${COMPREPLY[@]}\"";
+    let out = Command::new("bash").args(["-c", asked, "bash"]).arg(&script).output().expect("bash");
+    assert_eq!(text(&out.stdout).trim(), "certificates", "{}", text(&out.stderr));
+}
+
+#[test]
+fn watching_ends_when_nobody_reads() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let script =
+        "\"$1\" bpf maps --pin-root \"$2\" --watch=100ms | { read -r first; echo \"$first\"; }; exit ${PIPESTATUS[0]}";
+    let out = Command::new("timeout")
+        .args(["60", "bash", "-c", script, "bash", env!("CARGO_BIN_EXE_underpass")])
+        .arg(dir.path())
+        .output()
+        .expect("bash");
+    assert_eq!(out.status.code(), Some(0), "{}{}", text(&out.stdout), text(&out.stderr));
+    assert_eq!(text(&out.stdout).lines().count(), 1);
 }
 
 const POLICIES: &str = r"

@@ -18,9 +18,9 @@ use crate::{
     tunnel::ktls::{Availability, Support},
 };
 
-/// Connections listed when the request names no limit.
+/// Connections, workloads or services listed when the request names no limit.
 pub const DEFAULT_LIMIT: usize = 1000;
-/// Most connections listed at once.
+/// Most of them listed at once.
 pub const MAX_LIMIT: usize = 100_000;
 
 /// Answer to `GET /v1/status`.
@@ -176,9 +176,9 @@ impl CertificateStatus {
 /// Answer to `GET /v1/connections`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Connections {
-    /// Live connections in all; more than are listed when the limit was reached.
+    /// Live connections that were asked for; more than are listed when the limit was reached.
     pub total: usize,
-    /// The oldest ones.
+    /// In the order that was asked for, the oldest first by default.
     pub connections: Vec<ConnectionInfo>,
 }
 

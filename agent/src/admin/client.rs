@@ -13,7 +13,11 @@ use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::{net::UnixStream, time::timeout};
 
-use super::api::{AllCounters, Closed, Connections, ExplainParameters, Problem, Status};
+use super::{
+    api::{AllCounters, Closed, Connections, ExplainParameters, Problem, Status},
+    inventory::{Certificates, Services, Workloads},
+    query::ConnectionQuery,
+};
 use crate::{
     policy::{Explanations, PolicyList, Query},
     relay::ConnectionId,
@@ -50,6 +54,12 @@ pub enum ClientError {
     Timeout {
         /// The socket.
         path: PathBuf,
+    },
+    /// The question cannot be written down.
+    #[error("the question cannot be sent: {reason}")]
+    Query {
+        /// Why.
+        reason: String,
     },
     /// The agent refused.
     #[error("the agent refused ({status}): {error}")]
@@ -88,9 +98,26 @@ impl Client {
         self.call(Method::GET, "/v1/status").await
     }
 
-    /// Live connections, at most `limit` of them.
-    pub async fn connections(&self, limit: usize) -> Result<Connections, ClientError> {
-        self.call(Method::GET, &format!("/v1/connections?limit={limit}")).await
+    /// Live connections.
+    pub async fn connections(&self, query: &ConnectionQuery) -> Result<Connections, ClientError> {
+        let wrong = |e: serde_urlencoded::ser::Error| ClientError::Query { reason: e.to_string() };
+        let query = serde_urlencoded::to_string(query).map_err(wrong)?;
+        self.call(Method::GET, &format!("/v1/connections?{query}")).await
+    }
+
+    /// The workloads of the mesh, at most `limit` of them.
+    pub async fn workloads(&self, limit: usize) -> Result<Workloads, ClientError> {
+        self.call(Method::GET, &format!("/v1/workloads?limit={limit}")).await
+    }
+
+    /// The services of the mesh, at most `limit` of them.
+    pub async fn services(&self, limit: usize) -> Result<Services, ClientError> {
+        self.call(Method::GET, &format!("/v1/services?limit={limit}")).await
+    }
+
+    /// The certificates of this node's identities.
+    pub async fn certificates(&self) -> Result<Certificates, ClientError> {
+        self.call(Method::GET, "/v1/certificates").await
     }
 
     /// Resets a connection.

@@ -3,9 +3,12 @@
 //! | Request | Answer |
 //! |---|---|
 //! | `GET /v1/status` | [`api::Status`] |
-//! | `GET /v1/connections?limit=N` | [`api::Connections`], oldest first, `N` from 1 to 100000, 1000 by default |
+//! | `GET /v1/connections?limit=N&..` | [`api::Connections`], `N` from 1 to 100000, 1000 by default; parameters [`query::ConnectionQuery`] |
 //! | `POST /v1/connections/{id}/close` | [`api::Closed`], or 404 when there is no such connection |
 //! | `GET /v1/counters` | [`api::AllCounters`] |
+//! | `GET /v1/workloads?limit=N` | [`inventory::Workloads`], `N` as above |
+//! | `GET /v1/services?limit=N` | [`inventory::Services`], `N` as above |
+//! | `GET /v1/certificates` | [`inventory::Certificates`] |
 //! | `GET /v1/policies` | [`crate::policy::PolicyList`] |
 //! | `GET /v1/policies/explain?to=..&from=..` | [`crate::policy::Explanations`], parameters [`api::ExplainParameters`] |
 //!
@@ -14,6 +17,8 @@
 pub mod api;
 pub mod client;
 pub mod http;
+pub mod inventory;
+pub mod query;
 pub mod server;
 mod socket;
 #[cfg(test)]

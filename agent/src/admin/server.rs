@@ -31,10 +31,12 @@ use tracing::{debug, warn};
 
 use super::{
     api::{AllCounters, Closed, Connections, DEFAULT_LIMIT, ExplainParameters, MAX_LIMIT, Problem, Status},
+    inventory::{self, CertificateDetails, Certificates, Services, Workloads},
+    query::ConnectionQuery,
     socket::AdminSocket,
 };
 use crate::{
-    mesh::MeshStore,
+    mesh::{MeshStore, SpiffeId},
     policy::{self, Explanations, PolicyList, Query as PolicyQuery, QueryError},
     relay::{CloseReason, ConnectionId, ConnectionTable},
     telemetry::Counters,
@@ -60,6 +62,12 @@ pub trait StatusProvider: Send + Sync + 'static {
 
     /// The BPF counters by name.
     fn bpf_counters(&self) -> BTreeMap<String, u64>;
+
+    /// Name of where certificates come from.
+    fn certificate_source(&self) -> &'static str;
+
+    /// The certificate of an identity, when it has one that is valid now.
+    fn certificate(&self, identity: &SpiffeId) -> Option<CertificateDetails>;
 }
 
 /// What the server reads and acts on.
@@ -80,11 +88,17 @@ pub trait Source: Send + Sync + 'static {
     /// See [`Status`].
     fn status(&self) -> Status;
     /// See [`Connections`].
-    fn connections(&self, limit: usize) -> Connections;
+    fn connections(&self, query: &ConnectionQuery) -> Connections;
     /// Resets a connection; `false` when there is none with this number.
     fn close(&self, id: ConnectionId) -> bool;
     /// See [`AllCounters`].
     fn counters(&self) -> AllCounters;
+    /// See [`Workloads`].
+    fn workloads(&self, limit: usize) -> Workloads;
+    /// See [`Services`].
+    fn services(&self, limit: usize) -> Services;
+    /// See [`Certificates`].
+    fn certificates(&self) -> Certificates;
     /// See [`PolicyList`].
     fn policies(&self) -> PolicyList;
     /// What would become of a connection.
@@ -103,8 +117,8 @@ impl Source for AdminState {
         }
     }
 
-    fn connections(&self, limit: usize) -> Connections {
-        let (connections, total) = self.table.list(limit);
+    fn connections(&self, query: &ConnectionQuery) -> Connections {
+        let (connections, total) = self.table.list_where(query.limit(), query.sort, |c| query.selects(c));
         Connections { total, connections }
     }
 
@@ -114,6 +128,19 @@ impl Source for AdminState {
 
     fn counters(&self) -> AllCounters {
         AllCounters { agent: self.counters.snapshot(), bpf: self.provider.bpf_counters() }
+    }
+
+    fn workloads(&self, limit: usize) -> Workloads {
+        inventory::workloads(&self.mesh.load(), &self.provider.status().pods, limit)
+    }
+
+    fn services(&self, limit: usize) -> Services {
+        inventory::services(&self.mesh.load(), limit)
+    }
+
+    fn certificates(&self) -> Certificates {
+        let provider = &self.provider;
+        inventory::certificates(&self.mesh.load(), provider.certificate_source(), |id| provider.certificate(id))
     }
 
     fn policies(&self) -> PolicyList {
@@ -206,12 +233,16 @@ pub fn router(source: Arc<dyn Source>) -> Router {
         .route("/v1/connections", get(connections))
         .route("/v1/connections/{id}/close", post(close))
         .route("/v1/counters", get(counters))
+        .route("/v1/workloads", get(workloads))
+        .route("/v1/services", get(services))
+        .route("/v1/certificates", get(certificates))
         .route("/v1/policies", get(policies))
         .route("/v1/policies/explain", get(explain))
         .fallback(async || {
             refuse(
                 StatusCode::NOT_FOUND,
-                "no such resource; there are /v1/status, /v1/connections, /v1/counters and /v1/policies",
+                "no such resource; there are /v1/status, /v1/connections, /v1/counters, /v1/workloads, /v1/services, \
+                 /v1/certificates and /v1/policies",
             )
         })
         .method_not_allowed_fallback(async || {
@@ -288,11 +319,44 @@ struct Limit {
     limit: Option<usize>,
 }
 
-async fn connections(State(source): State<Arc<dyn Source>>, limit: Result<Query<Limit>, QueryRejection>) -> Response {
+type QueryOf<T> = Result<Query<T>, QueryRejection>;
+
+async fn connections(State(source): State<Arc<dyn Source>>, query: QueryOf<ConnectionQuery>) -> Response {
+    match query {
+        Ok(Query(query)) if (1..=MAX_LIMIT).contains(&query.limit()) => {
+            answer(source, move |s| s.connections(&query)).await
+        }
+        _ => refuse(
+            StatusCode::BAD_REQUEST,
+            format!(
+                "the query may only be limit=N, with N from 1 to {MAX_LIMIT}, workload=[NAMESPACE/]NAME, identity=ID, \
+                 direction=outbound|inbound, data_path=user|ktls|plain and sort=oldest|newest|sent|received|bytes"
+            ),
+        ),
+    }
+}
+
+async fn workloads(State(source): State<Arc<dyn Source>>, limit: QueryOf<Limit>) -> Response {
+    listed(source, limit, |s, limit| s.workloads(limit)).await
+}
+
+async fn services(State(source): State<Arc<dyn Source>>, limit: QueryOf<Limit>) -> Response {
+    listed(source, limit, |s, limit| s.services(limit)).await
+}
+
+async fn listed<T: serde::Serialize + Send + 'static>(
+    source: Arc<dyn Source>,
+    limit: QueryOf<Limit>,
+    list: impl FnOnce(&dyn Source, usize) -> T + Send + 'static,
+) -> Response {
     match limit.map(|Query(q)| q.limit.unwrap_or(DEFAULT_LIMIT)) {
-        Ok(limit @ 1..=MAX_LIMIT) => answer(source, move |s| s.connections(limit)).await,
+        Ok(limit @ 1..=MAX_LIMIT) => answer(source, move |s| list(s, limit)).await,
         _ => refuse(StatusCode::BAD_REQUEST, format!("the query may only be limit=N, with N from 1 to {MAX_LIMIT}")),
     }
+}
+
+async fn certificates(State(source): State<Arc<dyn Source>>) -> Response {
+    answer(source, Source::certificates).await
 }
 
 async fn close(State(source): State<Arc<dyn Source>>, id: Result<UrlPath<u64>, PathRejection>) -> Response {

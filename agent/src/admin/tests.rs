@@ -25,12 +25,14 @@ use tokio::{
 use super::{
     api::{AllCounters, Connections, KtlsStatus, MAX_LIMIT, PodState, PodStatus, Status},
     client::{Client, ClientError},
+    inventory::{self, Certificates, Services, Workloads},
+    query::ConnectionQuery,
     server::{MAX_CONNECTIONS, Source, serve_source},
 };
 use crate::{
     mesh::Snapshot,
     policy::{self, Explanations, Peer, PolicyList, Query, QueryError},
-    relay::{ConnectionId, ConnectionInfo, DataPath, Direction},
+    relay::{ConnectionId, ConnectionInfo, ConnectionOrder, DataPath, Direction},
     sources::file::ReloadStatus,
     telemetry::KtlsFallback,
     telemetry::{Counters, RefusalReason},
@@ -42,6 +44,7 @@ const SOON: Duration = Duration::from_secs(10);
 #[derive(Default)]
 struct Fake {
     closed: Mutex<Vec<u64>>,
+    queries: Mutex<Vec<ConnectionQuery>>,
 }
 
 fn info(id: u64) -> ConnectionInfo {
@@ -80,8 +83,9 @@ impl Source for Fake {
         Status::new(ktls, vec![pod], ReloadStatus { accepted: 2, ..ReloadStatus::default() })
     }
 
-    fn connections(&self, limit: usize) -> Connections {
-        Connections { total: 3, connections: (1..=3).take(limit).map(info).collect() }
+    fn connections(&self, query: &ConnectionQuery) -> Connections {
+        self.queries.lock().unwrap().push(query.clone());
+        Connections { total: 3, connections: (1..=3).take(query.limit()).map(info).collect() }
     }
 
     fn close(&self, id: ConnectionId) -> bool {
@@ -93,6 +97,18 @@ impl Source for Fake {
         let counters = Counters::default();
         counters.refuse(RefusalReason::NotTls);
         AllCounters { agent: counters.snapshot(), bpf: [("captured".to_owned(), 7)].into() }
+    }
+
+    fn workloads(&self, limit: usize) -> Workloads {
+        inventory::workloads(&mesh(), &self.status().pods, limit)
+    }
+
+    fn services(&self, limit: usize) -> Services {
+        inventory::services(&mesh(), limit)
+    }
+
+    fn certificates(&self) -> Certificates {
+        inventory::certificates(&mesh(), "local", |_| None)
     }
 
     fn policies(&self) -> PolicyList {
@@ -115,6 +131,8 @@ issuer: { local: { caDir: /ca } }
 workloads:
   - { name: web, namespace: default, addresses: [10.0.0.1, "fd00::1"], enroll: { netns: /run/netns/web } }
   - { name: client, namespace: default, serviceAccount: client, addresses: [10.0.0.2, "fd00::2"] }
+services:
+  - { name: web, namespace: default, vips: [10.96.0.1], ports: [{ port: 80, targetPort: 8080 }], endpoints: [{ workload: default/web }] }
 policies:
   - name: clients
     namespace: default
@@ -179,7 +197,7 @@ async fn every_request_is_answered() {
     assert_eq!(status, server.source.status());
     assert_eq!(status.version, env!("CARGO_PKG_VERSION"));
 
-    let listed = client.connections(2).await.unwrap();
+    let listed = client.connections(&limit(2)).await.unwrap();
     assert_eq!((listed.total, listed.connections.len()), (3, 2));
     assert_eq!(listed.connections[0].received, u64::MAX);
     assert_eq!(listed.connections[0].service.as_deref(), Some("evil\x1b[2J\n"), "names travel unchanged");
@@ -194,6 +212,59 @@ async fn every_request_is_answered() {
 
     let counters = client.counters().await.unwrap();
     assert_eq!((counters.agent.refused["not-tls"], counters.bpf["captured"]), (1, 7));
+}
+
+fn limit(n: usize) -> ConnectionQuery {
+    ConnectionQuery { limit: Some(n), ..ConnectionQuery::default() }
+}
+
+/// Whatever is asked for arrives as it was meant.
+#[tokio::test]
+async fn queries_travel_unchanged() {
+    let server = Server::start();
+    let queries = [
+        ConnectionQuery::default(),
+        ConnectionQuery {
+            limit: Some(7),
+            workload: Some("a b/c&limit=1%\u{1b}[2J\u{e4}".into()),
+            identity: Some("spiffe://td/ns/a/sa/b?x=y#z+".into()),
+            direction: Some(Direction::Inbound),
+            data_path: Some(DataPath::Plain),
+            sort: ConnectionOrder::Bytes,
+        },
+    ];
+    for query in &queries {
+        server.client().connections(query).await.unwrap();
+    }
+    assert_eq!(*server.source.queries.lock().unwrap(), queries);
+    let long = ConnectionQuery { workload: Some("x".repeat(64 * 1024)), ..ConnectionQuery::default() };
+    let error = server.client().connections(&long).await.unwrap_err();
+    assert!(!matches!(error, ClientError::NotRunning { .. }), "{error}");
+    server.client().status().await.expect("still serving");
+}
+
+#[tokio::test]
+async fn the_inventory_is_the_configuration_and_what_became_of_it() {
+    let server = Server::start();
+    let client = server.client();
+    let all = client.workloads(10).await.unwrap();
+    assert_eq!(all, server.source.workloads(10));
+    let names: Vec<_> = all.workloads.iter().map(|w| (w.workload.as_str(), w.local, w.state)).collect();
+    assert_eq!(names, [("default/web", true, Some(PodState::Refused)), ("default/client", false, None)]);
+    assert!(all.workloads[0].reason.as_ref().unwrap().contains("15008"));
+    let first = client.workloads(1).await.unwrap();
+    assert_eq!((first.total, first.workloads.len()), (2, 1), "the limit is not the total");
+
+    let services = client.services(10).await.unwrap();
+    assert_eq!(services, server.source.services(10));
+    let web = &services.services[0];
+    assert_eq!((web.service.as_str(), web.endpoints_total, web.ports[0].target_port), ("default/web", 1, 8080));
+    assert_eq!(web.endpoints[0].workload, "default/web");
+
+    let certificates = client.certificates().await.unwrap();
+    assert_eq!(certificates, server.source.certificates());
+    assert_eq!(certificates.certificates.len(), 1, "only this node's: {certificates:?}");
+    assert_eq!(certificates.certificates[0].workloads, ["default/web"]);
 }
 
 #[tokio::test]
@@ -233,6 +304,13 @@ async fn what_is_not_a_request_is_refused() {
         ("GET /v1/connections?limit=-1", 400),
         ("GET /v1/connections?limit=99999999999999999999999", 400),
         ("GET /v1/connections?limt=1", 400),
+        ("GET /v1/connections?direction=up", 400),
+        ("GET /v1/connections?data_path=", 400),
+        ("GET /v1/connections?sort=age", 400),
+        ("GET /v1/workloads?limit=0", 400),
+        ("GET /v1/workloads?name=web", 400),
+        ("GET /v1/services?limit=100001", 400),
+        ("POST /v1/certificates", 405),
         ("POST /v1/connections/x/close", 400),
         ("POST /v1/connections/18446744073709551616/close", 400),
         ("GET /v1/connections/1/close", 405),
@@ -285,8 +363,8 @@ async fn oversized_requests_are_refused() {
         assert!(refused || answer.is_empty(), "{}: {answer}", &request[..40]);
     }
     assert!(server.source.closed.lock().unwrap().is_empty(), "a refused request does nothing");
-    let limit = server.client().connections(MAX_LIMIT).await.unwrap();
-    assert_eq!(limit.total, 3);
+    let all = server.client().connections(&limit(MAX_LIMIT)).await.unwrap();
+    assert_eq!(all.total, 3);
 }
 
 #[tokio::test]

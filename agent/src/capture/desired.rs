@@ -15,9 +15,9 @@ use crate::{
 };
 
 /// Bits before an IPv4 address in an [`Address`].
-const V4_OFFSET: u32 = 96;
+pub const V4_OFFSET: u32 = 96;
 /// Bits of the pod id before the address in the exclusions' keys.
-const POD_BITS: u32 = 32;
+pub const POD_BITS: u32 = 32;
 /// Value of `EXCLUDED_CIDRS`; it says nothing, being there is what counts.
 const EXCLUDED: u32 = 1;
 /// Value of `NODE_ADDRESSES` and `PROBE_CGROUPS`; as above.

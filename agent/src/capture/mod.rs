@@ -10,6 +10,7 @@ mod enroll;
 pub mod events;
 mod garbage;
 mod hierarchy;
+pub mod inspect;
 mod interfaces;
 mod loader;
 mod lock;

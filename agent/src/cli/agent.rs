@@ -1,15 +1,16 @@
 //! What the commands that ask a running agent have in common.
 
-use std::{future::Future, path::PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::Args;
+use tokio::runtime::{Builder, Runtime};
 
 use super::DEFAULT_RUN_DIR;
 use crate::admin::client::{Client, ClientError};
 
 /// Which agent to ask.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct AgentArgs {
     /// The agent's run directory; its socket is DIR/admin.sock.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR, env = "UNDERPASS_RUN_DIR")]
@@ -24,10 +25,28 @@ impl AgentArgs {
     pub fn client(&self) -> Client {
         Client::new(&self.socket.clone().unwrap_or_else(|| super::admin_socket(&self.run_dir)))
     }
+
+    /// For asking it, again and again. Connects to nothing yet.
+    pub fn asker(&self) -> anyhow::Result<Asker> {
+        let runtime = Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
+        Ok(Asker { runtime, client: self.client() })
+    }
 }
 
-/// Runs one exchange with the agent.
-pub fn ask<T>(exchange: impl Future<Output = Result<T, ClientError>>) -> anyhow::Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
-    Ok(runtime.block_on(exchange)?)
+/// Asks an agent from code that is not asynchronous.
+pub struct Asker {
+    runtime: Runtime,
+    client: Client,
+}
+
+impl Asker {
+    /// Runs one exchange, or a few that make one answer.
+    pub fn ask<T>(&self, exchange: impl AsyncFnOnce(&Client) -> Result<T, ClientError>) -> anyhow::Result<T> {
+        Ok(self.runtime.block_on(exchange(&self.client))?)
+    }
+
+    /// Runs something else that is asynchronous.
+    pub fn run<T>(&self, work: impl Future<Output = T>) -> T {
+        self.runtime.block_on(work)
+    }
 }

@@ -23,6 +23,7 @@ use crate::{
     admin::{
         api::{self, CertificateStatus, KtlsStatus, Status},
         http::{NodeView, View},
+        inventory::CertificateDetails,
         server::{self, AdminState, StatusProvider},
     },
     capture::{Capture, CaptureOptions, cleanup},
@@ -284,5 +285,13 @@ impl StatusProvider for NodeStatus {
 
     fn bpf_counters(&self) -> BTreeMap<String, u64> {
         self.capture.counters()
+    }
+
+    fn certificate_source(&self) -> &'static str {
+        self.certificates.source()
+    }
+
+    fn certificate(&self, identity: &SpiffeId) -> Option<CertificateDetails> {
+        self.certificates.current(identity).map(|svid| svid.describe().into())
     }
 }

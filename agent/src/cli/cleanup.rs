@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use clap::Args;
 
-use super::{DEFAULT_PIN_ROOT, EXIT_CODES};
-use crate::{capture, telemetry::logging::printable};
+use super::{DEFAULT_PIN_ROOT, exit::EXIT_CODES, output::shown};
+use crate::capture;
 
 /// Arguments of `underpass cleanup`.
 #[derive(Debug, Args)]
@@ -48,6 +48,6 @@ fn remove(pin_root: &Path, pods: &[PathBuf], force: bool) -> anyhow::Result<()> 
     if report.problems.is_empty() {
         return Ok(());
     }
-    let problems: Vec<_> = report.problems.iter().map(|p| printable(p)).collect();
+    let problems: Vec<_> = report.problems.iter().map(|p| shown(p)).collect();
     anyhow::bail!("not everything could be removed; run it again:\n{}", problems.join("\n"))
 }

@@ -2,18 +2,27 @@
 
 mod agent;
 mod assemble;
+mod bpf;
+mod certificates;
 pub mod cgroup;
 pub mod check;
 mod cleanup;
 mod connections;
+mod debug;
+mod exit;
+mod generate;
 mod memory;
 mod output;
 mod policy;
 mod ports;
 mod run;
+mod services;
+mod show;
 mod status;
 #[cfg(test)]
 mod tests;
+mod top;
+mod workloads;
 
 use std::{
     io::{self, Write as _},
@@ -25,15 +34,14 @@ use clap::{Parser, Subcommand};
 
 pub use run::RunArgs;
 
-use crate::telemetry::logging::{self, LogFormat, printable};
+use crate::telemetry::logging::{self, LogFormat};
 
 /// Directory for the admin socket and certificates; a tmpfs on every distribution.
 const DEFAULT_RUN_DIR: &str = "/run/underpass";
 /// Directory on bpffs for pins.
 const DEFAULT_PIN_ROOT: &str = "/sys/fs/bpf/underpass";
-
-/// Exit codes, in every command's help.
-const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage.";
+/// Directory for the last good configuration.
+const DEFAULT_STATE_DIR: &str = "/var/lib/underpass";
 
 /// The admin socket of the agent with this run directory.
 pub fn admin_socket(run_dir: &Path) -> PathBuf {
@@ -45,14 +53,17 @@ pub fn admin_socket(run_dir: &Path) -> PathBuf {
     name = "underpass",
     version,
     about = "Mutual TLS between pods, without sidecars and without the applications knowing",
-    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage.
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no agent answers, 4 problems were found (--check).
 `underpass check` exits with 0 when the agent can run on this host, with 1 when it cannot.
 
 Examples:
   underpass check                               what this host offers
   underpass run --config /etc/underpass/node.yaml
   underpass status
+  underpass top                                 live connections and rates
   underpass connections -o json
+  underpass bpf programs                        what is in force, also without an agent
+  underpass debug bundle                        everything for a bug report, without secrets
   underpass policy explain --from spiffe://cluster.local/ns/default/sa/client --to 10.77.0.2:8080",
     propagate_version = true,
     disable_help_subcommand = true
@@ -75,16 +86,32 @@ enum Command {
     Run(Box<RunArgs>),
     /// Say what this host offers, and whether the agent can run.
     Check(check::CheckArgs),
-    /// List the live connections of a running agent, or reset one.
-    Connections(connections::ConnectionsArgs),
     /// Show a running agent: its pods, certificates, configuration and counters.
     Status(status::StatusArgs),
+    /// List the workloads of the mesh, and whether those of this node are enrolled.
+    Workloads(workloads::WorkloadsArgs),
+    /// List the services of the mesh and their endpoints.
+    Services(services::ServicesArgs),
     /// List the authorization policies, and whether they are enforced as written.
     Policies(policy::PoliciesArgs),
+    /// List the certificates of this node's identities.
+    Certificates(certificates::CertificatesArgs),
+    /// List the live connections of a running agent, or reset one.
+    Connections(connections::ConnectionsArgs),
+    /// Watch connections, rates, identities and the data path in the terminal.
+    Top(top::TopArgs),
     /// Ask about single connections.
     Policy(policy::PolicyArgs),
+    /// Read the pinned BPF programs and maps, with or without an agent.
+    Bpf(bpf::BpfArgs),
+    /// Collect what helps to find out what is wrong.
+    Debug(debug::DebugArgs),
     /// Remove what a stopped agent left: programs, pins, rules. Gives the pods plain traffic back.
     Cleanup(cleanup::CleanupArgs),
+    /// Print a script that completes commands and options in a shell.
+    Completions(generate::CompletionsArgs),
+    /// Write man pages.
+    Man(generate::ManArgs),
 }
 
 /// Runs the command line.
@@ -97,37 +124,33 @@ pub fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    let done = |()| ExitCode::SUCCESS;
     let result = match cli.command {
-        Command::Run(args) => assemble::run(*args, cli.log_format).map(|()| ExitCode::SUCCESS),
+        Command::Run(args) => assemble::run(*args, cli.log_format).map(done),
         Command::Check(args) => check::check(&args),
-        Command::Connections(args) => connections::connections(&args).map(|()| ExitCode::SUCCESS),
-        Command::Status(args) => status::status(&args).map(|()| ExitCode::SUCCESS),
-        Command::Policies(args) => policy::policies(&args).map(|()| ExitCode::SUCCESS),
-        Command::Policy(args) => policy::policy(&args).map(|()| ExitCode::SUCCESS),
-        Command::Cleanup(args) => cleanup::cleanup(&args).map(|()| ExitCode::SUCCESS),
+        Command::Status(args) => status::status(&args),
+        Command::Workloads(args) => workloads::workloads(&args),
+        Command::Services(args) => services::services(&args),
+        Command::Policies(args) => policy::policies(&args),
+        Command::Certificates(args) => certificates::certificates(&args),
+        Command::Connections(args) => connections::connections(&args),
+        Command::Top(args) => top::top(&args).map(done),
+        Command::Policy(args) => policy::policy(&args),
+        Command::Bpf(args) => bpf::bpf(&args),
+        Command::Debug(args) => debug::debug(&args),
+        Command::Cleanup(args) => cleanup::cleanup(&args).map(done),
+        Command::Completions(args) => generate::completions(&args).map(done),
+        Command::Man(args) => generate::man(&args).map(done),
     };
     // Before the error, so that it is the last thing on the screen.
     drop(log);
     result.unwrap_or_else(|e| {
         report(&e);
-        ExitCode::FAILURE
+        exit::code(&e)
     })
 }
 
-/// `error: ...` and its causes, one per line.
 fn report(error: &anyhow::Error) {
-    let mut text = String::new();
-    for (i, cause) in error.chain().enumerate() {
-        let cause = cause.to_string();
-        let mut lines = cause.lines().map(printable);
-        text.push_str(if i == 0 { "error: " } else { "  caused by: " });
-        text.push_str(&lines.next().unwrap_or_default());
-        for line in lines {
-            text.push_str("\n  ");
-            text.push_str(&line);
-        }
-        text.push('\n');
-    }
     // Nowhere left to say that standard error is closed.
-    let _ = io::stderr().write_all(text.as_bytes());
+    let _ = io::stderr().write_all(exit::message(error).as_bytes());
 }

@@ -4,22 +4,23 @@ use std::{
     fmt::Write as _,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
+    process::ExitCode,
 };
 
 use anyhow::{Context as _, bail};
 use clap::{ArgGroup, Args, Subcommand};
 
 use super::{
-    EXIT_CODES,
-    agent::{AgentArgs, ask},
-    output::{self, Columns, Format, NONE},
+    agent::AgentArgs,
+    exit::{EXIT_CODES_AGENT, EXIT_CODES_CHECK},
+    output::{Columns, NONE, OutputArgs, Style, View, shown, yes},
+    show::{ShowArgs, show},
 };
 use crate::{
     admin::api::ExplainParameters,
     mesh::{PolicyStatus, Snapshot, SpiffeId},
-    policy::{self, Explanation, Explanations, Opinion, Peer, PolicyList, Query},
+    policy::{self, Explanation, Explanations, Opinion, Peer, PolicyList, PolicySummary, Query},
     sources::file,
-    telemetry::logging::printable,
 };
 
 /// Where policies come from.
@@ -30,14 +31,11 @@ struct Input {
     /// Read this configuration instead of asking the running agent.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// How to print.
-    #[arg(short, long, value_enum, value_name = "FORMAT", default_value_t)]
-    output: Format,
 }
 
 /// Arguments of `underpass policies`.
 #[derive(Debug, Args)]
-#[command(after_help = format!("{EXIT_CODES}
+#[command(after_help = format!("{EXIT_CODES_CHECK}
 
 STATUS is active, partial (some fields cannot be evaluated, and less is let in than was
 meant) or invalid (every connection to its workloads is refused). WORKLOADS counts what
@@ -50,11 +48,13 @@ Examples:
 pub(super) struct PoliciesArgs {
     #[command(flatten)]
     input: Input,
+    #[command(flatten)]
+    show: ShowArgs,
 }
 
 /// Arguments of `underpass policy`.
 #[derive(Debug, Args)]
-#[command(after_help = format!("{EXIT_CODES}
+#[command(after_help = format!("{EXIT_CODES_AGENT}
 
 Examples:
   underpass policy explain --from spiffe://cluster.local/ns/default/sa/client --to 10.77.0.2:8080"))]
@@ -72,7 +72,7 @@ enum PolicyCommand {
 /// Arguments of `underpass policy explain`.
 #[derive(Debug, Args)]
 #[group(skip)]
-#[command(group(ArgGroup::new("peer").required(true)), after_help = format!("{EXIT_CODES} A connection that is denied is no failure.
+#[command(group(ArgGroup::new("peer").required(true)), after_help = format!("{EXIT_CODES_AGENT} A connection that is denied is no failure.
 
 Nothing is connected: the answer is computed from the configuration, for the modes,
 exclusions and policies of the destination.
@@ -84,6 +84,8 @@ Examples:
 struct ExplainArgs {
     #[command(flatten)]
     input: Input,
+    #[command(flatten)]
+    output: OutputArgs,
     /// Identity of a mesh peer.
     #[arg(long, value_name = "SPIFFE-ID", group = "peer")]
     from: Option<SpiffeId>,
@@ -98,17 +100,17 @@ struct ExplainArgs {
     to: SocketAddr,
 }
 
-pub(super) fn policies(args: &PoliciesArgs) -> anyhow::Result<()> {
-    let list = match &args.input.config {
-        Some(path) => policy::summaries(&configuration(path)?),
-        None => ask(args.input.agent.client().policies())?,
-    };
-    output::print(args.input.output, &list, || table(&list))
+pub(super) fn policies(args: &PoliciesArgs) -> anyhow::Result<ExitCode> {
+    let agent = args.input.agent.asker()?;
+    show(&args.show, || match &args.input.config {
+        Some(path) => Ok(policy::summaries(&configuration(path)?)),
+        None => agent.ask(async |a| a.policies().await),
+    })
 }
 
-pub(super) fn policy(args: &PolicyArgs) -> anyhow::Result<()> {
+pub(super) fn policy(args: &PolicyArgs) -> anyhow::Result<ExitCode> {
     match &args.command {
-        PolicyCommand::Explain(args) => explain(args),
+        PolicyCommand::Explain(args) => explain(args).map(|()| ExitCode::SUCCESS),
     }
 }
 
@@ -123,69 +125,85 @@ fn explain(args: &ExplainArgs) -> anyhow::Result<()> {
     ExplainParameters::from(&query).query().map_err(anyhow::Error::msg)?;
     let explanations = match &args.input.config {
         Some(path) => policy::explain(&configuration(path)?, &query)?,
-        None => ask(args.input.agent.client().explain(&query))?,
+        None => args.input.agent.asker()?.ask(async |a| a.explain(&query).await)?,
     };
-    output::print(args.input.output, &explanations, || text(&explanations))
+    args.output.print(&explanations)
 }
 
 fn configuration(path: &Path) -> anyhow::Result<Snapshot> {
     Ok(file::read(path).with_context(|| "the configuration is not valid")?.snapshot)
 }
 
-/// The policies for people.
-pub(super) fn table(list: &PolicyList) -> String {
-    if list.policies.is_empty() {
-        return "no policies: every connection is allowed that the inbound modes let in".to_owned();
+impl View for PolicyList {
+    fn table(&self, style: Style) -> String {
+        if self.policies.is_empty() {
+            return "no policies: every connection is allowed that the inbound modes let in".to_owned();
+        }
+        let headings = ["NAME", "SCOPE", "ACTION", "DRY RUN", "RULES", "WORKLOADS", "STATUS", "DETAIL"];
+        let mut columns = Columns::new(style, &headings, &[]);
+        for p in &self.policies {
+            let (status, detail) = match &p.status {
+                PolicyStatus::Active => ("active", NONE.to_owned()),
+                PolicyStatus::Partial { ignored } => ("partial", format!("not evaluated: {}", ignored.join(", "))),
+                PolicyStatus::Invalid { reason } => ("invalid", reason.clone()),
+            };
+            columns.row([
+                &p.name,
+                &p.scope,
+                &p.action.to_string(),
+                yes(p.dry_run),
+                &p.rules.to_string(),
+                &format!("{} ({})", p.workloads, p.local_workloads),
+                status,
+                &detail,
+            ]);
+        }
+        columns.text()
     }
-    let mut columns = Columns::new(&["NAME", "SCOPE", "ACTION", "DRY RUN", "RULES", "WORKLOADS", "STATUS", "DETAIL"]);
-    for p in &list.policies {
-        let (status, detail) = match &p.status {
-            PolicyStatus::Active => ("active", NONE.to_owned()),
-            PolicyStatus::Partial { ignored } => ("partial", format!("not evaluated: {}", ignored.join(", "))),
-            PolicyStatus::Invalid { reason } => ("invalid", reason.clone()),
+
+    fn problems(&self) -> Vec<String> {
+        let problem = |p: &PolicySummary| match &p.status {
+            PolicyStatus::Active => None,
+            PolicyStatus::Partial { ignored } => Some(format!(
+                "{} lets in less than was meant, its fields {} are not evaluated",
+                p.name,
+                ignored.join(", ")
+            )),
+            PolicyStatus::Invalid { reason } => Some(format!("{} refuses everything: {reason}", p.name)),
         };
-        columns.row([
-            &p.name,
-            &p.scope,
-            &p.action.to_string(),
-            yes_or_none(p.dry_run),
-            &p.rules.to_string(),
-            &format!("{} ({})", p.workloads, p.local_workloads),
-            status,
-            &detail,
-        ]);
+        self.policies.iter().filter_map(problem).collect()
     }
-    columns.text()
 }
 
-/// Explanations for people.
-pub(super) fn text(answer: &Explanations) -> String {
-    let mut text = String::new();
-    if let Some(service) = &answer.service {
-        let _ = writeln!(text, "service {}: {} endpoints\n", printable(service), total(answer));
-    }
-    for (i, explanation) in answer.explanations.iter().enumerate() {
-        if i > 0 {
-            text.push('\n');
+impl View for Explanations {
+    fn table(&self, style: Style) -> String {
+        let mut text = String::new();
+        if let Some(service) = &self.service {
+            let _ = writeln!(text, "service {}: {} endpoints\n", shown(service), total(self));
         }
-        one(&mut text, explanation);
+        for (i, explanation) in self.explanations.iter().enumerate() {
+            if i > 0 {
+                text.push('\n');
+            }
+            one(&mut text, explanation, style);
+        }
+        if self.endpoints_left_out > 0 {
+            let _ = writeln!(text, "\nand {} more endpoints; give one's own address", self.endpoints_left_out);
+        }
+        text
     }
-    if answer.endpoints_left_out > 0 {
-        let _ = writeln!(text, "\nand {} more endpoints; give one's own address", answer.endpoints_left_out);
-    }
-    text
 }
 
 fn total(answer: &Explanations) -> usize {
     answer.explanations.len() + answer.endpoints_left_out
 }
 
-fn one(text: &mut String, e: &Explanation) {
+fn one(text: &mut String, e: &Explanation, style: Style) {
     let verdict = if e.allowed { "ALLOWED" } else { "DENIED" };
     let from = e.from.as_deref().unwrap_or("plaintext");
-    let _ = writeln!(text, "{verdict}: {} -> {} ({})", printable(from), printable(&e.workload), e.to);
+    let _ = writeln!(text, "{verdict}: {} -> {} ({})", shown(from), shown(&e.workload), e.to);
     let mut line = |name: &str, value: &str| {
-        let _ = writeln!(text, "  {name:<10} {}", printable(value));
+        let _ = writeln!(text, "  {name:<10} {}", shown(value));
     };
     line("because", &e.reason);
     let source_of = e.source_of.as_ref().map(|w| format!(" (of {w}; --source-ip for another)")).unwrap_or_default();
@@ -202,14 +220,15 @@ fn one(text: &mut String, e: &Explanation) {
         line("considered", "no policy selects the workload");
         return;
     }
-    let mut columns = Columns::new(&["POLICY", "SCOPE", "ACTION", "DRY RUN", "MATCHES", "BECAUSE"]);
+    let headings = ["POLICY", "SCOPE", "ACTION", "DRY RUN", "MATCHES", "BECAUSE"];
+    let mut columns = Columns::new(style, &headings, &[]);
     for c in &e.considered {
         let action = c.action.map_or_else(|| NONE.to_owned(), |a| a.to_string());
         columns.row([
             c.policy.as_str(),
             c.scope.as_deref().unwrap_or(NONE),
             &action,
-            yes_or_none(c.dry_run),
+            yes(c.dry_run),
             if c.matches { "yes" } else { "no" },
             &c.because,
         ]);
@@ -222,8 +241,4 @@ fn one(text: &mut String, e: &Explanation) {
 
 fn opinion(opinion: &Opinion) -> String {
     format!("{}: {}", if opinion.allowed { "allowed" } else { "denied" }, opinion.reason)
-}
-
-fn yes_or_none(yes: bool) -> &'static str {
-    if yes { "yes" } else { NONE }
 }

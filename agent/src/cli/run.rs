@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, ValueEnum};
 
-use super::{DEFAULT_PIN_ROOT, DEFAULT_RUN_DIR, EXIT_CODES};
+use super::{DEFAULT_PIN_ROOT, DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, exit::EXIT_CODES};
 use crate::{capture::TcMode, telemetry::Traffic};
 
 /// Arguments of `underpass run`.
@@ -29,7 +29,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "PATH", default_value = DEFAULT_PIN_ROOT)]
     pub pin_root: PathBuf,
     /// Directory for the last good configuration.
-    #[arg(long, value_name = "PATH", default_value = "/var/lib/underpass")]
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_STATE_DIR)]
     pub state_dir: PathBuf,
     /// Directory for the admin socket (PATH/admin.sock); one agent per directory.
     #[arg(long, value_name = "PATH", default_value = DEFAULT_RUN_DIR, env = "UNDERPASS_RUN_DIR")]

@@ -1,34 +1,34 @@
 //! `underpass status`.
 
-use std::fmt::Write as _;
+use std::process::ExitCode;
 
 use clap::Args;
 use serde::Serialize;
 
 use super::{
-    EXIT_CODES,
-    agent::{AgentArgs, ask},
+    agent::AgentArgs,
     connections::data_path,
-    output::{self, Columns, Format, NONE},
+    exit::EXIT_CODES_CHECK,
+    output::{Columns, Lines, NONE, Style, View, or_none},
+    show::{ShowArgs, show},
+    workloads::pod_state,
 };
-use crate::{
-    admin::api::{AllCounters, PodState, ProbeCgroupState, Status},
-    telemetry::logging::printable,
-};
+use crate::admin::api::{AllCounters, PodState, ProbeCgroupState, Status};
 
 /// Arguments of `underpass status`.
 #[derive(Debug, Args)]
-#[command(after_help = format!("{EXIT_CODES}
+#[command(after_help = format!("{EXIT_CODES_CHECK}
 
 Examples:
   underpass status
+  underpass status --watch=1s
+  underpass status --check > /dev/null
   underpass status -o json | jq '.pods[] | {{workload, state, reason}}'"))]
 pub(super) struct StatusArgs {
     #[command(flatten)]
     agent: AgentArgs,
-    /// How to print.
-    #[arg(short, long, value_enum, value_name = "FORMAT", default_value_t)]
-    output: Format,
+    #[command(flatten)]
+    show: ShowArgs,
 }
 
 /// What `-o json` prints: the fields of [`Status`], and `counters`.
@@ -39,72 +39,93 @@ pub(super) struct Report {
     pub(super) counters: AllCounters,
 }
 
-pub(super) fn status(args: &StatusArgs) -> anyhow::Result<()> {
-    let client = args.agent.client();
-    let report = ask(async { Ok(Report { status: client.status().await?, counters: client.counters().await? }) })?;
-    output::print(args.output, &report, || table(&report))
+pub(super) fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
+    let agent = args.agent.asker()?;
+    show(&args.show, || agent.ask(async |a| Ok(Report { status: a.status().await?, counters: a.counters().await? })))
 }
 
-pub(super) fn table(report: &Report) -> String {
-    let s = &report.status;
-    let mut text = String::new();
-    let mut line = |name: &str, value: &str| {
-        let _ = writeln!(text, "{name:<14} {}", printable(value));
-    };
-    line("version", &s.version);
-    line("node", &s.node);
-    line("trust domain", &s.trust_domain);
+impl View for Report {
+    fn table(&self, style: Style) -> String {
+        let mut text = summary(&self.status);
+        text.push('\n');
+        text.push_str(&pods(&self.status, style));
+        text.push('\n');
+        text.push_str(&counters(&self.counters, style));
+        text
+    }
+
+    fn problems(&self) -> Vec<String> {
+        let s = &self.status;
+        let mut problems = Vec::new();
+        if let Some(error) = &s.reload.error {
+            problems.push(format!("the configuration was not accepted: {error}"));
+        }
+        for p in &s.pods {
+            if p.state == PodState::Refused {
+                problems.push(format!("{} is not enrolled: {}", p.workload, or_none(p.reason.as_deref())));
+            } else if p.certificate.is_none() {
+                problems.push(format!("{} has no valid certificate; see `underpass certificates`", p.workload));
+            }
+        }
+        let refused = s.probe_cgroups.iter().filter(|c| c.state == ProbeCgroupState::Refused);
+        problems.extend(refused.map(|c| format!("probe cgroup {}: {}", c.path, or_none(c.reason.as_deref()))));
+        problems
+    }
+}
+
+fn summary(s: &Status) -> String {
+    let mut lines = Lines::default();
+    lines.line("version", &s.version);
+    lines.line("node", &s.node);
+    lines.line("trust domain", &s.trust_domain);
     let why = s.ktls.reason.as_ref().map_or_else(String::new, |why| format!(" ({why})"));
-    line("data path", &format!("{}{why}", data_path(s.data_path)));
+    lines.line("data path", &format!("{}{why}", data_path(s.data_path)));
     if !s.ktls.ciphers.is_empty() {
         let rekey = if s.ktls.rekey { "keys can be replaced" } else { "keys cannot be replaced" };
-        line("kernel TLS", &format!("{}; {rekey}", s.ktls.ciphers.join(", ")));
+        lines.line("kernel TLS", &format!("{}; {rekey}", s.ktls.ciphers.join(", ")));
     }
     let source = if s.reload.from_last_good { ", from last good copy" } else { "" };
-    line(
-        "configuration",
-        &format!(
-            "generation {}{source} ({} accepted, {} rejected)",
-            s.generation, s.reload.accepted, s.reload.rejected
-        ),
-    );
+    let (accepted, rejected) = (s.reload.accepted, s.reload.rejected);
+    let generation = s.generation;
+    lines.line("configuration", &format!("generation {generation}{source} ({accepted} accepted, {rejected} rejected)"));
     if let Some(error) = &s.reload.error {
-        line("config error", error);
+        lines.line("config error", error);
     }
     for cgroup in &s.probe_cgroups {
         let state = match (cgroup.state, &cgroup.reason) {
             (ProbeCgroupState::Active, _) => "active".to_owned(),
             (ProbeCgroupState::Missing, _) => "missing: its probes fail under STRICT".to_owned(),
-            (ProbeCgroupState::Refused, reason) => format!("refused: {}", reason.as_deref().unwrap_or(NONE)),
+            (ProbeCgroupState::Refused, reason) => format!("refused: {}", or_none(reason.as_deref())),
         };
-        line("probe cgroup", &format!("{} ({state})", cgroup.path));
+        lines.line("probe cgroup", &format!("{} ({state})", cgroup.path));
     }
+    lines.text()
+}
 
-    text.push('\n');
+fn pods(s: &Status, style: Style) -> String {
     if s.pods.is_empty() {
-        text.push_str("no pods to enrol\n");
-    } else {
-        let mut pods = Columns::new(&["WORKLOAD", "STATE", "POD", "IDENTITY", "CERTIFICATE UNTIL", "NETNS", "REASON"]);
-        for p in &s.pods {
-            let state = match p.state {
-                PodState::Enrolled => "enrolled",
-                PodState::Refused => "refused",
-            };
-            pods.row([
-                p.workload.as_str(),
-                state,
-                &p.pod_id.map_or_else(|| NONE.to_owned(), |id| id.to_string()),
-                &p.identity,
-                p.certificate.as_ref().map_or(NONE, |c| &c.not_after),
-                &p.netns,
-                p.reason.as_deref().unwrap_or(NONE),
-            ]);
-        }
-        text.push_str(&pods.text());
+        return "no pods to enrol\n".to_owned();
     }
+    let headings = ["WORKLOAD", "STATE", "POD", "IDENTITY", "CERTIFICATE UNTIL", "REASON"];
+    let mut pods = Columns::new(style, &headings, &["SERIAL", "NETNS"]);
+    for p in &s.pods {
+        pods.row([
+            p.workload.as_str(),
+            pod_state(p.state),
+            &p.pod_id.map_or_else(|| NONE.to_owned(), |id| id.to_string()),
+            &p.identity,
+            p.certificate.as_ref().map_or(NONE, |c| &c.not_after),
+            or_none(p.reason.as_deref()),
+            p.certificate.as_ref().map_or(NONE, |c| &c.serial),
+            &p.netns,
+        ]);
+    }
+    pods.text()
+}
 
-    let a = &report.counters.agent;
-    let mut counters = Columns::new(&["COUNTER", "VALUE"]);
+fn counters(all: &AllCounters, style: Style) -> String {
+    let a = &all.agent;
+    let mut counters = Columns::new(style, &["COUNTER", "VALUE"], &[]);
     for (name, value) in [
         ("tunnels out", a.tunnels_out),
         ("tunnels in", a.tunnels_in),
@@ -120,11 +141,9 @@ pub(super) fn table(report: &Report) -> String {
     }
     let fallback = a.ktls_fallback.iter().map(|(name, value)| (format!("records in the agent: {name}"), value));
     let refused = a.refused.iter().map(|(name, value)| (format!("refused: {name}"), value));
-    let bpf = report.counters.bpf.iter().filter(|(_, n)| **n > 0).map(|(name, value)| (format!("bpf: {name}"), value));
+    let bpf = all.bpf.iter().filter(|(_, n)| **n > 0).map(|(name, value)| (format!("bpf: {name}"), value));
     for (name, value) in fallback.chain(refused).chain(bpf) {
         counters.row([name, value.to_string()]);
     }
-    text.push('\n');
-    text.push_str(&counters.text());
-    text
+    counters.text()
 }

@@ -4,6 +4,7 @@
 //! no type here that holds one derives `Debug`.
 
 mod certificate;
+mod description;
 mod directory;
 mod files;
 mod local;
@@ -18,6 +19,7 @@ use futures_util::future::BoxFuture;
 use crate::mesh::SpiffeId;
 
 pub use certificate::{Leaf, Svid};
+pub use description::Description;
 pub use files::FilesIssuer;
 pub use local::LocalIssuer;
 pub use store::CertificateStore;

@@ -62,6 +62,11 @@ impl CertificateStore {
         });
     }
 
+    /// Name of where certificates come from.
+    pub fn source(&self) -> &'static str {
+        self.issuer.name()
+    }
+
     /// The current certificate, if there is one that is valid now.
     pub fn current(&self, identity: &SpiffeId) -> Option<Arc<Svid>> {
         self.current.load().get(identity).filter(|s| s.valid_at(SystemTime::now())).cloned()

@@ -39,6 +39,15 @@ pub enum InboundMode {
     Strict,
 }
 
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Protocol::Underpass => "underpass",
+            Protocol::Plain => "plain",
+        })
+    }
+}
+
 impl fmt::Display for InboundMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -49,7 +58,7 @@ impl fmt::Display for InboundMode {
 }
 
 /// How a workload is reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// The native tunnel on port 15008: mutual TLS or nothing.
@@ -59,7 +68,7 @@ pub enum Protocol {
 }
 
 /// Inbound mode of one port, overriding the workload's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortMode {
     /// Port the application listens on.
     pub port: u16,
@@ -135,7 +144,7 @@ impl Workload {
 }
 
 /// One port of a service.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServicePort {
     /// Port on the VIP.
     pub port: u16,

@@ -28,6 +28,7 @@ mod totals;
 pub use engine::{Job, Relay, RelayOptions, Upstream};
 pub use health::ThreadHealth;
 pub use table::{
-    CloseReason, Connection, ConnectionId, ConnectionInfo, ConnectionTable, DataPath, Direction, NewConnection,
+    CloseReason, Connection, ConnectionId, ConnectionInfo, ConnectionOrder, ConnectionTable, DataPath, Direction,
+    NewConnection,
 };
 pub use totals::Totals;

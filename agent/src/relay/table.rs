@@ -1,6 +1,7 @@
 //! Every live connection, with what policy, telemetry and the CLI need of it.
 
 use std::{
+    cmp::Reverse,
     collections::HashMap,
     fmt,
     net::SocketAddr,
@@ -28,7 +29,7 @@ use crate::{
 pub struct ConnectionId(pub u64);
 
 /// Which way the connection goes, seen from the pod on this node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
     /// The pod dialled.
@@ -38,7 +39,7 @@ pub enum Direction {
 }
 
 /// Who moves and protects the bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum DataPath {
     /// rustls' record protection in the agent.
@@ -136,6 +137,23 @@ impl CloseReason {
             Self::Internal => "internal",
         }
     }
+}
+
+/// Which connections are listed first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum ConnectionOrder {
+    /// The oldest.
+    #[default]
+    Oldest,
+    /// The newest.
+    Newest,
+    /// Those with most bytes towards the upstream.
+    Sent,
+    /// Those with most bytes from the upstream.
+    Received,
+    /// Those with most bytes in both directions together.
+    Bytes,
 }
 
 /// What a new table entry is made from.
@@ -277,6 +295,11 @@ impl Connection {
         }
     }
 
+    /// Application bytes in both directions.
+    fn bytes(&self) -> u64 {
+        self.sent.load(Relaxed).saturating_add(self.received.load(Relaxed))
+    }
+
     fn control(&self) -> MutexGuard<'_, Control> {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -373,7 +396,26 @@ impl ConnectionTable {
 
     /// Live connections, at most `limit`, oldest first, and how many there are in all.
     pub fn list(&self, limit: usize) -> (Vec<ConnectionInfo>, usize) {
-        let live = self.by_age();
+        self.list_where(limit, ConnectionOrder::Oldest, |_| true)
+    }
+
+    /// Those of the live connections that `which` selects, at most `limit`, and how many it selects.
+    pub fn list_where(
+        &self,
+        limit: usize,
+        order: ConnectionOrder,
+        which: impl Fn(&Connection) -> bool,
+    ) -> (Vec<ConnectionInfo>, usize) {
+        let mut live = self.live();
+        live.retain(|connection| which(connection));
+        // Numbers are given in order of arrival. Byte counters move while this sorts, so they are read once.
+        match order {
+            ConnectionOrder::Oldest => live.sort_unstable_by_key(|c| c.id),
+            ConnectionOrder::Newest => live.sort_unstable_by_key(|c| Reverse(c.id)),
+            ConnectionOrder::Sent => live.sort_by_cached_key(|c| (Reverse(c.sent.load(Relaxed)), c.id)),
+            ConnectionOrder::Received => live.sort_by_cached_key(|c| (Reverse(c.received.load(Relaxed)), c.id)),
+            ConnectionOrder::Bytes => live.sort_by_cached_key(|c| (Reverse(c.bytes()), c.id)),
+        }
         (live.iter().take(limit).map(|connection| connection.info()).collect(), live.len())
     }
 

@@ -124,8 +124,8 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// Could it move the cursor, forge a line or hide characters?
-pub(super) fn hidden(c: char) -> bool {
+/// Is this one of the characters that [`printable`] escapes: could it move the cursor, forge a line or hide others?
+pub fn hidden(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{061c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }

@@ -42,6 +42,7 @@ pub(super) const NEEDS: &[Need] = &[
     Need { file: "xz", package: "xz-utils", why: "kernel modules of test machines" },
     Need { file: "tcpdump", package: "tcpdump", why: "looking at test networks by hand" },
     Need { file: "prometheus", package: "prometheus", why: "checking the dashboard and the rules" },
+    Need { file: "tmux", package: "tmux", why: "a terminal for `underpass top` in tests" },
     Need { file: "python3", package: "python3", why: "a client with sockets of its own in tests" },
 ];
 

@@ -25,6 +25,8 @@ const PROGRAMS: &[&str] = &[
     "redis-server",
     "ss",
     "tc",
+    // Of tests with a terminal.
+    "tmux",
     // Of scripts in tests.
     "bash",
     "cat",
@@ -47,7 +49,14 @@ const BENCH: &[&str] = &["stunnel4", "wg"];
 /// Paths that the kernel, programs and tests have built in.
 const PATHS: &[&str] = &["/bin/sh", "/sbin/modprobe", "/lib", "/lib64"];
 /// Configuration and data, where it exists.
-const FILES: &[&str] = &["/usr/lib/ssl/openssl.cnf", "/etc/ssl/openssl.cnf", "/etc/iproute2", "/usr/share/iproute2"];
+const FILES: &[&str] = &[
+    "/usr/lib/ssl/openssl.cnf",
+    "/etc/ssl/openssl.cnf",
+    "/etc/iproute2",
+    "/usr/share/iproute2",
+    // tmux does not start without a UTF-8 locale.
+    "/usr/lib/locale/C.utf8",
+];
 /// Directories that have to be there. Everybody may pass root's: programs may be installed there.
 const DIRECTORIES: &[(&str, u32)] = &[
     ("/dev", 0o755),

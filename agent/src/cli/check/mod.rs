@@ -9,7 +9,11 @@ mod ktls;
 mod limits;
 mod row;
 
-use std::{fmt::Write as _, path::PathBuf, process::ExitCode};
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use clap::Args;
 use serde::Serialize;
@@ -18,7 +22,7 @@ pub use row::{Row, State};
 
 use super::{
     DEFAULT_PIN_ROOT,
-    output::{self, Columns, Format, NONE},
+    output::{Columns, OutputArgs, Style, View, or_none},
 };
 
 /// Arguments of `underpass check`.
@@ -31,9 +35,8 @@ Examples:
   underpass check
   underpass check -o json | jq '.checks[] | select(.state != \"ok\")'")]
 pub struct CheckArgs {
-    /// How to print.
-    #[arg(short, long, value_enum, value_name = "FORMAT", default_value_t)]
-    output: Format,
+    #[command(flatten)]
+    output: OutputArgs,
     /// cgroup v2 directory that the agent will be given.
     #[arg(long, value_name = "PATH", env = "UNDERPASS_CGROUP")]
     cgroup: Option<PathBuf>,
@@ -52,14 +55,15 @@ pub struct Report {
 }
 
 pub(super) fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
-    let report = report(args);
-    output::print(args.output, &report, || table(&report))?;
+    let report = report(args.cgroup.as_deref(), &args.pin_root);
+    args.output.print(&report)?;
     Ok(if report.can_run { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn report(args: &CheckArgs) -> Report {
-    let mut checks = vec![host::kernel(), host::cgroup(), host::attach_point(args.cgroup.as_deref())];
-    checks.extend([host::btf(), host::bpffs(&args.pin_root)]);
+/// Looks at everything, for an agent that is given these directories.
+pub(super) fn report(cgroup: Option<&Path>, pin_root: &Path) -> Report {
+    let mut checks = vec![host::kernel(), host::cgroup(), host::attach_point(cgroup)];
+    checks.extend([host::btf(), host::bpffs(pin_root)]);
     checks.extend(bpf::hooks());
     checks.extend(bpf::maps());
     checks.extend(bpf::helpers());
@@ -70,20 +74,23 @@ fn report(args: &CheckArgs) -> Report {
     Report { can_run: checks.iter().all(|r| !r.required || r.state != State::Missing), checks }
 }
 
-fn table(report: &Report) -> String {
-    let mut columns = Columns::new(&["CHECK", "STATE", "REQUIRED", "FOUND", "INSTEAD / WHAT TO DO"]);
-    for r in &report.checks {
-        let advice = r.instead.as_deref().or(r.remedy.as_deref()).unwrap_or(NONE);
-        columns.row([r.name, r.state.as_str(), if r.required { "yes" } else { "no" }, &r.detail, advice]);
+impl View for Report {
+    fn table(&self, style: Style) -> String {
+        let headings = ["CHECK", "STATE", "REQUIRED", "FOUND", "INSTEAD / WHAT TO DO"];
+        let mut columns = Columns::new(style, &headings, &[]);
+        for r in &self.checks {
+            let advice = or_none(r.instead.as_deref().or(r.remedy.as_deref()));
+            columns.row([r.name, r.state.as_str(), if r.required { "yes" } else { "no" }, &r.detail, advice]);
+        }
+        let mut text = columns.text();
+        text.push('\n');
+        if self.can_run {
+            text.push_str("The agent can run on this host.\n");
+        } else {
+            let missing = self.checks.iter().filter(|r| r.required && r.state == State::Missing).map(|r| r.name);
+            let missing: Vec<_> = missing.collect();
+            let _ = writeln!(text, "The agent cannot run on this host: {}.", missing.join(", "));
+        }
+        text
     }
-    let mut text = columns.text();
-    text.push('\n');
-    if report.can_run {
-        text.push_str("The agent can run on this host.\n");
-    } else {
-        let missing: Vec<_> =
-            report.checks.iter().filter(|r| r.required && r.state == State::Missing).map(|r| r.name).collect();
-        let _ = writeln!(text, "The agent cannot run on this host: {}.", missing.join(", "));
-    }
-    text
 }

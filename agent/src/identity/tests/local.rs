@@ -224,3 +224,18 @@ async fn an_unfinished_rotation_is_undone() {
     issuer.rotate().unwrap();
     assert_eq!(issue(&issuer, "web").await.roots.len(), 2, "the next one works");
 }
+
+/// For people: everything but the key.
+#[tokio::test]
+async fn a_certificate_describes_itself() {
+    let directory = tempfile::tempdir().unwrap();
+    let svid = issue(&open(directory.path()), "web").await;
+    let described = svid.describe();
+    let (_, leaf) = X509Certificate::from_der(&svid.certified.cert[0]).unwrap();
+    assert_eq!(described.issuer, leaf.issuer().to_string());
+    assert!(!described.issuer.is_empty() && described.key.starts_with("ECDSA "), "{described:?}");
+    assert_eq!((&described.serial, described.not_after), (&svid.serial, svid.not_after));
+    assert_eq!((described.chain, described.roots.len()), (svid.certified.cert.len(), 1));
+    assert_eq!(described.roots[0], described.issuer, "signed by the root itself");
+    assert!(described.roots_sha256.len() == 64 && described.roots_sha256.bytes().all(|b| b.is_ascii_hexdigit()));
+}

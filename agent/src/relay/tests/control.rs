@@ -156,6 +156,33 @@ fn the_table_lists_the_oldest_first() {
     assert!(node.table.is_empty());
 }
 
+#[test]
+fn the_table_lists_what_is_asked_for_in_the_order_asked_for() {
+    use crate::relay::ConnectionOrder::{Bytes, Newest, Oldest, Received, Sent};
+    let node = Node::new();
+    let all: Vec<_> = (0..6)
+        .map(|n| node.add(if n % 2 == 0 { Direction::Inbound } else { Direction::Outbound }, DataPath::User))
+        .collect();
+    for (n, (sent, received)) in [(5, 0), (0, 9), (3, 3), (5, 9), (0, 0), (0, 0)].into_iter().enumerate() {
+        all[n].sent.store(sent, Relaxed);
+        all[n].received.store(received, Relaxed);
+    }
+    for (order, expected) in [
+        (Oldest, [0, 1, 2, 3, 4, 5]),
+        (Newest, [5, 4, 3, 2, 1, 0]),
+        (Sent, [0, 3, 2, 1, 4, 5]),
+        (Received, [1, 3, 2, 0, 4, 5]),
+        (Bytes, [3, 1, 2, 0, 4, 5]),
+    ] {
+        let (listed, count) = node.table.list_where(10, order, |_| true);
+        assert_eq!(count, 6);
+        assert_eq!(listed.iter().map(|c| c.id).collect::<Vec<_>>(), expected.map(|n| all[n].id), "{order:?}");
+    }
+    let (listed, count) = node.table.list_where(2, Newest, |c| c.what.direction == Direction::Inbound);
+    assert_eq!(count, 3, "as many as are selected, not as are listed");
+    assert_eq!(listed.iter().map(|c| c.id).collect::<Vec<_>>(), [all[4].id, all[2].id]);
+}
+
 /// What telemetry hears of a connection, live and at its end; every byte once.
 #[test]
 fn telemetry_hears_of_bytes_and_of_the_end() {

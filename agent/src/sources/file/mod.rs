@@ -68,6 +68,11 @@ pub fn read(path: &Path) -> Result<NodeConfig, ConfigError> {
     parse(&path.display().to_string(), &source::read(path)?)
 }
 
+/// The text of the last good copy in `state_dir`. One that somebody else could have written is refused.
+pub fn last_good(state_dir: &Path) -> std::io::Result<String> {
+    last_good::read(state_dir)
+}
+
 /// Loads `path`; when it cannot be read or is invalid, the last good copy in `state_dir` (and says so). A valid file becomes the new last good copy.
 ///
 /// [`FileSource::open`] does the same and can go on to watch the file.
