@@ -14,6 +14,7 @@ mod operators;
 mod policy;
 mod probes;
 mod refusals;
+mod telemetry;
 mod traffic;
 mod untouched;
 mod world;
