@@ -166,5 +166,5 @@ fn hand_over(
         cipher: Some(tunnel.info.cipher),
         resumed: tunnel.info.resumed,
     };
-    context.hand_over(application, Upstream::Tunnel(Box::new(tunnel)), new, trace(preamble), slot);
+    context.hand_over(application, Upstream::Tunnel(Box::new(tunnel)), new, 0, trace(preamble), slot);
 }

@@ -115,12 +115,14 @@ impl Proxy {
 }
 
 impl PodContext {
-    /// Enters an established connection into the table, counts it, and gives it to the relay. `slot` is held until it ends.
+    /// Enters an established connection, on which `early` bytes of the application's have been sent, into the table, counts it, and gives it to the
+    /// relay. `slot` is held until it ends.
     fn hand_over(
         &self,
         application: TcpStream,
         upstream: Upstream,
         new: NewConnection,
+        early: usize,
         trace: Option<TraceId>,
         slot: OwnedSemaphorePermit,
     ) {
@@ -148,6 +150,7 @@ impl PodContext {
         }
         let account = self.account(&new, trace);
         let connection = table.add_accounted(new, Some(account));
+        connection.sent.store(early as u64, Relaxed);
         // Policies that came into force since it was judged have not seen it in the table.
         if policies.forbids(&connection) {
             table.close(connection.id, CloseReason::Policy);

@@ -1,11 +1,14 @@
 //! A connection an enrolled pod makes: from the captured socket to the relay.
 
 use std::{
+    io::Read as _,
     net::{IpAddr, SocketAddr},
+    os::fd::AsFd as _,
     sync::atomic::Ordering::Relaxed,
     time::Instant,
 };
 
+use socket2::SockRef;
 use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, time::timeout};
 use tracing::debug;
 
@@ -18,20 +21,31 @@ use super::{
 };
 use crate::{
     relay::{DataPath, Direction, NewConnection, Upstream},
+    sys::tcp,
     telemetry::{RefusalReason, Reporter, TraceId},
-    tunnel::{TunnelError, handshake, native},
+    tunnel::{TunnelError, handshake, native, records::MAX_PLAINTEXT},
 };
 
 /// Why a connection went nowhere.
 struct Refusal {
     reason: RefusalReason,
     detail: String,
+    /// The application's first bytes went with it, so that nobody else may have them.
+    spent: bool,
 }
 
 impl Refusal {
     fn new(reason: RefusalReason, detail: impl Into<String>) -> Self {
-        Self { reason, detail: detail.into() }
+        Self { reason, detail: detail.into(), spent: false }
     }
+}
+
+/// A connection made.
+struct Connected {
+    upstream: Upstream,
+    target: Target,
+    /// Bytes of the application's that have been sent.
+    early: usize,
 }
 
 impl From<TunnelError> for Refusal {
@@ -50,14 +64,12 @@ pub(super) async fn serve(context: &PodContext, app: TcpStream, client: SocketAd
     };
     let trace = TraceId(rand::random());
     let result = match route::plan(&context.proxy.mesh.load(), destination) {
-        Ok(plan) => connect_first(context, &plan, client, trace).await.map(|(up, target)| (up, target, plan)),
+        Ok(plan) => connect_first(context, &plan, &app, client, trace).await.map(|connected| (connected, plan)),
         Err(reason) => Err(Refusal::new(reason, "no route")),
     };
     match result {
-        Ok((upstream, target, plan)) => {
-            hand_over(context, app, client, destination, upstream, &target, plan, trace, slot)
-        }
-        Err(Refusal { reason, detail }) => {
+        Ok((connected, plan)) => hand_over(context, app, client, destination, connected, plan, trace, slot),
+        Err(Refusal { reason, detail, .. }) => {
             context.refused(&Refused {
                 direction: Direction::Outbound,
                 reason,
@@ -82,20 +94,22 @@ fn original_destination(context: &PodContext, app: &TcpStream, client: SocketAdd
     context.proxy.capture.take_original_destination(&context.pod, client, listener)
 }
 
-/// Tries the plan's targets in order. Nothing of the application's has been read yet, so a second try is safe.
+/// Tries the plan's targets in order. Nothing of the application's is read before a peer has proved itself, and after that there is no second try.
 async fn connect_first(
     context: &PodContext,
     plan: &Plan,
+    app: &TcpStream,
     client: SocketAddr,
     trace: TraceId,
-) -> Result<(Upstream, Target), Refusal> {
+) -> Result<Connected, Refusal> {
     let mut last = Refusal::new(RefusalReason::NoEndpoint, "no endpoint");
     for (i, target) in plan.targets.iter().enumerate() {
         if i > 0 {
             context.proxy.counters.retries.fetch_add(1, Relaxed);
         }
-        match connect(context, plan, target, client, trace).await {
-            Ok(upstream) => return Ok((upstream, target.clone())),
+        match connect(context, plan, target, app, client, trace).await {
+            Ok((upstream, early)) => return Ok(Connected { upstream, target: target.clone(), early }),
+            Err(e) if e.spent => return Err(e),
             Err(e) => {
                 debug!(pod = %context.pod.key, ?target, reason = %e.reason, detail = %e.detail, "target failed");
                 last = e;
@@ -109,9 +123,10 @@ async fn connect(
     context: &PodContext,
     plan: &Plan,
     target: &Target,
+    app: &TcpStream,
     client: SocketAddr,
     trace: TraceId,
-) -> Result<Upstream, Refusal> {
+) -> Result<(Upstream, usize), Refusal> {
     let limits = &context.proxy.limits;
     let pod = &context.pod;
     let unreachable = |to: SocketAddr| {
@@ -122,7 +137,7 @@ async fn connect(
             let stream =
                 dial::upstream(pod, bound_source(client, *to), *to, limits.connect).await.map_err(unreachable(*to))?;
             let io = |e: std::io::Error| Refusal::new(RefusalReason::Resources, format!("leaving the reactor: {e}"));
-            Ok(Upstream::Plain(stream.into_std().map_err(io)?.into()))
+            Ok((Upstream::Plain(stream.into_std().map_err(io)?.into()), 0))
         }
         Target::Tunnel { identity, destination } => {
             if context.proxy.certificates.wait_for(&pod.identity, limits.handshake).await.is_none() {
@@ -142,22 +157,46 @@ async fn connect(
                 unique_id: Some(trace.0.to_vec()),
             };
             let began = Instant::now();
+            let mut early = 0;
+            let first = || {
+                let mut bytes = native::encode(&preamble);
+                early = append_early(app, &mut bytes);
+                bytes
+            };
             let establish = async {
                 let tls = &context.proxy.tls;
-                let header = native::encode(&preamble);
-                let session = handshake::connect(stream, tls, &pod.identity, identity, &header).await?;
+                let session = handshake::connect(stream, tls, &pod.identity, identity, first).await?;
                 context.proxy.telemetry.handshakes.of(Reporter::Source).observe(began.elapsed().as_secs_f64());
                 session.offload(tls.ktls()).await
             };
-            match timeout(limits.handshake, establish).await {
-                Ok(tunnel) => Ok(Upstream::Tunnel(Box::new(tunnel?))),
-                Err(_) => Err(Refusal::new(
+            let established = timeout(limits.handshake, establish).await;
+            let refusal = match established {
+                Ok(Ok(tunnel)) => return Ok((Upstream::Tunnel(Box::new(tunnel)), early)),
+                Ok(Err(e)) => e.into(),
+                Err(_) => Refusal::new(
                     RefusalReason::Deadline,
                     format!("no handshake with {to} within {:?}", limits.handshake),
-                )),
-            }
+                ),
+            };
+            Err(Refusal { spent: early > 0, ..refusal })
         }
     }
+}
+
+/// Appends what the application has sent by now, as far as it fits one record, so that it leaves together with the header. How many bytes that were.
+///
+/// Only bytes known to be there are asked for: an end or an error is for the relay to meet.
+fn append_early(app: &TcpStream, bytes: &mut Vec<u8>) -> usize {
+    let header = bytes.len();
+    let there = tcp::available(app.as_fd()).map_or(0, |there| there as usize).min(MAX_PLAINTEXT.saturating_sub(header));
+    if there == 0 {
+        return 0;
+    }
+    bytes.resize(header + there, 0);
+    let mut socket = &*SockRef::from(app);
+    let taken = socket.read(&mut bytes[header..]).unwrap_or(0);
+    bytes.truncate(header + taken);
+    taken
 }
 
 /// The address the application bound before it connected, if it did: a captured connection otherwise comes from loopback.
@@ -172,17 +211,17 @@ fn hand_over(
     app: TcpStream,
     client: SocketAddr,
     destination: SocketAddr,
-    upstream: Upstream,
-    target: &Target,
+    connected: Connected,
     plan: Plan,
     trace: TraceId,
     slot: OwnedSemaphorePermit,
 ) {
+    let Connected { upstream, target, early } = connected;
     let (peer, to) = match target {
         Target::Tunnel { identity, destination } => {
-            (Some(identity.clone()), SocketAddr::new(destination.ip(), underpass_abi::TUNNEL_PORT))
+            (Some(identity), SocketAddr::new(destination.ip(), underpass_abi::TUNNEL_PORT))
         }
-        Target::Plain(to) => (None, *to),
+        Target::Plain(to) => (None, to),
     };
     let (data_path, fallback, cipher, resumed) = match &upstream {
         Upstream::Tunnel(s) => (DataPath::of(s.fallback()), s.fallback(), Some(s.info.cipher), s.info.resumed),
@@ -203,5 +242,5 @@ fn hand_over(
         cipher,
         resumed,
     };
-    context.hand_over(app, upstream, new, Some(trace), slot);
+    context.hand_over(app, upstream, new, early, Some(trace), slot);
 }

@@ -67,5 +67,5 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
         cipher: None,
         resumed: false,
     };
-    context.hand_over(application, upstream, new, None, slot);
+    context.hand_over(application, upstream, new, 0, None, slot);
 }

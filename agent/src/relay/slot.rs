@@ -2,19 +2,21 @@
 
 use std::{
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd as _, OwnedFd},
     sync::{Arc, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
 };
 
 use rustls::AlertDescription;
 
 use super::{
-    CloseReason, Connection,
+    CloseReason, Connection, Direction,
     buffers::Scratch,
     direction::{Fault, KtlsIn, KtlsOut, Plain, Step, TlsIn, TlsOut},
     socket::Side,
 };
 use crate::{
+    sys::tcp,
     telemetry::RefusalReason,
     tunnel::{
         ktls::KernelTls,
@@ -55,6 +57,9 @@ pub(super) enum Path {
         inward: KtlsIn,
     },
 }
+
+/// Longest wait for what is on its way before a reset: time for some retransmissions.
+const PARTING: Duration = Duration::from_secs(5);
 
 /// How a turn ended.
 #[derive(Debug)]
@@ -110,6 +115,8 @@ pub(super) struct Slot {
     pub(super) watched: bool,
     /// Its entry in the table.
     pub(super) connection: Arc<Connection>,
+    /// Over but for the reset, and until when that may wait.
+    parting: Option<Box<(End, Instant)>>,
     path: Path,
     guard: Box<dyn Send>,
 }
@@ -129,6 +136,7 @@ impl Slot {
             queued: false,
             watched: false,
             connection,
+            parting: None,
             path,
             guard,
         }
@@ -156,6 +164,31 @@ impl Slot {
             Path::Tls { outward, inward, .. } => outward.held() + inward.held(),
             Path::Ktls { outward, inward, .. } => outward.held() + inward.held(),
         }
+    }
+
+    /// Whether it only waits for its end.
+    pub(super) fn is_parting(&self) -> bool {
+        self.parting.is_some()
+    }
+
+    /// It is over, for `end` unless that was said before: what it is to be closed with, or `None` when its reset would be lost now.
+    ///
+    /// A reset behind segments that the application's kernel had no room for is answered with a challenge (RFC 5961, section 3.2). Only the
+    /// socket can answer that: for an address that is not its own, as the client's is not, the kernel sends no reset once the socket is gone,
+    /// and the application would wait for ever. So the reset waits until what was sent has arrived.
+    pub(super) fn leave(&mut self, end: Option<End>, now: Instant) -> Option<End> {
+        let (end, until) = match self.parting.take() {
+            Some(parting) => *parting,
+            None => (end?, now + PARTING),
+        };
+        let in_flight = || tcp::state(self.application.as_fd()).is_ok_and(|info| info.unacked > 0);
+        let lost =
+            end.reason != CloseReason::Finished && self.connection.what.direction == Direction::Inbound && in_flight();
+        if !lost || now >= until {
+            return Some(end);
+        }
+        self.parting = Some(Box::new((end, until)));
+        None
     }
 
     /// Moves what can be moved, within the limits of a turn.

@@ -25,9 +25,6 @@ const AHEAD: u32 = 3;
 
 /// What is known of one socket with undelivered bytes.
 pub(super) struct Watch {
-    /// Bytes acknowledged at the last look.
-    acknowledged: u64,
-    looked: Instant,
     /// When the window was last not known to be closed.
     open: Instant,
     /// The timeout in place is ours.
@@ -37,7 +34,7 @@ pub(super) struct Watch {
 impl Watch {
     /// Starts watching.
     pub(super) fn new(now: Instant) -> Self {
-        Self { acknowledged: 0, looked: now, open: now, moved: false }
+        Self { open: now, moved: false }
     }
 
     /// Looks at the socket; `false` when its peer is gone.
@@ -47,30 +44,29 @@ impl Watch {
         }
         // A failed socket shows it elsewhere.
         let Ok(info) = tcp::state(side.as_fd()) else { return true };
-        let before = std::mem::replace(&mut self.looked, now);
-        if std::mem::replace(&mut self.acknowledged, info.bytes_acked) != info.bytes_acked {
-            self.open = before;
-        }
-        let waiting = info.notsent_bytes > 0 || info.unacked > 0;
-        // Too small for the next segment, or, with segments on their way, taken back by a kernel short of memory, which then
-        // drops and acknowledges their repetitions.
-        let closed = waiting && (info.unacked == 0 || info.snd_wnd == 0);
-        if !closed {
-            self.open = now;
+        if info.notsent_bytes == 0 && info.unacked == 0 {
+            side.delivered();
             if self.moved {
                 self.moved = !set(side, side.user_timeout());
             }
-            if !waiting {
-                side.delivered();
-            }
+            self.open = now;
+            return true;
+        }
+        // Too small for the next segment, or, with segments on their way, taken back by a kernel short of memory, which then
+        // drops and acknowledges their repetitions.
+        let closed = info.unacked == 0 || info.snd_wnd == 0;
+        if !closed && !self.moved {
+            self.open = now;
             return true;
         }
         if info.last_ack_recv >= side.user_timeout() {
             return false;
         }
-        // The kernel counts from its first probe of the closed window.
+        // The kernel counts from its first probe of the closed window, and goes on counting while a probe takes some bytes along. So a timeout that
+        // was moved stays so until everything has arrived; meanwhile it is the line above that notices a vanished peer.
         let timeout = now.duration_since(self.open) + interval * AHEAD;
-        self.moved |= set(side, u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX));
+        let timeout = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+        self.moved |= set(side, timeout.max(side.user_timeout()));
         true
     }
 }

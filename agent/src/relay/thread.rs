@@ -233,6 +233,11 @@ impl Worker {
         for _ in 0..self.ready.len() {
             let Some(key) = self.ready.pop_front() else { return };
             let Some(slot) = self.slots.get_mut(key) else { continue };
+            if slot.is_parting() {
+                slot.queued = false;
+                self.leave(key, None);
+                continue;
+            }
             // A defect met by one connection must not end the others. Nothing of the shared state outlives a turn
             // in a half-changed form: the scratch memory is filled anew each time, and the slot is thrown away.
             let turn = catch_unwind(AssertUnwindSafe(|| slot.turn(&mut self.scratch)));
@@ -291,6 +296,19 @@ impl Worker {
     }
 
     fn end(&mut self, key: usize, end: End) {
+        self.leave(key, Some(end));
+    }
+
+    /// Closes a connection that is over, now or in a moment.
+    fn leave(&mut self, key: usize, end: Option<End>) {
+        let now = Instant::now();
+        match self.slots[key].leave(end, now) {
+            Some(end) => self.close(key, end),
+            None => self.settling.add(key, now),
+        }
+    }
+
+    fn close(&mut self, key: usize, end: End) {
         let slot = self.slots.remove(key);
         self.keys.remove(&slot.connection.id);
         self.watched.remove(&key);
@@ -313,7 +331,7 @@ impl Worker {
         }
         let keys: Vec<usize> = self.slots.iter().map(|(key, _)| key).collect();
         for key in keys {
-            self.end(key, CloseReason::Shutdown.into());
+            self.close(key, CloseReason::Shutdown.into());
         }
     }
 }

@@ -50,10 +50,19 @@ pub fn accepted(socket: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(acknowledged + u64::from(queued(socket)?))
 }
 
+/// Bytes that can be received at once (`SIOCINQ`, which is `FIONREAD`).
+pub fn available(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    count(socket, libc::FIONREAD)
+}
+
 /// Bytes taken to send but not acknowledged (`SIOCOUTQ`, which is `TIOCOUTQ`).
 fn queued(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    count(socket, libc::TIOCOUTQ)
+}
+
+fn count(socket: BorrowedFd<'_>, request: libc::Ioctl) -> io::Result<u32> {
     let mut bytes: libc::c_int = 0;
-    // SAFETY: the descriptor is borrowed for the call; the request writes one int, which outlives the call.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    // SAFETY: the descriptor is borrowed for the call; both requests write one int, which outlives the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), request, &raw mut bytes) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes.cast_unsigned()) }
 }

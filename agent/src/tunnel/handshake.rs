@@ -24,14 +24,14 @@ use crate::{mesh::SpiffeId, telemetry::RefusalReason};
 /// How much is asked of the socket at once.
 pub(super) const READ_CHUNK: usize = 16 * 1024;
 
-/// Handshakes as a client. The peer must prove `peer` and choose [`super::ALPN_NATIVE`]. `first` is sent as application data together with the
-/// end of the handshake. The caller bounds the time.
+/// Handshakes as a client. The peer must prove `peer` and choose [`super::ALPN_NATIVE`]. What `first` gives is sent as application data
+/// together with the end of the handshake; it is asked when the peer has proved itself. The caller bounds the time.
 pub async fn connect(
     stream: TcpStream,
     configs: &TlsConfigs,
     local: &SpiffeId,
     peer: &SpiffeId,
-    first: &[u8],
+    first: impl FnOnce() -> Vec<u8>,
 ) -> Result<Session, TunnelError> {
     let (config, _) = configs.client(local, peer).ok_or_else(|| no_certificate(local))?;
     let connection = UnbufferedClientConnection::new(config, peer_name()).map_err(|e| refusal(&e))?;
@@ -44,7 +44,7 @@ pub async fn accept(stream: TcpStream, configs: &TlsConfigs, local: &SpiffeId) -
     let (config, _) = configs.server(local).ok_or_else(|| no_certificate(local))?;
     let connection = UnbufferedServerConnection::new(config).map_err(|e| refusal(&e))?;
     let accepted = Accepted::Domain(configs.trust_domain().clone());
-    handshake(stream, Driver::new(connection), configs, local, &accepted, &[]).await
+    handshake(stream, Driver::new(connection), configs, local, &accepted, Vec::new).await
 }
 
 fn no_certificate(local: &SpiffeId) -> TunnelError {
@@ -60,7 +60,7 @@ async fn handshake<C: Unbuffered>(
     configs: &TlsConfigs,
     local: &SpiffeId,
     accepted: &Accepted,
-    first: &[u8],
+    first: impl FnOnce() -> Vec<u8>,
 ) -> Result<Session, TunnelError> {
     loop {
         let step = driver.advance();
@@ -115,7 +115,7 @@ async fn finish<C: Unbuffered>(
     configs: &TlsConfigs,
     local: &SpiffeId,
     accepted: &Accepted,
-    first: &[u8],
+    first: impl FnOnce() -> Vec<u8>,
 ) -> Result<Session, TunnelError> {
     let unsent = std::mem::take(&mut driver.outgoing);
     let facts = Facts::of(driver.connection.common());
@@ -127,7 +127,7 @@ async fn finish<C: Unbuffered>(
     match judged {
         Ok(peer) => {
             let mut session = Session::new(stream, records, info(peer));
-            session.send(first).await?;
+            session.send(&first()).await?;
             Ok(session)
         }
         Err((alert, error)) => {

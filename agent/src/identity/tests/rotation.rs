@@ -41,7 +41,7 @@ async fn no_handshake_fails_while_everything_is_replaced() {
         let (dialled, accepted) = tokio::join!(
             async {
                 let stream = TcpStream::connect(address).await.unwrap();
-                let mut session = handshake::connect(stream, &agents[0].0, &client, &server, &[]).await?;
+                let mut session = handshake::connect(stream, &agents[0].0, &client, &server, Vec::new).await?;
                 session.receive(1024).await?;
                 Ok::<_, crate::tunnel::TunnelError>(session.info)
             },

@@ -48,7 +48,7 @@ async fn sessions() -> (Session, Session) {
     let (a, b) = tokio::join!(
         async {
             let stream = net::TcpStream::connect(address).await.expect("a connection");
-            handshake::connect(stream, &ours, &client, &server, b"HEADER").await
+            handshake::connect(stream, &ours, &client, &server, || b"HEADER".to_vec()).await
         },
         async {
             let (stream, _) = listener.accept().await.expect("a connection");

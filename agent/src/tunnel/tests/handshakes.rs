@@ -85,7 +85,7 @@ async fn the_order_of_suites_is_chosen() {
 #[tokio::test]
 async fn what_is_sent_first_comes_with_the_handshake() {
     let (_ca, client, server) = two_parties().await;
-    let dial = async |s| connect(s, &client.configs, &client.id, &server.id, b"header").await.unwrap();
+    let dial = async |s| connect(s, &client.configs, &client.id, &server.id, || b"header".to_vec()).await.unwrap();
     let (_client_session, server_session) = meet(dial, &server).await;
     let mut server_session = server_session.unwrap();
     assert!(!server_session.records.unread.is_empty(), "it was read with the handshake's last flight");
@@ -97,7 +97,7 @@ async fn what_is_sent_first_comes_with_the_handshake() {
 async fn greedy_reads_keep_what_came_with_the_handshake() {
     let (_ca, client, server) = two_parties().await;
     let dial = async |s| {
-        let mut session = connect(s, &client.configs, &client.id, &server.id, b"header").await.unwrap();
+        let mut session = connect(s, &client.configs, &client.id, &server.id, || b"header".to_vec()).await.unwrap();
         session.send(b"data").await.unwrap();
         session
     };
@@ -261,7 +261,7 @@ async fn configurations_are_dropped_with_their_identity() {
 
     let stream = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let stream = TcpStream::connect(stream.local_addr().unwrap()).await.unwrap();
-    let refused = error(connect(stream, &client.configs, &client.id, &server.id, &[]).await);
+    let refused = error(connect(stream, &client.configs, &client.id, &server.id, Vec::new).await);
     assert_eq!(refused.reason(), RefusalReason::NoCertificate);
 }
 

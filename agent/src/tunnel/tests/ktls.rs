@@ -140,7 +140,7 @@ async fn an_alert_arrives_while_data_is_in_flight() {
     let options = TlsOptions::with_ktls(support());
     let (client, server) = parties(&options, &options).await;
     let dial = async |s| {
-        let session = connect(s, &client.configs, &client.id, &server.id, b"header").await.unwrap();
+        let session = connect(s, &client.configs, &client.id, &server.id, || b"header".to_vec()).await.unwrap();
         let mut end = KernelEnd::new(session.offload(client.configs.ktls()).await.unwrap());
         end.send(&vec![7; 500_000]).await;
         end

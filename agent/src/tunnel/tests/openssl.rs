@@ -145,7 +145,7 @@ async fn openssl_server() {
     }
     let stream = TcpStream::connect(line["ACCEPT ".len()..].trim()).await.unwrap();
     let server = identity("server");
-    let session = handshake::connect(stream, &client.configs, &client.id, &server, &[]);
+    let session = handshake::connect(stream, &client.configs, &client.id, &server, Vec::new);
     let mut session = timeout(LIMIT, session).await.expect("no hang").unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(session.info.peer, server);
     session.send(b"to openssl\n").await.unwrap();

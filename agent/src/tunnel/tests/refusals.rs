@@ -115,7 +115,7 @@ fn make(ca: &TestCa, bad: &Bad, owner: &str) -> Svid {
 /// What a client is told that believes its handshake has succeeded.
 async fn told(stream: TcpStream, client: &Party, server: &Party) -> TunnelError {
     let mut session =
-        connect(stream, &client.configs, &client.id, &server.id, &[]).await.unwrap_or_else(|e| panic!("{e}"));
+        connect(stream, &client.configs, &client.id, &server.id, Vec::new).await.unwrap_or_else(|e| panic!("{e}"));
     session.receive(1024).await.unwrap_err()
 }
 
@@ -147,7 +147,7 @@ async fn bad_servers_are_refused_with_an_alert() {
         let Some(reason) = bad.as_server else { continue };
         tried += 1;
         let server = Party::new(&make(&ca, &bad, "server")).await;
-        let dial = async |s| error(connect(s, &client.configs, &client.id, &server.id, &[]).await);
+        let dial = async |s| error(connect(s, &client.configs, &client.id, &server.id, Vec::new).await);
         let (refused, outcome) = meet(dial, &server).await;
         assert_eq!(refused.reason(), reason, "{}: {refused}", bad.name);
         let told = error(outcome);
@@ -220,7 +220,7 @@ async fn a_server_that_speaks_something_else() {
     let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (mut other, _) = listener.accept().await.unwrap();
     other.write_all(b"220 mail ready\r\n").await.unwrap();
-    let refused = error(connect(stream, &client.configs, &client.id, &identity("server"), &[]).await);
+    let refused = error(connect(stream, &client.configs, &client.id, &identity("server"), Vec::new).await);
     assert_eq!(refused.reason(), R::NotTls);
     assert!(refused.to_string().contains("220 mail"), "{refused}");
 }
@@ -259,7 +259,7 @@ async fn a_handshake_with_changed_bytes_fails() {
             };
             tokio::join!(changed, plain)
         };
-        let dial = async |s: TcpStream| connect(s, &client.configs, &client.id, &server.id, &[]).await.map(drop);
+        let dial = async |s: TcpStream| connect(s, &client.configs, &client.id, &server.id, Vec::new).await.map(drop);
         let proxy = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let run = async {
             tokio::join!(

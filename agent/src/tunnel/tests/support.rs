@@ -111,7 +111,7 @@ pub(super) async fn meet<T>(
 /// A handshake that has to succeed.
 pub(super) async fn established(client: &Party, server: &Party) -> (Session, Session) {
     let (a, b) =
-        meet(async |s| handshake::connect(s, &client.configs, &client.id, &server.id, &[]).await, server).await;
+        meet(async |s| handshake::connect(s, &client.configs, &client.id, &server.id, Vec::new).await, server).await;
     (a.unwrap_or_else(|e| panic!("client: {e}")), b.unwrap_or_else(|e| panic!("server: {e}")))
 }
 
