@@ -8,11 +8,11 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 /// Memory for the sockets of one agent, bytes. A connection with full buffers can take several times as much.
-const LIMIT: u64 = 6 << 20;
+const LIMIT: u64 = 16 << 20;
 /// Where control groups of version 1 count memory, which can limit that of TCP alone.
 const MEMORY_V1: &str = "/sys/fs/cgroup/memory";
 const LIMIT_V1: &str = "memory.kmem.tcp.limit_in_bytes";
-const FAILED_V1: &str = "memory.kmem.tcp.failcnt";
+const PEAK_V1: &str = "memory.kmem.tcp.max_usage_in_bytes";
 /// Memory of all TCP sockets: without pressure below the first number of pages, none left at the last.
 const TCP_MEMORY: &str = "/proc/sys/net/ipv4/tcp_mem";
 /// For both agents and both applications: pressure from 4 MiB on, and an end at 12 MiB.
@@ -55,15 +55,16 @@ impl Pressure {
         machine || Path::new(MEMORY_V1).join(LIMIT_V1).exists()
     }
 
-    /// What it does, and how often it hurt where the kernel counts that.
+    /// What it does, and how much was used at most where the kernel counts that.
     pub(super) fn how(&self) -> String {
         match self {
             Self::Groups(groups) => {
                 let count = |group: &PathBuf| -> Option<u64> {
-                    fs::read_to_string(group.join(FAILED_V1)).ok()?.trim().parse().ok()
+                    fs::read_to_string(group.join(PEAK_V1)).ok()?.trim().parse().ok()
                 };
-                let denied: u64 = groups.iter().filter_map(count).sum();
-                format!("{} KiB for an agent's sockets, denied {denied} times", LIMIT >> 10)
+                let peaks: Vec<_> =
+                    groups.iter().filter_map(count).map(|bytes| format!("{} KiB", bytes >> 10)).collect();
+                format!("{} KiB for an agent's sockets, of which they used {}", LIMIT >> 10, peaks.join(" and "))
             }
             Self::Everybody(_) => format!("tcp_mem is {PAGES}"),
         }

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 use clap::Args;
 use serde_json::json;
 use socket2::{Domain, SockRef, Socket, Type};
-use testbed::torture::{Failure, Outcome, Plan, Report, Scenario, Side};
+use testbed::torture::{Outcome, Plan, ReadEnd, Report, Scenario, Side};
 use tokio::{
     io::AsyncWriteExt,
     net::{TcpSocket, TcpStream},
@@ -22,7 +22,7 @@ use super::{
     context::{Common, Context},
     peer,
 };
-use crate::print;
+use crate::{name_of, print};
 
 /// `torture drive`.
 #[derive(Args)]
@@ -57,8 +57,8 @@ pub(crate) struct Drive {
 /// Idle connections that are opened at a time: each is two handshakes to be done by the agents.
 const OPENING: usize = 128;
 
-/// The plan, or nothing but its number when the connection could not be made.
-type Over = Result<(Box<Plan>, Outcome, u64), Failure>;
+/// A connection that is over: its plan, what was seen, and what the other end has certainly sent.
+type Over = (Box<Plan>, Outcome, u64);
 
 impl Drive {
     pub(super) async fn run(self) -> Result<Report> {
@@ -114,11 +114,8 @@ impl Drive {
     }
 }
 
-fn count(report: &mut Report, over: Over) {
-    match over {
-        Ok((plan, outcome, least)) => report.add(&plan, Side::Client, &outcome, least),
-        Err(failure) => report.fail(failure),
-    }
+fn count(report: &mut Report, (plan, outcome, least): Over) {
+    report.add(&plan, Side::Client, &outcome, least);
 }
 
 /// A connection from its begin to its end.
@@ -133,13 +130,14 @@ fn connect(
         let stream = match open(address, &plan, &context).await {
             Ok(stream) => stream,
             Err(error) => {
-                let what = format!("connecting: {error:#}");
-                return Ok(Err(Failure { number: Some(plan.number), side: Side::Client, what }));
+                // A reset may come as early as this, if the other end may reset at all.
+                let outcome = Outcome { read_end: ReadEnd::Error(name_of(&error)), ..Outcome::default() };
+                return Ok((Box::new(plan), outcome, 0));
             }
         };
         let outcome = peer::run(stream, &plan, Side::Client, &context, place).await?;
         let least = context.known_sent(plan.number, Side::Server)?;
-        Ok(Ok((Box::new(plan), outcome, least)))
+        Ok((Box::new(plan), outcome, least))
     }
 }
 
