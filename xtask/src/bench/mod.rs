@@ -163,11 +163,11 @@ fn perform(ui: &Ui, options: &Options) -> Result<Vec<Row>> {
     let cases = cases(options)?;
     let lanes = ui.step("two nodes for each system", |step| start(step, &systems, &cases, &tools))?;
     let mut rows = ui.step("measuring", |step| measure_all(step, &lanes, &cases, options, &tools))?;
-    for lane in &lanes {
-        lane.verify().with_context(|| format!("looking at {}", lane.system.name))?;
-    }
     if let Some(case) = cases.iter().find(|case| case.load == Load::Idle) {
         rows.extend(ui.step("idle connections", |step| idle::measure(case, &lanes, &tools, options.quick, step))?);
+    }
+    for lane in &lanes {
+        lane.verify().with_context(|| format!("looking at {}", lane.system.name))?;
     }
     ui.step("taking everything down", |_| {
         drop(lanes);
