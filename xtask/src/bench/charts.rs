@@ -10,14 +10,14 @@ use plotters::{
     },
 };
 
-use super::{docs::Kind, row::Row};
+use super::{docs::Kind, row::Row, system::NAMES};
 
 /// Pixels.
 const WIDTH: u32 = 900;
 const BAR: u32 = 18;
 const MARGINS: u32 = 90;
 /// Distinguishable also without colours seen (Okabe and Ito's palette).
-const COLOURS: [RGBColor; 8] = [
+const COLOURS: [RGBColor; NAMES.len() + 1] = [
     RGBColor(150, 150, 150),
     RGBColor(240, 228, 66),
     RGBColor(204, 121, 167),
@@ -95,18 +95,12 @@ fn paint(
         .y_label_area_size(230)
         .build_cartesian_2d(0.0..longest, 0.0..count)?;
     chart.configure_mesh().disable_y_mesh().disable_y_axis().x_labels(8).label_style(font(12)).draw()?;
-    let mut systems: Vec<&str> = Vec::new();
-    for bar in bars {
-        if !systems.contains(&bar.system) {
-            systems.push(bar.system);
-        }
-    }
     let right = TextStyle::from(font(12)).pos(Pos::new(HPos::Right, VPos::Center));
     let left = TextStyle::from(font(11)).pos(Pos::new(HPos::Left, VPos::Center));
     for (index, bar) in bars.iter().enumerate() {
         let middle = count - index as f64 - 0.5;
-        let number = systems.iter().position(|system| *system == bar.system).unwrap_or_default();
-        let colour = COLOURS[(number + 1) % COLOURS.len()];
+        // The same in every chart; whatever comes besides shares the last one.
+        let colour = COLOURS[NAMES.iter().position(|name| *name == bar.system).unwrap_or(NAMES.len())];
         chart.draw_series([Rectangle::new([(0.0, middle - 0.4), (bar.length, middle + 0.4)], colour.filled())])?;
         let (x, y) = chart.backend_coord(&(0.0, middle));
         area.draw(&Text::new(format!("{}  {}", bar.case, bar.system), (x - 6, y), right.clone()))?;

@@ -1,9 +1,9 @@
-//! The part of a run that is measured: it begins when all has warmed up and ends after a time or an amount.
+//! The part of a run that is measured: it begins when all has warmed up, counted from the first answer, and ends after a time or an amount.
 
 use std::{
     collections::BTreeMap,
     sync::{
-        Mutex, MutexGuard,
+        Mutex, MutexGuard, OnceLock,
         atomic::{AtomicU8, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -21,7 +21,7 @@ pub(crate) struct Options {
     /// Seconds that are measured.
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0, value_parser = seconds)]
     time: f64,
-    /// Seconds before.
+    /// Seconds before, from the first answer on.
     #[arg(long, value_name = "SECONDS", default_value_t = 0.3, value_parser = seconds)]
     warm_up: f64,
     /// Measure so many (bytes or answers) instead of a time; before, half of it is not measured.
@@ -58,10 +58,11 @@ impl Phase {
 /// Counts for all threads, and reads the counters as the phase changes.
 pub(crate) struct Window {
     options: Options,
-    started: Instant,
+    /// When something was counted for the first time.
+    started: OnceLock<Instant>,
     count: AtomicU64,
     phase: AtomicU8,
-    /// The position (nanoseconds since the start, or the count) at which the phase ends.
+    /// The position (nanoseconds since the first answer, or the count) at which the phase ends.
     until: AtomicU64,
     readings: Mutex<Vec<Result<Reading>>>,
 }
@@ -99,21 +100,25 @@ struct Latency {
 }
 
 impl Window {
-    /// Opens now.
+    /// Opens with the first that is counted.
     pub(crate) fn new(options: &Options) -> Self {
         let (warm_up, _) = lengths(options);
         Self {
             options: options.clone(),
-            started: Instant::now(),
+            started: OnceLock::new(),
             count: AtomicU64::new(0),
             phase: AtomicU8::new(Phase::WarmUp as u8),
-            until: AtomicU64::new(warm_up),
+            // At 0 nothing has come yet.
+            until: AtomicU64::new(warm_up.max(1)),
             readings: Mutex::default(),
         }
     }
 
     /// Counts `more` and says where the run is now.
     pub(crate) fn advance(&self, more: u64) -> Phase {
+        if more > 0 {
+            self.started.get_or_init(Instant::now);
+        }
         let count = self.count.fetch_add(more, Relaxed) + more;
         if self.position(count) >= self.until.load(Relaxed) {
             self.turn();
@@ -122,7 +127,11 @@ impl Window {
     }
 
     fn position(&self, count: u64) -> u64 {
-        if self.options.amount.is_some() { count } else { nanos(self.started.elapsed()) }
+        if self.options.amount.is_some() {
+            count
+        } else {
+            self.started.get().map_or(0, |started| nanos(started.elapsed()))
+        }
     }
 
     /// The next phase, unless another thread was faster.
