@@ -12,8 +12,6 @@ use crate::mesh::SpiffeId;
 
 /// Longest label value, in bytes: what Kubernetes and DNS allow a name (RFC 1123). Identities are longer than one name.
 pub const MAX_VALUE: usize = 253;
-/// Longest identity in a label, in bytes (SPIFFE-ID specification, section 2.3).
-const MAX_IDENTITY: usize = 2048;
 /// How Istio writes what is not known.
 const UNKNOWN: &str = "unknown";
 /// What connections beyond the limit of series are counted under.
@@ -212,8 +210,8 @@ impl EncodeLabelValue for Value<'_> {
     fn encode(&self, to: &mut LabelValueEncoder<'_>) -> fmt::Result {
         match self {
             Self::Known(value) => to.write_str(&printable(shortened(value, MAX_VALUE))),
-            // Identities are checked character by character where they enter the agent.
-            Self::Identity(identity) => write!(to, "{identity:.MAX_IDENTITY$}"),
+            // Identities are checked, characters and lengths, where they enter the agent.
+            Self::Identity(identity) => write!(to, "{identity}"),
             Self::Unknown => to.write_str(UNKNOWN),
         }
     }
