@@ -53,7 +53,7 @@ struct World {
 
 impl World {
     fn new() -> Result<Self> {
-        let bed = Testbed::new("dashboards")?;
+        let bed = Testbed::new("dash")?;
         let (a, b) = (bed.node("a"), bed.node("b"));
         let (client, stranger, server) = (a.pod("client")?, a.pod("stranger")?, b.pod("server")?);
         let mut mesh = MeshConfig::new(bed.dir().join("ca"));

@@ -140,7 +140,7 @@ fn the_nodes_tools_are_answered() -> Result<()> {
     for condition in ["configuration: ok", "certificates: ok: 1 of 1", "bpf: ok", "listeners: ok: 1 of 1"] {
         ensure!(ready.contains(condition), "{ready}");
     }
-    ensure!(get(&node, 15021, "/healthz/live")? == "ok");
+    ensure!(get(&node, 15021, "/healthz/live")?.trim() == "ok");
 
     let dump: Value = serde_json::from_str(&get(&node, 15000, "/config_dump")?)?;
     let names: Vec<_> = dump["workloads"].as_array().context("workloads")?.iter().map(|w| &w["name"]).collect();
