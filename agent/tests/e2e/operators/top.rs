@@ -5,29 +5,39 @@ use std::{
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
     thread,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 use testbed::{Process, underpass_path};
 
 use super::{SOON, json};
 use crate::world::{World, at, eventually, serve};
 
-/// A terminal with one program in it. The screen stays after the program has ended.
+/// A terminal with one program in it, and behind its end a line that tells the exit code.
 struct Terminal {
     socket: PathBuf,
 }
 
 impl Terminal {
-    /// Starts `underpass top` for the agent with this run directory.
+    /// Starts `underpass top` for the agent with this run directory, behind a line that was there before.
     fn top(dir: &Path, run_dir: &Path) -> Result<Self> {
-        let terminal = Self { socket: dir.join("tmux") };
-        let top = format!("exec {} top --interval 200ms --run-dir {}", underpass_path()?.display(), run_dir.display());
-        let start = ["-f", "/dev/null", "new-session", "-d", "-x", "170", "-y", "30", &top];
-        terminal.tmux(&[&start[..], &[";", "set-option", "-g", "remain-on-exit", "on"]].concat())?;
+        // Each its own: the server of the last one may still be ending.
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let terminal = Self { socket: dir.join(format!("tmux-{}", NEXT.fetch_add(1, Relaxed))) };
+        let top = format!(
+            "echo before; {} top --interval 200ms --run-dir {}; echo \"ended with $?\"; exec cat",
+            underpass_path()?.display(),
+            run_dir.display()
+        );
+        terminal.tmux(&["-f", "/dev/null", "new-session", "-d", "-x", "170", "-y", "30", &top])?;
         Ok(terminal)
     }
 
@@ -59,16 +69,18 @@ impl Terminal {
         self.tmux(&[&["send-keys"], keys].concat()).map(drop)
     }
 
-    /// Waits for the program's end; its exit code.
-    fn ended(&self) -> Result<String> {
-        let mut code = String::new();
-        eventually(SOON, || {
-            // tmux hears of the closed terminal before it hears of the exit code.
-            code = self.value("#{pane_dead_status}")?;
-            ensure!(!code.is_empty(), "it goes on:\n{}", self.screen()?);
-            Ok(())
-        })?;
-        Ok(code)
+    /// Waits for the program's end with this exit code; what is on the screen then.
+    fn ended(&self, code: u8) -> Result<String> {
+        let screen = self.wait("ended with ")?;
+        ensure!(screen.contains(&format!("ended with {code}\n")), "{screen}");
+        Ok(screen)
+    }
+
+    /// The program, which is the shell's only child.
+    fn pid(&self) -> Result<Pid> {
+        let shell = self.value("#{pane_pid}")?;
+        let children = std::fs::read_to_string(format!("/proc/{shell}/task/{shell}/children"))?;
+        Ok(Pid::from_raw(children.trim().parse().with_context(|| format!("one child, not {children:?}"))?))
     }
 }
 
@@ -119,26 +131,24 @@ fn it_shows_what_is_live_and_gives_the_terminal_back() -> Result<()> {
 
     ensure!(terminal.value("#{alternate_on}")? == "1");
     terminal.keys(&["q"])?;
-    ensure!(terminal.ended()? == "0");
-    // What was there before is the terminal's to show, and tmux does not in a pane whose program has ended.
-    let screen = terminal.screen()?;
-    ensure!(!screen.contains("underpass top"), "the screen is not back:\n{screen}");
-    ensure!(terminal.value("#{alternate_on}")? == "0", "{screen}");
+    let screen = terminal.ended(0)?;
+    ensure!(
+        screen.starts_with("before\nended") && !screen.contains("underpass top"),
+        "the screen is not back:\n{screen}"
+    );
     drop(terminal);
 
     let terminal = Terminal::top(world.bed.dir(), &world.a.run_dir()?)?;
     terminal.wait("underpass top")?;
-    let pid = terminal.value("#{pane_pid}")?.parse()?;
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM)?;
-    ensure!(terminal.ended()? == "0");
+    kill(terminal.pid()?, Signal::SIGTERM)?;
+    terminal.ended(0)?;
     ensure!(terminal.value("#{alternate_on}")? == "0", "{}", terminal.screen()?);
     drop(terminal);
 
     world.a.kill()?;
     let terminal = Terminal::top(world.bed.dir(), &world.a.run_dir()?)?;
-    ensure!(terminal.ended()? == "3");
-    let screen = terminal.screen()?;
-    ensure!(screen.contains("error: no agent is running"), "{screen}");
+    let screen = terminal.ended(3)?;
+    ensure!(screen.starts_with("before\nerror: no agent is running"), "{screen}");
     Ok(())
 }
 
@@ -177,7 +187,7 @@ fn hostile_names_do_nothing_to_a_terminal() -> Result<()> {
         terminal.keys(&["Tab"])?;
         terminal.wait("CLIENT IDENTITY")?;
         terminal.keys(&["Escape"])?;
-        ensure!(terminal.ended()? == "0");
+        terminal.ended(0)?;
         // The same for those that print.
         for verb in ["status", "connections"] {
             let out =
