@@ -150,10 +150,12 @@ pub fn shown(text: &str) -> Cow<'_, str> {
     }
     // Before escaping, so that the work is bounded, and again behind it, because escapes are longer.
     let beginning: String = text.chars().take(LONGEST + 1).collect();
-    let mut out: String = printable(&beginning).chars().take(LONGEST + 1).collect();
-    if out.chars().count() > LONGEST {
-        out.pop();
-        out.push('…');
+    let escaped = printable(&beginning);
+    let mut out: String = escaped.chars().take(LONGEST - 1).collect();
+    match escaped.chars().nth(LONGEST - 1) {
+        Some(last) if escaped.chars().nth(LONGEST).is_none() => out.push(last),
+        Some(_) => out.push('…'),
+        None => {}
     }
     Cow::Owned(out)
 }

@@ -1,6 +1,7 @@
 //! Shows something once, or again and again (`--watch`), and says whether it is as it should be (`--check`).
 
 use std::{
+    fmt::Write as _,
     io::{self, IsTerminal as _, Write as _},
     process::ExitCode,
     thread,
@@ -95,7 +96,7 @@ fn frame(text: &str, rows: usize) -> String {
         out.extend([line, "\x1b[K\r\n"]);
     }
     if fit < total {
-        out.push_str(&format!("({} more lines)\x1b[K\r\n", total - fit));
+        let _ = write!(out, "({} more lines)\x1b[K\r\n", total - fit);
     }
     out.push_str("\x1b[J");
     out

@@ -139,7 +139,7 @@ fn series_can_be_told_apart() {
     let json = args(Format::Json).render(&services("x"), true).unwrap();
     assert_eq!(json.lines().count(), 1, "{json}");
     let yaml = args(Format::Yaml).render(&services("x"), true).unwrap();
-    assert!(yaml.starts_with("---\nservices:"), "{yaml}");
+    assert!(yaml.starts_with("---\ntotal: 2\nservices:\n"), "{yaml}");
     let table = args(Format::Table).render(&services("x"), true).unwrap();
     assert!(table.starts_with("shop/web"), "no headings: {table}");
 }

@@ -94,9 +94,37 @@ fn rates_are_differences_over_time() {
 #[test]
 fn the_picture() {
     let mut model = moving();
-    expect![[""]].assert_eq(&screen(&mut model, 160, 14));
+    expect![[r#"
+        underpass top  node node-a, cluster.local, version 1.2.3
+        0 of 0 pods enrolled, configuration 7, tunnels use user
+        4 connections: 2 ktls, 2 user, 0 plain; 2.0 tunnels/s, 2 refused so far
+        sent 1.0 MiB/s, received 512.0 KiB/s; 2.0 GiB moved by connections that are open
+
+        ID      AGE      WAY WORKLOAD             CLIENT               SERVER              DESTINATION          PATH               SENT         RECEIVED     BYTES
+        1       1m 2s    out shop/pod-1           ns/shop/sa/odd       spiffe://other.doma 10.96.0.1:80         user               1.0 MiB/s    512.0 KiB/s  3.0 MiB
+        3       1s       out shop/pod-3           ns/shop/sa/odd       spiffe://other.doma 10.96.0.1:80         user               10.0 KiB/s   0 B/s        20.0 KiB
+        2       1m 2s    in  shop/pod-2           ns/shop/sa/even      spiffe://other.doma 10.96.0.1:80         ktls               0 B/s        0 B/s        4.0 KiB
+        4       8m 20s   in  shop/pod-4           ns/shop/sa/even      spiffe://other.doma 10.96.0.1:80         ktls               0 B/s        0 B/s        2.0 GiB
+
+
+
+        1-4 of 4  order: rate  q quit  s order  Tab connections/identities  p pause  arrows scroll"#]].assert_eq(&screen(&mut model, 160, 14));
     model.key(KeyCode::Tab, KeyModifiers::NONE);
-    expect![[""]].assert_eq(&screen(&mut model, 160, 14));
+    expect![[r#"
+        underpass top  node node-a, cluster.local, version 1.2.3
+        0 of 0 pods enrolled, configuration 7, tunnels use user
+        4 connections: 2 ktls, 2 user, 0 plain; 2.0 tunnels/s, 2 refused so far
+        sent 1.0 MiB/s, received 512.0 KiB/s; 2.0 GiB moved by connections that are open
+
+        CLIENT IDENTITY                              SERVER IDENTITY                              CONNECTIONS KTLS   USER   PLAIN  SENT         RECEIVED     BYTES
+        spiffe://cluster.local/ns/shop/sa/odd        spiffe://other.domain/ns/shop/sa/web         2           0      2      0      1.0 MiB/s    512.0 KiB/s  3.0 MiB
+        spiffe://cluster.local/ns/shop/sa/even       spiffe://other.domain/ns/shop/sa/web         2           2      0      0      0 B/s        0 B/s        2.0 GiB
+
+
+
+
+
+        1-2 of 2  order: rate  q quit  s order  Tab connections/identities  p pause  arrows scroll"#]].assert_eq(&screen(&mut model, 160, 14));
     model.fail("no agent is running: nobody listens on /run/underpass/admin.sock".into());
     assert!(screen(&mut model, 160, 14).contains("NO ANSWER: no agent is running"));
 }
