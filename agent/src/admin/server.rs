@@ -337,11 +337,11 @@ async fn connections(State(source): State<Arc<dyn Source>>, query: QueryOf<Conne
 }
 
 async fn workloads(State(source): State<Arc<dyn Source>>, limit: QueryOf<Limit>) -> Response {
-    listed(source, limit, |s, limit| s.workloads(limit)).await
+    listed(source, limit, Source::workloads).await
 }
 
 async fn services(State(source): State<Arc<dyn Source>>, limit: QueryOf<Limit>) -> Response {
-    listed(source, limit, |s, limit| s.services(limit)).await
+    listed(source, limit, Source::services).await
 }
 
 async fn listed<T: serde::Serialize + Send + 'static>(

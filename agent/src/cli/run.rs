@@ -69,7 +69,7 @@ pub struct RunArgs {
     /// Longest time for a TCP connect to a peer or an application, e.g. 500ms, 10s.
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = limit)]
     pub connect_timeout: Duration,
-    /// Address for operators on the node: /config_dump, /logging, /quitquitquit; loopback only, or off.
+    /// Address for operators on the node: `/config_dump`, `/logging`, `/quitquitquit`; loopback only, or off.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15000", value_parser = loopback)]
     pub admin_addr: Endpoint,
     /// Address for metrics (/metrics, /stats/prometheus), or off.

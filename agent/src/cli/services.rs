@@ -65,7 +65,7 @@ impl View for Services {
                 &s.service,
                 &s.hostname,
                 &list(&s.vips),
-                &list(s.ports.iter().map(port)),
+                &list(s.ports.iter().copied().map(port)),
                 &endpoints,
                 &workloads,
             ]);
@@ -81,6 +81,6 @@ impl View for Services {
     }
 }
 
-fn port(p: &ServicePort) -> String {
+fn port(p: ServicePort) -> String {
     if p.port == p.target_port { p.port.to_string() } else { format!("{}:{}", p.port, p.target_port) }
 }

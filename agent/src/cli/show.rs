@@ -1,6 +1,7 @@
 //! Shows something once, or again and again (`--watch`), and says whether it is as it should be (`--check`).
 
 use std::{
+    fmt::Write as _,
     io::{self, IsTerminal as _, Write as _},
     process::ExitCode,
     thread,
@@ -95,7 +96,7 @@ fn frame(text: &str, rows: usize) -> String {
         out.extend([line, "\x1b[K\r\n"]);
     }
     if fit < total {
-        out.push_str(&format!("({} more lines)\x1b[K\r\n", total - fit));
+        let _ = write!(out, "({} more lines)\x1b[K\r\n", total - fit);
     }
     out.push_str("\x1b[J");
     out
@@ -117,7 +118,7 @@ mod tests {
     #[test]
     fn a_frame_fits_the_screen_and_clears_what_was_there() {
         assert_eq!(frame("a\nb\n", 24), "\x1b[Ha\x1b[K\r\nb\x1b[K\r\n\x1b[J");
-        let long: String = (0..100).map(|n| format!("{n}\n")).collect();
+        let long = (0..100).map(|n| format!("{n}\n")).collect::<Vec<_>>().concat();
         let cut = frame(&long, 10);
         assert_eq!(cut.matches("\r\n").count(), 9, "{cut:?}");
         assert!(cut.contains("7\x1b[K\r\n(92 more lines)"), "{cut:?}");

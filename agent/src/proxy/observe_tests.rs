@@ -9,7 +9,7 @@ use crate::{
 };
 
 fn mesh() -> Snapshot {
-    let text = r#"
+    let text = r"
 apiVersion: underpass.io/v1alpha1
 kind: NodeConfig
 node: node-a
@@ -22,7 +22,7 @@ workloads:
 services:
   - { name: web, namespace: shop, vips: [10.96.0.1], ports: [{ port: 80, targetPort: 8080 }], endpoints: [{ workload: shop/web-1 }] }
   - { name: other, namespace: shop, vips: [10.96.0.2], ports: [{ port: 80 }], endpoints: [{ workload: default/client }] }
-"#;
+";
     parse("n.yaml", text).unwrap().snapshot
 }
 
@@ -58,6 +58,7 @@ fn inbound(peer: &SpiffeId, from: &str, service: Option<&str>) -> NewConnection 
 }
 
 fn names(labels: &Labels) -> [Option<&str>; 4] {
+    #[expect(clippy::ref_option, reason = "applied to fields")]
     fn name(n: &Option<Arc<str>>) -> Option<&str> {
         n.as_deref()
     }

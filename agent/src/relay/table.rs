@@ -453,7 +453,9 @@ impl ConnectionTable {
     /// Every live connection, with its bytes in [`Self::totals`] and in its account. For who reads the metrics.
     pub fn settled(&self) -> Vec<Arc<Connection>> {
         let live = self.live();
-        live.iter().for_each(|connection| self.totals.take(connection));
+        for connection in &live {
+            self.totals.take(connection);
+        }
         live
     }
 

@@ -72,7 +72,7 @@ impl World {
     /// One connection of each kind.
     fn traffic(&self) -> Result<()> {
         let to = format!("{}:8080", self.server.ipv4());
-        let request = |pod: &Pod| pod.app(&["request", &to])?.output(Duration::from_secs(60));
+        let request = |pod: &Pod| pod.app(&["request", &to])?.output(Duration::from_mins(1));
         ensure!(request(&self.client)?.status.success(), "{}", self.agents[0].log());
         ensure!(!request(&self.stranger)?.status.success(), "the stranger was let in");
         Ok(())
@@ -99,7 +99,7 @@ fn prometheus(bed: &Testbed) -> Result<Process> {
         .arg(format!("--storage.tsdb.path={}", directory.join("data").display()))
         .arg(format!("--web.listen-address={PROMETHEUS}"));
     let process = Process::spawn(&mut command)?;
-    process.wait_line("Server is ready to receive web requests", Duration::from_secs(60))?;
+    process.wait_line("Server is ready to receive web requests", Duration::from_mins(1))?;
     Ok(process)
 }
 
@@ -171,7 +171,7 @@ fn alerts_fire_when_they_should() -> Result<()> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/dashboards");
     let mut command = Command::new("promtool");
     command.args(["test", "rules", "rules_test.yaml"]).current_dir(directory);
-    let output = Process::spawn(&mut command)?.output(Duration::from_secs(60))?;
+    let output = Process::spawn(&mut command)?.output(Duration::from_mins(1))?;
     ensure!(output.status.success(), "{}{}", output.stdout, output.stderr);
     Ok(())
 }

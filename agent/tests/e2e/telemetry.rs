@@ -103,7 +103,7 @@ fn istios_metrics_and_the_access_log_tell_who_talked_to_whom() -> Result<()> {
         ensure!(line.contains(part), "{part:?} is not in {line}");
     }
     let trace =
-        line.split(" trace_id=").nth(1).and_then(|rest| rest.split(" ").next()).context("no trace_id")?.to_owned();
+        line.split(" trace_id=").nth(1).and_then(|rest| rest.split(' ').next()).context("no trace_id")?.to_owned();
     ensure!(world.a.wait_log(&trace, Duration::from_secs(10))?.contains("direction=outbound"));
     let line = world.b.wait_log("connection failed", Duration::from_secs(10))?;
     ensure!(line.contains("sa/other") && line.contains("reason=policy response_flags=DENY"), "{line}");
@@ -136,7 +136,11 @@ fn namespaces_choose_their_lines() -> Result<()> {
 fn the_nodes_tools_are_answered() -> Result<()> {
     let mut world = World::new("admin")?;
     let node = world.bed.node("a").clone();
-    let ready = get(&node, 15021, "/healthz/ready")?;
+    let mut ready = String::new();
+    eventually(Duration::from_secs(20), || {
+        ready = get(&node, 15021, "/healthz/ready")?;
+        Ok(())
+    })?;
     for condition in ["configuration: ok", "certificates: ok: 1 of 1", "bpf: ok", "listeners: ok: 1 of 1"] {
         ensure!(ready.contains(condition), "{ready}");
     }

@@ -1,5 +1,7 @@
 //! The ports, with real ones; the node behind them is made up.
 
+#![expect(clippy::struct_field_names, reason = "the names are those of the format that is read")]
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex},
@@ -427,7 +429,7 @@ async fn liveness_notices_a_stuck_thread() {
     let mut scene = Scene::new().await;
     scene.watch();
     tokio::task::yield_now().await;
-    scene.node.relay.lock().unwrap()[1].stuck = STUCK - Duration::from_millis(1);
+    scene.node.relay.lock().unwrap()[1].stuck = STUCK.checked_sub(Duration::from_millis(1)).unwrap();
     assert_eq!(scene.probe("live").await, (200, "ok\n".to_owned()));
     scene.node.relay.lock().unwrap()[1].stuck = STUCK;
     let (status, body) = scene.probe("live").await;

@@ -19,6 +19,9 @@ use crate::cli::output;
 /// Longest part, in bytes. Parts are bounded where they come from; this is for those that turn out larger all the same.
 const LONGEST: usize = 16 * 1024 * 1024;
 
+/// Behind the name of a part that could not be had.
+pub(super) const ERROR: &str = ".error.txt";
+
 /// A file in the archive.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(super) struct Part {
@@ -74,7 +77,7 @@ impl Archive {
             Ok(text) => (name.to_owned(), text, None),
             Err(e) => {
                 let error = redact::text(&format!("{e:#}"));
-                (format!("{name}.error.txt"), format!("{error}\n"), Some(error))
+                (format!("{name}{ERROR}"), format!("{error}\n"), Some(error))
             }
         };
         let mut text = redact::text(&text);

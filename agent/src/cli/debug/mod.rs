@@ -8,6 +8,7 @@ mod redact;
 mod tests;
 
 use std::{
+    fmt::Write as _,
     path::{Path, PathBuf},
     process::ExitCode,
     time::SystemTime,
@@ -111,7 +112,8 @@ impl View for Report {
             format!("{} ({}, {} parts)\n", shown(&self.file.to_string_lossy()), bytes(self.size), self.parts.len());
         for part in &self.parts {
             if let Some(error) = &part.error {
-                text.push_str(&format!("  without {}: {}\n", part.name, shown(error)));
+                let name = part.name.trim_end_matches(archive::ERROR);
+                let _ = writeln!(text, "  without {name}: {}", shown(error));
             }
         }
         text

@@ -116,7 +116,7 @@ fn namespaces(status: Option<&Status>, state_dir: &Path) -> Vec<(String, PathBuf
         Some(status) => status.pods.iter().map(|p| (p.workload.clone(), PathBuf::from(&p.netns))).collect(),
         None => bpf::last_good(state_dir)
             .iter()
-            .flat_map(|mesh| mesh.local_workloads())
+            .flat_map(crate::mesh::Snapshot::local_workloads)
             .filter_map(|w| Some((w.key.to_string(), w.local.as_ref()?.netns.clone())))
             .collect(),
     };

@@ -8,7 +8,7 @@ use crate::cli::output::{Style, View as _};
 #[test]
 fn tables_for_people() {
     let name = "shop/other";
-    expect![[r#"
+    expect![[r"
         version        1.2.3
         node           node-a
         trust domain   cluster.local
@@ -34,8 +34,8 @@ fn tables_for_people() {
         retries                     0
         refused: not-tls            3
         bpf: captured               9
-    "#]].assert_eq(&a_status(name).table(Style::TABLE));
-    expect![[r#"
+    "]].assert_eq(&a_status(name).table(Style::TABLE));
+    expect![[r"
         version        1.2.3
         node           node-a
         trust domain   cluster.local
@@ -61,43 +61,43 @@ fn tables_for_people() {
         retries                     0
         refused: not-tls            3
         bpf: captured               9
-    "#]].assert_eq(&a_status(name).table(Style::WIDE));
-    expect![[r#"
+    "]].assert_eq(&a_status(name).table(Style::WIDE));
+    expect![[r"
         WORKLOAD     STATE     NODE        ADDRESSES           PROTOCOL   MODE        IDENTITY
         shop/web     enrolled  node-a      10.77.0.2, fd00::2  underpass  strict      spiffe://cluster.local/ns/shop/sa/web
         shop/other   refused   node-a      10.77.0.2, fd00::2  underpass  strict      spiffe://cluster.local/ns/shop/sa/web
         shop/web     waiting   node-a      10.77.0.2, fd00::2  underpass  strict      spiffe://cluster.local/ns/shop/sa/web
         shop/legacy  -         shop/other  10.77.0.2, fd00::2  plain      permissive  spiffe://cluster.local/ns/shop/sa/web
         4 of 9 workloads; use --limit for more
-    "#]].assert_eq(&workloads(name).table(Style::TABLE));
-    expect![[r#"
+    "]].assert_eq(&workloads(name).table(Style::TABLE));
+    expect![[r"
         WORKLOAD     STATE     NODE        ADDRESSES           PROTOCOL   MODE        IDENTITY                               POD  MODE SET BY  PORT MODES        REASON
         shop/web     enrolled  node-a      10.77.0.2, fd00::2  underpass  strict      spiffe://cluster.local/ns/shop/sa/web  3    namespace    9090: permissive  -
         shop/other   refused   node-a      10.77.0.2, fd00::2  underpass  strict      spiffe://cluster.local/ns/shop/sa/web  -    namespace    9090: permissive  the namespace does not exist
         shop/web     waiting   node-a      10.77.0.2, fd00::2  underpass  strict      spiffe://cluster.local/ns/shop/sa/web  -    namespace    9090: permissive  -
         shop/legacy  -         shop/other  10.77.0.2, fd00::2  plain      permissive  spiffe://cluster.local/ns/shop/sa/web  -    mesh         -                 -
         4 of 9 workloads; use --limit for more
-    "#]].assert_eq(&workloads(name).table(Style::WIDE));
-    expect![[r#"
+    "]].assert_eq(&workloads(name).table(Style::WIDE));
+    expect![[r"
         SERVICE    HOSTNAME    VIPS       PORTS         ENDPOINTS
         shop/web   shop/other  10.96.0.1  80:8080, 443  200 (1 plain)
         shop/gone  shop/other  10.96.0.1  80:8080, 443  0
-    "#]]
+    "]]
     .assert_eq(&services(name).table(Style::TABLE));
-    expect![[r#"
+    expect![[r"
         SERVICE    HOSTNAME    VIPS       PORTS         ENDPOINTS      WORKLOADS
         shop/web   shop/other  10.96.0.1  80:8080, 443  200 (1 plain)  shop/other, shop/other, ...
         shop/gone  shop/other  10.96.0.1  80:8080, 443  0              -
-    "#]]
+    "]]
     .assert_eq(&services(name).table(Style::WIDE));
-    expect![[r#"
+    expect![[r"
         NAME     SCOPE      ACTION  DRY RUN  RULES  WORKLOADS  STATUS   DETAIL
         a/one    namespace  DENY    yes      2      7 (3)      active   -
         a/two    namespace  DENY    yes      2      7 (3)      partial  not evaluated: hosts, paths
         a/three  namespace  DENY    yes      2      7 (3)      invalid  shop/other
-    "#]]
+    "]]
     .assert_eq(&policies(name).table(Style::TABLE));
-    expect![[r#"
+    expect![[r"
         service web.shop.svc.cluster.local: 4 endpoints
 
         DENIED: plaintext -> shop/other ([fd00::2]:8080)
@@ -112,35 +112,35 @@ fn tables_for_people() {
           shop/clients  -      -       -        no       shop/other
 
         and 3 more endpoints; give one's own address
-    "#]]
+    "]]
     .assert_eq(&explanations(name).table(Style::TABLE));
-    expect![[r#"
+    expect![[r"
         trust domain cluster.local, certificates from local
 
         IDENTITY                                  STATE    VALID UNTIL           LEFT  ISSUER      SERIAL
         spiffe://cluster.local/ns/shop/sa/web     valid    2027-01-15T10:00:00Z  1h    shop/other  4a2f
         spiffe://cluster.local/ns/shop/sa/client  missing  -                     -     -           -
-    "#]]
+    "]]
     .assert_eq(&a_report(name).table(Style::TABLE));
-    expect![[r#"
+    expect![[r"
         trust domain cluster.local, certificates from local
 
         IDENTITY                                  STATE    VALID UNTIL           LEFT  ISSUER      SERIAL  WORKLOADS             VALID FROM            KEY        CHAIN  ROOTS
         spiffe://cluster.local/ns/shop/sa/web     valid    2027-01-15T10:00:00Z  1h    shop/other  4a2f    shop/web, shop/other  2027-01-15T08:00:00Z  ECDSA 256  1      CN=root
         spiffe://cluster.local/ns/shop/sa/client  missing  -                     -     -           -       shop/client           -                     -          -      -
-    "#]].assert_eq(&a_report(name).table(Style::WIDE));
-    expect![[r#"
+    "]].assert_eq(&a_report(name).table(Style::WIDE));
+    expect![[r"
         ID  AGE    WAY  WORKLOAD    CLIENT          DESTINATION   CLIENT IDENTITY                           SERVER IDENTITY                        PATH                SENT     RECEIVED
         7   1m 1s  in   shop/other  10.0.0.1:40000  10.96.0.1:80  spiffe://cluster.local/ns/shop/sa/client  spiffe://cluster.local/ns/shop/sa/web  ktls                2.0 KiB  0 B
         8   1m 1s  out  shop/other  10.0.0.1:40000  10.96.0.1:80  spiffe://cluster.local/ns/shop/sa/client  spiffe://cluster.local/ns/shop/sa/web  user (unavailable)  2.0 KiB  0 B
         9   1m 1s  in   shop/other  10.0.0.1:40000  10.96.0.1:80  -                                         -                                      plain               2.0 KiB  0 B
         3 of 5 connections; use --limit for more
-    "#]].assert_eq(&connections(name).table(Style::TABLE));
-    expect![[r#"
+    "]].assert_eq(&connections(name).table(Style::TABLE));
+    expect![[r"
         ID  AGE    WAY  WORKLOAD    CLIENT          DESTINATION   CLIENT IDENTITY                           SERVER IDENTITY                        PATH                SENT     RECEIVED  SERVICE     UPSTREAM        CIPHER                    RESUMED
         7   1m 1s  in   shop/other  10.0.0.1:40000  10.96.0.1:80  spiffe://cluster.local/ns/shop/sa/client  spiffe://cluster.local/ns/shop/sa/web  ktls                2.0 KiB  0 B       shop/other  10.0.0.2:15008  TLS13_AES_256_GCM_SHA384  yes
         8   1m 1s  out  shop/other  10.0.0.1:40000  10.96.0.1:80  spiffe://cluster.local/ns/shop/sa/client  spiffe://cluster.local/ns/shop/sa/web  user (unavailable)  2.0 KiB  0 B       shop/other  10.0.0.2:15008  TLS13_AES_256_GCM_SHA384  -
         9   1m 1s  in   shop/other  10.0.0.1:40000  10.96.0.1:80  -                                         -                                      plain               2.0 KiB  0 B       -           10.0.0.2:15008  -                         -
         3 of 5 connections; use --limit for more
-    "#]].assert_eq(&connections(name).table(Style::WIDE));
+    "]].assert_eq(&connections(name).table(Style::WIDE));
 }

@@ -116,7 +116,7 @@ fn very_long_names_are_cut_in_tables_only() {
                 safe(&format, &text);
                 // A few long cells in a line, of four bytes for a character.
                 assert!(text.len() < 200_000, "{} bytes", text.len());
-                assert!(text.contains('…'), "{:.200}", text);
+                assert!(text.contains('…'), "{text:.200}");
             }
             let json: Value = serde_json::from_str(&view.rendered(Format::Json)).unwrap();
             assert!(contains(&json, &name));

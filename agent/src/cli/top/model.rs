@@ -247,12 +247,12 @@ impl Model {
             Sort::Bytes => self.rows.sort_by_key(|r| (Reverse(bytes(&r.info)), r.info.id)),
             Sort::Newest => self.rows.sort_by_key(|r| Reverse(r.info.id)),
             Sort::Workload => {
-                self.rows.sort_by(|a, b| (&a.info.workload, a.info.id).cmp(&(&b.info.workload, b.info.id)))
+                self.rows.sort_by(|a, b| (&a.info.workload, a.info.id).cmp(&(&b.info.workload, b.info.id)));
             }
         }
         match self.sort {
             Sort::Rate => {
-                self.pairs.sort_by(|a, b| b.rate.both().cmp(&a.rate.both()).then_with(|| names(a).cmp(&names(b))))
+                self.pairs.sort_by(|a, b| b.rate.both().cmp(&a.rate.both()).then_with(|| names(a).cmp(&names(b))));
             }
             Sort::Bytes => self.pairs.sort_by(|a, b| b.bytes.cmp(&a.bytes).then_with(|| names(a).cmp(&names(b)))),
             Sort::Newest | Sort::Workload => self.pairs.sort_by(|a, b| names(a).cmp(&names(b))),

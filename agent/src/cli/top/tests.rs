@@ -18,11 +18,11 @@ use crate::{
 };
 
 fn connection(id: u64, age_s: f64, bytes: (u64, u64)) -> ConnectionInfo {
-    let account = if id % 2 == 0 { "even" } else { "odd" };
+    let account = if id.is_multiple_of(2) { "even" } else { "odd" };
     ConnectionInfo {
         id: ConnectionId(id),
         age_s,
-        direction: if id % 2 == 0 { Direction::Inbound } else { Direction::Outbound },
+        direction: if id.is_multiple_of(2) { Direction::Inbound } else { Direction::Outbound },
         workload: format!("shop/pod-{id}"),
         source_identity: Some(format!("spiffe://cluster.local/ns/shop/sa/{account}")),
         destination_identity: Some("spiffe://other.domain/ns/shop/sa/web".into()),
@@ -30,7 +30,7 @@ fn connection(id: u64, age_s: f64, bytes: (u64, u64)) -> ConnectionInfo {
         original_destination: "10.96.0.1:80".parse().unwrap(),
         upstream: "10.0.0.2:15008".parse().unwrap(),
         service: None,
-        data_path: if id % 2 == 0 { DataPath::Ktls } else { DataPath::User },
+        data_path: if id.is_multiple_of(2) { DataPath::Ktls } else { DataPath::User },
         fallback: None,
         cipher: None,
         resumed: false,
@@ -94,7 +94,7 @@ fn rates_are_differences_over_time() {
 #[test]
 fn the_picture() {
     let mut model = moving();
-    expect![[r#"
+    expect![[r"
         underpass top  node node-a, cluster.local, version 1.2.3
         0 of 0 pods enrolled, configuration 7, tunnels use user
         4 connections: 2 ktls, 2 user, 0 plain; 2.0 tunnels/s, 2 refused so far
@@ -108,9 +108,9 @@ fn the_picture() {
 
 
 
-        1-4 of 4  order: rate  q quit  s order  Tab connections/identities  p pause  arrows scroll"#]].assert_eq(&screen(&mut model, 160, 14));
+        1-4 of 4  order: rate  q quit  s order  Tab connections/identities  p pause  arrows scroll"]].assert_eq(&screen(&mut model, 160, 14));
     model.key(KeyCode::Tab, KeyModifiers::NONE);
-    expect![[r#"
+    expect![[r"
         underpass top  node node-a, cluster.local, version 1.2.3
         0 of 0 pods enrolled, configuration 7, tunnels use user
         4 connections: 2 ktls, 2 user, 0 plain; 2.0 tunnels/s, 2 refused so far
@@ -124,7 +124,7 @@ fn the_picture() {
 
 
 
-        1-2 of 2  order: rate  q quit  s order  Tab connections/identities  p pause  arrows scroll"#]].assert_eq(&screen(&mut model, 160, 14));
+        1-2 of 2  order: rate  q quit  s order  Tab connections/identities  p pause  arrows scroll"]].assert_eq(&screen(&mut model, 160, 14));
     model.fail("no agent is running: nobody listens on /run/underpass/admin.sock".into());
     assert!(screen(&mut model, 160, 14).contains("NO ANSWER: no agent is running"));
 }

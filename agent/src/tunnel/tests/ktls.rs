@@ -5,10 +5,10 @@ use tokio::io::AsyncWriteExt as _;
 
 use super::{
     kernel_end::{End, KernelEnd},
-    support::{Party, error, established, meet},
+    support::{Party, established, meet},
 };
 use crate::{
-    telemetry::{KtlsFallback, RefusalReason},
+    telemetry::KtlsFallback,
     tunnel::{
         Session, Suite, TlsOptions,
         handshake::{connect, read_more},
@@ -162,13 +162,14 @@ async fn ends_without_close_notify_are_truncations() {
     deliver(&mut a, &mut b, b"some").await;
     drop(a);
     let received = b.receive().await;
-    assert!(matches!(received, Err(End::Truncated)), "{received:?}");
+    // What the dropped end had not read makes its kernel send a reset.
+    assert!(matches!(received, Err(End::Truncated | End::Broken(_))), "{received:?}");
 }
 
-/// The rest of a record that never comes: the hand-over does not take what there is for all of it.
+/// The rest of a record that never comes. A socket that is no longer established cannot have kernel TLS, so the end is for the relay to meet.
 #[tokio::test]
 #[ignore = "needs kernel TLS: cargo xtask vm"]
-async fn a_record_cut_short_is_a_truncation() {
+async fn a_record_cut_short_stays_in_the_agent() {
     let options = TlsOptions::with_ktls(support());
     let (client, server) = parties(&options, &options).await;
     let (mut a, mut b) = established(&client, &server).await;
@@ -180,5 +181,6 @@ async fn a_record_cut_short_is_a_truncation() {
         read_more(&mut b.stream, &mut b.records.unread, 500).await.unwrap();
     }
     drop(a);
-    assert_eq!(error(b.offload(&support()).await.map(drop)).reason(), RefusalReason::Truncated);
+    let tunnel = b.offload(&support()).await.unwrap();
+    assert_eq!(tunnel.fallback(), Some(KtlsFallback::Socket));
 }

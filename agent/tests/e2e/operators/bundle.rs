@@ -56,7 +56,7 @@ fn forms(pem_file: &Path) -> Result<Vec<Vec<u8>>> {
     let der = pem::parse(&text)?.into_contents();
     // The middle of a PKCS#8 key is the secret; its beginning is the same in all of them.
     let secret = &der[der.len() / 3..der.len() / 3 + 16];
-    let hex: String = secret.iter().map(|b| format!("{b:02x}")).collect();
+    let hex = secret.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().concat();
     forms.extend([secret.to_vec(), hex.to_uppercase().into_bytes(), hex.into_bytes()]);
     Ok(forms)
 }

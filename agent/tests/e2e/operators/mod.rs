@@ -64,6 +64,7 @@ fn redacted(text: &str) -> String {
     for (pattern, replacement) in [
         (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "[time]"),
         (r"\b[0-9a-f]{24,64}\b", "[hex]"),
+        (r"CN=cluster\.local [0-9a-f]{8}\b", "CN=cluster.local [root]"),
         (r"(user \([a-z -]+\)|ktls)", "[path]"),
         (r"\b(\d+m \d+s|\d+m|\d+s)( |$)", "[age]$2"),
         // Ports that the kernel chose.

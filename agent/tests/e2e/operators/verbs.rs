@@ -39,60 +39,60 @@ fn tables_of_a_live_agent() -> Result<()> {
     let _held = hold(&world)?;
     let table = |arguments: &[&str]| Ok::<_, anyhow::Error>(redacted(&printed(&world.a, arguments)?));
 
-    expect![[r#"
+    expect![[r"
         WORKLOAD  STATE  NODE  ADDRESSES  PROTOCOL  MODE  IDENTITY
         default/client  enrolled  a  10.77.1.10, fd77:1::a  underpass  strict  spiffe://cluster.local/ns/default/sa/client
         default/legacy  -  b  10.77.2.11, fd77:2::b  plain  permissive  spiffe://cluster.local/ns/default/sa/legacy
         default/server  -  b  10.77.2.10, fd77:2::a  underpass  permissive  spiffe://cluster.local/ns/default/sa/server
-    "#]].assert_eq(&table(&["workloads"])?);
-    expect![[r#"
+    "]].assert_eq(&table(&["workloads"])?);
+    expect![[r"
         WORKLOAD  STATE  NODE  ADDRESSES  PROTOCOL  MODE  IDENTITY  POD  MODE SET BY  PORT MODES  REASON
         default/client  enrolled  a  10.77.1.10, fd77:1::a  underpass  strict  spiffe://cluster.local/ns/default/sa/client  1  workload  -  -
         default/legacy  -  b  10.77.2.11, fd77:2::b  plain  permissive  spiffe://cluster.local/ns/default/sa/legacy  -  workload  -  -
         default/server  -  b  10.77.2.10, fd77:2::a  underpass  permissive  spiffe://cluster.local/ns/default/sa/server  -  mesh  -  -
-    "#]].assert_eq(&table(&["workloads", "-o", "wide"])?);
-    expect![[r#"
+    "]].assert_eq(&table(&["workloads", "-o", "wide"])?);
+    expect![[r"
         SERVICE  HOSTNAME  VIPS  PORTS  ENDPOINTS
         default/web  web.default.svc.cluster.local  10.96.0.1, fd96::1  80:8080  1
-    "#]]
+    "]]
     .assert_eq(&table(&["services"])?);
-    expect![[r#"
+    expect![[r"
         SERVICE  HOSTNAME  VIPS  PORTS  ENDPOINTS  WORKLOADS
         default/web  web.default.svc.cluster.local  10.96.0.1, fd96::1  80:8080  1  default/server
-    "#]]
+    "]]
     .assert_eq(&table(&["services", "-o", "wide"])?);
-    expect![[r#"
+    expect![[r"
         NAME  SCOPE  ACTION  DRY RUN  RULES  WORKLOADS  STATUS  DETAIL
         default/clients  namespace  ALLOW  -  1  3 (1)  active  -
-    "#]]
+    "]]
     .assert_eq(&table(&["policies"])?);
-    expect![[r#"
+    expect![[r"
         trust domain cluster.local, certificates from local
 
         IDENTITY  STATE  VALID UNTIL  LEFT  ISSUER  SERIAL
-        spiffe://cluster.local/ns/default/sa/client  valid  [time]  [age]  O=Underpass local CA, CN=cluster.local 21ebdcf9  [hex]
-    "#]].assert_eq(&table(&["certificates"])?);
-    expect![[r#"
+        spiffe://cluster.local/ns/default/sa/client  valid  [time]  [age]  O=Underpass local CA, CN=cluster.local [root]  [hex]
+    "]].assert_eq(&table(&["certificates"])?);
+    expect![[r"
         trust domain cluster.local, certificates from local
 
         IDENTITY  STATE  VALID UNTIL  LEFT  ISSUER  SERIAL  WORKLOADS  VALID FROM  KEY  CHAIN  ROOTS
-        spiffe://cluster.local/ns/default/sa/client  valid  [time]  [age]  O=Underpass local CA, CN=cluster.local 21ebdcf9  [hex]  default/client  [time]  ECDSA 256  1  O=Underpass local CA, CN=cluster.local 21ebdcf9
-    "#]].assert_eq(&table(&["certificates", "-o", "wide"])?);
-    expect![[r#"
+        spiffe://cluster.local/ns/default/sa/client  valid  [time]  [age]  O=Underpass local CA, CN=cluster.local [root]  [hex]  default/client  [time]  ECDSA 256  1  O=Underpass local CA, CN=cluster.local [root]
+    "]].assert_eq(&table(&["certificates", "-o", "wide"])?);
+    expect![[r"
         ID  AGE  WAY  WORKLOAD  CLIENT  DESTINATION  CLIENT IDENTITY  SERVER IDENTITY  PATH  SENT  RECEIVED
         1  [age]  out  default/client  127.0.0.1:[port]  10.96.0.1:80  spiffe://cluster.local/ns/default/sa/client  spiffe://cluster.local/ns/default/sa/server  [path]  17 B  17 B
-    "#]].assert_eq(&table(&["connections"])?);
-    expect![[r#"
+    "]].assert_eq(&table(&["connections"])?);
+    expect![[r"
         ID  AGE  WAY  WORKLOAD  CLIENT  DESTINATION  CLIENT IDENTITY  SERVER IDENTITY  PATH  SENT  RECEIVED  SERVICE  UPSTREAM  CIPHER  RESUMED
         1  [age]  out  default/client  127.0.0.1:[port]  10.96.0.1:80  spiffe://cluster.local/ns/default/sa/client  spiffe://cluster.local/ns/default/sa/server  [path]  17 B  17 B  web.default.svc.cluster.local  10.77.2.10:15008  TLS13_AES_128_GCM_SHA256  -
-    "#]].assert_eq(&table(&["connections", "-o", "wide"])?);
+    "]].assert_eq(&table(&["connections", "-o", "wide"])?);
     // What the kernel can do stands in its first lines, and what was counted in its last ones.
     let status = table(&["status"])?;
     let parts: Vec<_> = status.split("\n\n").collect();
     ensure!(parts.len() == 3 && parts[0].contains("trust domain  cluster.local"), "{status}");
-    expect![[r#"
+    expect![[r"
         WORKLOAD  STATE  POD  IDENTITY  CERTIFICATE UNTIL  REASON
-        default/client  enrolled  1  spiffe://cluster.local/ns/default/sa/client  [time]  -"#]]
+        default/client  enrolled  1  spiffe://cluster.local/ns/default/sa/client  [time]  -"]]
     .assert_eq(parts[1]);
     ensure!(parts[2].contains("tunnels out  1\n"), "{status}");
     Ok(())
@@ -192,11 +192,11 @@ fn a_dead_agent_is_3_and_what_to_do() -> Result<()> {
         }
     }
     ensure!(said.len() == 1, "{said:?}");
-    expect![[r#"
+    expect![[r"
         error: no agent is running: nobody listens on [run-dir]/admin.sock; start it with `underpass run`, or name its directory with --run-dir
           caused by: Connection refused (os error 111)
           next: `underpass bpf programs` shows what holds the pods without an agent, `underpass check` whether one can run here
-    "#]].assert_eq(said.first().context("something")?);
+    "]].assert_eq(said.first().context("something")?);
     let (code, _, stderr) =
         run(&world.a, &["policy", "explain", "--plaintext-from", "10.0.0.1", "--to", "10.0.0.2:80"])?;
     ensure!(code == 3 && stderr.contains("next: "), "{code} {stderr}");

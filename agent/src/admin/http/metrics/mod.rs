@@ -1,4 +1,4 @@
-//! Port 15020: OpenMetrics. Everything is read when somebody asks; nothing is prepared.
+//! Port 15020: `OpenMetrics`. Everything is read when somebody asks; nothing is prepared.
 
 mod agent;
 mod encode;
@@ -17,7 +17,7 @@ use prometheus_client::{
 
 use super::{View, answer, refuse};
 
-/// Media type of the format (OpenMetrics 1.0, section "Content type").
+/// Media type of the format (`OpenMetrics` 1.0, section "Content type").
 const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// The routes.
