@@ -14,6 +14,8 @@ use tokio::{
 use underpass::{
     admin::{
         api::{AllCounters, Connections, KtlsStatus, Status},
+        inventory::{self, Certificates, Services, Workloads},
+        query::ConnectionQuery,
         server::{Source, connection, router},
     },
     mesh::Snapshot,
@@ -33,9 +35,23 @@ impl Source for Agent {
         Status::new(KtlsStatus::default(), Vec::new(), ReloadStatus::default())
     }
 
-    fn connections(&self, limit: usize) -> Connections {
-        assert!((1..=100_000).contains(&limit), "limit {limit}");
+    fn connections(&self, query: &ConnectionQuery) -> Connections {
+        assert!((1..=100_000).contains(&query.limit()), "limit {}", query.limit());
         Connections { total: 0, connections: Vec::new() }
+    }
+
+    fn workloads(&self, limit: usize) -> Workloads {
+        assert!((1..=100_000).contains(&limit), "limit {limit}");
+        inventory::workloads(&mesh(), &[], limit)
+    }
+
+    fn services(&self, limit: usize) -> Services {
+        assert!((1..=100_000).contains(&limit), "limit {limit}");
+        inventory::services(&mesh(), limit)
+    }
+
+    fn certificates(&self) -> Certificates {
+        Certificates { trust_domain: "cluster.local".into(), source: "local".into(), certificates: Vec::new() }
     }
 
     fn close(&self, _: ConnectionId) -> bool {

@@ -52,7 +52,7 @@ impl Bulk {
 
     /// Runs the threads until the window closes.
     fn drive(&self, task: &Task) -> Result<(Window, Histogram<u64>)> {
-        let window = Window::new(&self.window);
+        let window = Window::new(&self.window, self.connections);
         let threads = self.threads.min(self.connections);
         let shares = (0..threads).map(|i| self.connections / threads + u32::from(i < self.connections % threads));
         let mut all = Histogram::new_with_max(LONGEST, DIGITS).context("making a histogram")?;
@@ -101,6 +101,8 @@ struct Worker<'a> {
 struct Slot {
     stream: TcpStream,
     connected: bool,
+    /// Whether this place, or the one that a new connection took, has had an answer.
+    served: bool,
     /// Bytes of the answer still to come.
     left: u64,
     /// When the request was sent, or when connecting began.
@@ -130,7 +132,7 @@ impl<'a> Worker<'a> {
         let begun = Instant::now();
         let stream = self.target.dial()?;
         self.poll.add(&stream, number, EpollFlags::EPOLLOUT)?;
-        Ok(Slot { stream, connected: false, left: 0, begun })
+        Ok(Slot { stream, connected: false, served: false, left: 0, begun })
     }
 
     fn proceed(&mut self, number: usize, slot: &mut Slot, flags: EpollFlags) -> Result<()> {
@@ -149,6 +151,10 @@ impl<'a> Worker<'a> {
             Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
             Err(e) => return Err(e).context("receiving"),
         };
+        if !slot.served {
+            slot.served = true;
+            self.window.served();
+        }
         if self.task.answer.is_none() {
             self.window.advance(read);
             return Ok(());
@@ -165,7 +171,7 @@ impl<'a> Worker<'a> {
             slot.begun = Instant::now();
             return self.ask(slot);
         }
-        *slot = self.open(number)?;
+        *slot = Slot { served: true, ..self.open(number)? };
         Ok(())
     }
 

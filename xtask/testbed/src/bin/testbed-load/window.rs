@@ -1,4 +1,5 @@
-//! The part of a run that is measured: it begins when all has warmed up, counted from the first answer, and ends after a time or an amount.
+//! The part of a run that is measured: it begins when all has warmed up, counted from when every connection has had an answer, and ends after a
+//! time or an amount.
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +22,7 @@ pub(crate) struct Options {
     /// Seconds that are measured.
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0, value_parser = seconds)]
     time: f64,
-    /// Seconds before, from the first answer on.
+    /// Seconds before, from when every connection has had an answer.
     #[arg(long, value_name = "SECONDS", default_value_t = 0.3, value_parser = seconds)]
     warm_up: f64,
     /// Measure so many (bytes or answers) instead of a time; before, half of it is not measured.
@@ -58,11 +59,13 @@ impl Phase {
 /// Counts for all threads, and reads the counters as the phase changes.
 pub(crate) struct Window {
     options: Options,
-    /// When something was counted for the first time.
+    /// Connections that have had no answer yet.
+    awaited: AtomicU64,
+    /// When there were none left.
     started: OnceLock<Instant>,
     count: AtomicU64,
     phase: AtomicU8,
-    /// The position (nanoseconds since the first answer, or the count) at which the phase ends.
+    /// The position (nanoseconds since all had an answer, or the count) at which the phase ends.
     until: AtomicU64,
     readings: Mutex<Vec<Result<Reading>>>,
 }
@@ -100,25 +103,30 @@ struct Latency {
 }
 
 impl Window {
-    /// Opens with the first that is counted.
-    pub(crate) fn new(options: &Options) -> Self {
+    /// For so many connections.
+    pub(crate) fn new(options: &Options, connections: u32) -> Self {
         let (warm_up, _) = lengths(options);
         Self {
             options: options.clone(),
+            awaited: AtomicU64::new(connections.into()),
             started: OnceLock::new(),
             count: AtomicU64::new(0),
             phase: AtomicU8::new(Phase::WarmUp as u8),
-            // At 0 nothing has come yet.
+            // At 0 somebody has had no answer.
             until: AtomicU64::new(warm_up.max(1)),
             readings: Mutex::default(),
         }
     }
 
-    /// Counts `more` and says where the run is now.
-    pub(crate) fn advance(&self, more: u64) -> Phase {
-        if more > 0 {
+    /// A connection has had its first answer, or a part of it.
+    pub(crate) fn served(&self) {
+        if self.awaited.fetch_sub(1, Relaxed) == 1 {
             self.started.get_or_init(Instant::now);
         }
+    }
+
+    /// Counts `more` and says where the run is now.
+    pub(crate) fn advance(&self, more: u64) -> Phase {
         let count = self.count.fetch_add(more, Relaxed) + more;
         if self.position(count) >= self.until.load(Relaxed) {
             self.turn();
@@ -199,7 +207,7 @@ mod tests {
 
     #[test]
     fn an_amount_is_measured_behind_a_warm_up() {
-        let window = Window::new(&Options { time: 0.0, warm_up: 0.0, amount: Some(80), cpu: Vec::new() });
+        let window = Window::new(&Options { time: 0.0, warm_up: 0.0, amount: Some(80), cpu: Vec::new() }, 1);
         assert_eq!(window.advance(39), Phase::WarmUp);
         assert_eq!(window.advance(3), Phase::Measured);
         assert_eq!(window.advance(79), Phase::Measured);
@@ -211,7 +219,10 @@ mod tests {
 
     #[test]
     fn a_time_is_measured() {
-        let window = Window::new(&Options { time: 0.01, warm_up: 0.0, amount: None, cpu: Vec::new() });
+        let window = Window::new(&Options { time: 0.01, warm_up: 0.0, amount: None, cpu: Vec::new() }, 2);
+        window.served();
+        assert_eq!(window.advance(1), Phase::WarmUp, "one has had no answer");
+        window.served();
         let mut last = Phase::WarmUp;
         while last != Phase::Over {
             let phase = window.advance(1);
