@@ -15,6 +15,9 @@ use super::{
 const NAME_LABELS: [&str; 3] = ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"];
 /// The same for its version.
 const REVISION_LABELS: [&str; 3] = ["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"];
+/// Both lists: what is needed of the labels of a workload that no policy of this node can select.
+pub const APPLICATION_LABELS: [&str; 6] =
+    [NAME_LABELS[0], NAME_LABELS[1], NAME_LABELS[2], REVISION_LABELS[0], REVISION_LABELS[1], REVISION_LABELS[2]];
 /// Revision of a workload whose labels name none, as Istio has it.
 pub const LATEST_REVISION: &str = "latest";
 
@@ -49,6 +52,13 @@ pub enum Resolution {
     Unknown,
 }
 
+impl Resolution {
+    /// Is it nothing of the mesh?
+    pub fn is_unknown(&self) -> bool {
+        matches!(self, Self::Unknown)
+    }
+}
+
 impl Snapshot {
     /// A mesh nobody is in; what an agent starts from.
     pub fn empty(node: &str, trust_domain: TrustDomain) -> Self {
@@ -65,6 +75,17 @@ impl Snapshot {
             policies: BTreeMap::new(),
             workload_policies: HashMap::new(),
         }
+    }
+
+    /// Is it the same mesh, whatever the generation?
+    pub fn says_the_same(&self, other: &Self) -> bool {
+        self.node == other.node
+            && self.trust_domain == other.trust_domain
+            && self.settings == other.settings
+            && self.workloads == other.workloads
+            && self.services == other.services
+            && self.policies == other.policies
+            && self.workload_policies == other.workload_policies
     }
 
     /// What `address` is. IPv4-mapped IPv6 addresses are looked up as IPv4.

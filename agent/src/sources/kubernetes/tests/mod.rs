@@ -1,0 +1,4 @@
+//! Objects in, snapshots out.
+
+mod compiling;
+pub(super) mod support;
