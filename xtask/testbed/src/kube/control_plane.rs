@@ -239,10 +239,16 @@ impl ControlPlane {
         ]);
         command.args(&self.options.controller_arguments);
         self.controllers = Some(self.keeper.spawn(command)?);
-        // Its first work that can be seen.
-        let accounts = self.kubectl_spawn(&["get", "serviceaccounts", "--watch", "--output=name"])?;
-        let made = accounts.wait_line("serviceaccount/default", START);
-        made.map(drop).with_context(|| format!("waiting for the controllers; {}", self.log()))
+        // Its first work that can be seen. A watch ends early where the API server was told to end them.
+        let deadline = Instant::now() + patience(START);
+        loop {
+            let accounts = self.kubectl_spawn(&["get", "serviceaccounts", "--watch", "--output=name"])?;
+            match accounts.wait_line("serviceaccount/default", START) {
+                Ok(_) => return Ok(()),
+                Err(_) if accounts.status().is_some() && Instant::now() < deadline => {}
+                Err(error) => return Err(error.context(format!("waiting for the controllers:\n{}", tail(&self.log())))),
+            }
+        }
     }
 
     /// Waits for `/readyz`, which is more than the first answer: the roles of the system's users come after it.
