@@ -72,9 +72,8 @@ impl SnapshotBuilder {
         if workload.local.is_some() && workload.addresses.is_empty() {
             return Err(BuildError::NoAddress(workload.key.clone()));
         }
-        for &a in &workload.addresses {
-            self.claim(a, || format!("workload {}", workload.key))?;
-        }
+        let owner = || format!("workload {}", workload.key);
+        self.claim_all(&workload.addresses, owner)?;
         match self.snapshot.workloads.entry(workload.key.clone()) {
             Entry::Occupied(e) => return Err(BuildError::DuplicateWorkload(e.key().clone())),
             Entry::Vacant(e) => e.insert(Arc::clone(workload)),
@@ -90,14 +89,7 @@ impl SnapshotBuilder {
         for a in &mut service.vips {
             *a = a.to_canonical();
         }
-        let name = |s: &Service| format!("service {}/{}", s.namespace, s.name);
-        for (i, &a) in service.vips.iter().enumerate() {
-            self.claim(a, || name(&service))?;
-            if service.vips[..i].contains(&a) {
-                let (first, second) = (name(&service), name(&service));
-                return Err(BuildError::DuplicateAddress { address: a, first, second });
-            }
-        }
+        self.claim_all(&service.vips, || format!("service {}/{}", service.namespace, service.name))?;
         let service = Arc::new(service);
         for &a in &service.vips {
             self.snapshot.by_vip.insert(a, Arc::clone(&service));
@@ -119,13 +111,24 @@ impl SnapshotBuilder {
     }
 
     /// Says what policies have to know of a workload; one that nothing is said of has no labels.
-    pub fn workload_policy(&mut self, workload: &WorkloadKey, policy: WorkloadPolicy) {
-        self.snapshot.workload_policies.insert(workload.clone(), policy);
+    pub fn workload_policy(&mut self, workload: &WorkloadKey, policy: impl Into<Arc<WorkloadPolicy>>) {
+        self.snapshot.workload_policies.insert(workload.clone(), policy.into());
     }
 
     /// The finished snapshot, still without a generation.
     pub fn build(self) -> Snapshot {
         self.snapshot
+    }
+
+    fn claim_all<O: Display>(&self, addresses: &[IpAddr], owner: impl Fn() -> O) -> Result<(), BuildError> {
+        for (i, &address) in addresses.iter().enumerate() {
+            self.claim(address, &owner)?;
+            if addresses[..i].contains(&address) {
+                let (first, second) = (owner().to_string(), owner().to_string());
+                return Err(BuildError::DuplicateAddress { address, first, second });
+            }
+        }
+        Ok(())
     }
 
     fn claim<O: Display>(&self, address: IpAddr, owner: impl Fn() -> O) -> Result<(), BuildError> {

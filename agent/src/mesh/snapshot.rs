@@ -38,7 +38,7 @@ pub struct Snapshot {
     pub(super) by_vip: HashMap<IpAddr, Arc<Service>>,
     pub(super) by_hostname: HashMap<Arc<str>, Arc<Service>>,
     pub(super) policies: BTreeMap<PolicyKey, Arc<Policy>>,
-    pub(super) workload_policies: HashMap<WorkloadKey, WorkloadPolicy>,
+    pub(super) workload_policies: HashMap<WorkloadKey, Arc<WorkloadPolicy>>,
 }
 
 /// What a destination address means.
@@ -160,7 +160,7 @@ impl Snapshot {
     /// What policies have to know of a workload.
     pub fn workload_policy(&self, key: &WorkloadKey) -> &WorkloadPolicy {
         static NOTHING: LazyLock<WorkloadPolicy> = LazyLock::new(WorkloadPolicy::default);
-        self.workload_policies.get(key).unwrap_or(&NOTHING)
+        self.workload_policies.get(key).map_or(&*NOTHING, Arc::as_ref)
     }
 
     /// The application that a workload's labels name: Istio's canonical service.

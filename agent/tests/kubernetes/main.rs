@@ -3,4 +3,6 @@
 //! Needs root, and the programs that `cargo xtask cluster parts` makes; without them every test fails and says so.
 
 mod control_plane;
+mod mesh;
+mod source;
 mod world;

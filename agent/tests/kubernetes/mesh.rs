@@ -8,11 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use testbed::{
-    Agent, AgentOptions, Capture, Node, Pod, Process, Sniffer, SnifferOptions,
-    kube::User,
-    underpass_path,
-};
+use testbed::{Agent, AgentOptions, Capture, Node, Pod, Process, Sniffer, SnifferOptions, kube::User, underpass_path};
 
 use crate::world::{World, eventually};
 

@@ -231,7 +231,8 @@ fn the_api_server_is_away_and_the_agent_restarts() -> Result<()> {
 #[test]
 fn watches_that_expire_are_taken_up_again() -> Result<()> {
     // Watches end after 2 to 4 s, and what happened in between is compacted away.
-    let world = World::with("kwatch", &["--min-request-timeout=2", "--watch-cache=false", "--etcd-compaction-interval=1s"])?;
+    let world =
+        World::with("kwatch", &["--min-request-timeout=2", "--watch-cache=false", "--etcd-compaction-interval=1s"])?;
     let mesh = Mesh::over(world)?;
     let client = mesh.run("a", "client", &enabled())?;
     mesh.wait_enrolled(&client, true)?;
@@ -272,7 +273,9 @@ fn the_agent_may_do_what_it_has_to_and_no_more() -> Result<()> {
             ensure!(!may(verb, resource)?, "{verb} {resource}");
         }
     }
-    for resource in ["secrets", "configmaps", "serviceaccounts", "serviceaccounts/token", "events", "pods/exec", "pods/log"] {
+    for resource in
+        ["secrets", "configmaps", "serviceaccounts", "serviceaccounts/token", "events", "pods/exec", "pods/log"]
+    {
         for verb in ["get", "list", "watch", "create", "update", "patch", "delete"] {
             ensure!(!may(verb, resource)?, "{verb} {resource}");
         }

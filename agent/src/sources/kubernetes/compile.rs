@@ -15,7 +15,7 @@ use super::{
     services,
     status::Problem,
 };
-use crate::mesh::{ModeSource, Snapshot, SnapshotBuilder, Workload};
+use crate::mesh::{Snapshot, SnapshotBuilder, Workload};
 
 /// Turns clusters into snapshots, and remembers what makes the next time cheap.
 #[derive(Debug)]
@@ -69,15 +69,14 @@ impl Compiler {
             workloads.insert(pod.key, None);
             let made = if pod.captured_here {
                 pods::local(&context, pod, &mut problems)
-                    .map(|made| made.map(|(workload, mode)| (Arc::new(workload), mode.set_by)))
             } else {
-                self.made.remote(&context, pod).map(|made| made.map(|workload| (workload, ModeSource::Mesh)))
+                self.made.remote(&context, pod)
             };
             let problem = |problem: String| Problem { object: format!("Pod {}", pod.key), problem };
             match made {
-                Ok(Some((workload, set_by))) => match builder.shared_workload(&workload) {
+                Ok(Some((workload, policy))) => match builder.shared_workload(&workload) {
                     Ok(()) => {
-                        builder.workload_policy(&workload.key, pods::workload_policy(pod.record, set_by));
+                        builder.workload_policy(&workload.key, policy);
                         workloads.insert(pod.key, Some(workload));
                     }
                     Err(e) => problems.push(problem(e.to_string())),

@@ -16,8 +16,8 @@ use super::{
     status::Problem,
 };
 use crate::mesh::{
-    EffectiveMode, Exclusions, IdentityError, InboundMode, Labels, LocalPod, ModeSource, Protocol, Snapshot, SpiffeId,
-    Workload, WorkloadKey, WorkloadPolicy,
+    Exclusions, IdentityError, InboundMode, Labels, LocalPod, ModeSource, Protocol, Snapshot, SpiffeId, Workload,
+    WorkloadKey, WorkloadPolicy,
 };
 
 /// A pod with what is decided about it.
@@ -60,8 +60,8 @@ pub(super) fn cluster_scoped(name: &Arc<str>) -> Key {
 
 /// Whose an address is: of several pods that claim it, the one that does not end, else the younger. Kubernetes may give the
 /// address of a pod that has ended to another before it says that the first is gone.
-pub(super) fn owners<'a>(placed: &[Placed<'a>]) -> HashMap<IpAddr, &'a Key> {
-    let mut owners: HashMap<IpAddr, &Placed<'a>> = HashMap::with_capacity(placed.len());
+pub(super) fn owners<'a>(placed: &'a [Placed<'a>]) -> Owners<'a> {
+    let mut owners = Owners::with_capacity(placed.len());
     for pod in placed.iter().filter(|p| !p.record.host_network) {
         let rank = |p: &Placed<'_>| (!p.record.terminating, p.record.created);
         for address in &pod.record.addresses {
@@ -76,21 +76,41 @@ pub(super) fn owners<'a>(placed: &[Placed<'a>]) -> HashMap<IpAddr, &'a Key> {
             }
         }
     }
-    owners.into_iter().map(|(address, pod)| (address, pod.key)).collect()
+    owners
+}
+
+/// Pods by the addresses that are theirs.
+pub(super) type Owners<'a> = HashMap<IpAddr, &'a Placed<'a>>;
+
+/// Those of a pod's addresses that no other has.
+fn own_addresses(owners: &Owners<'_>, pod: &Placed<'_>) -> Vec<IpAddr> {
+    let own = |address: &&IpAddr| owners.get(*address).is_some_and(|owner| std::ptr::eq(*owner, pod));
+    pod.record.addresses.iter().filter(own).copied().collect()
 }
 
 /// What a workload is made of, beside its pod.
 pub(super) struct Context<'a> {
     pub(super) cluster: &'a Cluster,
     pub(super) base: &'a Snapshot,
-    pub(super) owners: &'a HashMap<IpAddr, &'a Key>,
+    pub(super) owners: &'a Owners<'a>,
     pub(super) modes: &'a Modes,
     pub(super) finder: &'a Finder,
 }
 
 /// Workloads of the last pass, taken again while nothing about them is different.
 #[derive(Debug, Default)]
-pub(super) struct Made(HashMap<Key, (Arc<PodRecord>, Phase, Arc<Workload>)>);
+pub(super) struct Made(HashMap<Key, One>);
+
+#[derive(Debug)]
+struct One {
+    of: Arc<PodRecord>,
+    phase: Phase,
+    workload: Arc<Workload>,
+    policy: Arc<WorkloadPolicy>,
+}
+
+/// A workload, and what policies have to know of it.
+pub(super) type Known = (Arc<Workload>, Arc<WorkloadPolicy>);
 
 impl Made {
     /// Forgets pods that are gone.
@@ -100,23 +120,18 @@ impl Made {
         }
     }
 
-    /// The workload of a pod of another node, or of none of the mesh's. `None` when it has no address of its own.
-    pub(super) fn remote(
-        &mut self,
-        context: &Context<'_>,
-        pod: &Placed<'_>,
-    ) -> Result<Option<Arc<Workload>>, IdentityError> {
-        let owned = |address: &&IpAddr| context.owners.get(*address) == Some(&pod.key);
-        let addresses: Vec<_> = pod.record.addresses.iter().filter(owned).copied().collect();
+    /// The workload of a pod of another node. `None` when it has no address of its own.
+    pub(super) fn remote(&mut self, context: &Context<'_>, pod: &Placed<'_>) -> Result<Option<Known>, IdentityError> {
+        let addresses = own_addresses(context.owners, pod);
         if addresses.is_empty() {
             return Ok(None);
         }
-        if let Some((record, phase, workload)) = self.0.get(pod.key)
-            && Arc::ptr_eq(record, pod.record)
-            && *phase == pod.phase
-            && workload.addresses == addresses
+        if let Some(made) = self.0.get(pod.key)
+            && Arc::ptr_eq(&made.of, pod.record)
+            && made.phase == pod.phase
+            && made.workload.addresses == addresses
         {
-            return Ok(Some(Arc::clone(workload)));
+            return Ok(Some((Arc::clone(&made.workload), Arc::clone(&made.policy))));
         }
         let workload = Arc::new(Workload {
             key: workload_key(pod.key),
@@ -128,8 +143,11 @@ impl Made {
             port_modes: Vec::new(),
             local: None,
         });
-        self.0.insert(pod.key.clone(), (Arc::clone(pod.record), pod.phase, Arc::clone(&workload)));
-        Ok(Some(workload))
+        let policy = Arc::new(workload_policy(pod.record, ModeSource::Mesh));
+        let of = Arc::clone(pod.record);
+        let known = (Arc::clone(&workload), Arc::clone(&policy));
+        self.0.insert(pod.key.clone(), One { of, phase: pod.phase, workload, policy });
+        Ok(Some(known))
     }
 }
 
@@ -143,10 +161,9 @@ pub(super) fn local(
     context: &Context<'_>,
     pod: &Placed<'_>,
     problems: &mut Vec<Problem>,
-) -> Result<Option<(Workload, EffectiveMode)>, IdentityError> {
+) -> Result<Option<Known>, IdentityError> {
     let (key, record) = (pod.key, pod.record);
-    let owned = |address: &&IpAddr| context.owners.get(*address) == Some(&key);
-    let addresses: Vec<_> = record.addresses.iter().filter(owned).copied().collect();
+    let addresses = own_addresses(context.owners, pod);
     if addresses.is_empty() {
         return Ok(None);
     }
@@ -180,11 +197,11 @@ pub(super) fn local(
         port_modes,
         local,
     };
-    Ok(Some((workload, mode)))
+    Ok(Some((Arc::new(workload), Arc::new(workload_policy(record, mode.set_by)))))
 }
 
 /// What policies have to know of a pod.
-pub(super) fn workload_policy(record: &PodRecord, mode_set_by: ModeSource) -> WorkloadPolicy {
+fn workload_policy(record: &PodRecord, mode_set_by: ModeSource) -> WorkloadPolicy {
     WorkloadPolicy { labels: Labels(record.labels.clone()), policies: Vec::new(), mode_set_by }
 }
 
