@@ -2,13 +2,12 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    process::Command,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use testbed::{Agent, AgentOptions, Capture, Node, Pod, Process, Sniffer, SnifferOptions, kube::User, underpass_path};
+use testbed::{Agent, AgentOptions, Capture, Pod, Process, Sniffer, SnifferOptions, kube::User, underpass_path};
 
 use crate::world::{World, eventually};
 
@@ -192,9 +191,4 @@ pub fn assert_plaintext(capture: &Capture) -> Result<()> {
     ensure!(capture.marker_hits > 0, "no plaintext was seen: {capture:?}");
     ensure!(capture.tcp_15008_payload == 0, "a tunnel? {capture:?}");
     Ok(())
-}
-
-/// A command on a node, outside of every pod.
-pub fn on_node(node: &Node, program: &str) -> Command {
-    node.command(program)
 }
