@@ -4,5 +4,6 @@
 
 mod control_plane;
 mod mesh;
+mod scale;
 mod source;
 mod world;
