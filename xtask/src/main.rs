@@ -8,6 +8,7 @@ mod cluster;
 mod demo;
 mod exec;
 mod fuzz;
+mod image;
 mod places;
 mod setup;
 mod signals;
@@ -45,6 +46,8 @@ enum Command {
     Bench(bench::Options),
     /// Try to make the agents lose, repeat or reorder bytes, or end connections otherwise than plain TCP does (root).
     Torture(torture::Options),
+    /// The agent as a container image in a file, for `ctr images import`.
+    Image(image::Options),
     /// Formatting, lints, documentation links, licences and advisories.
     Check,
     /// Run the fuzz targets.
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Command::Cluster(options) => cluster::run(&ui, &options),
         Command::Bench(options) => bench::run(&ui, &options),
         Command::Torture(options) => torture::run(&ui, &options),
+        Command::Image(options) => image::run(&ui, &options),
         Command::Check => check::run(&ui),
         Command::Fuzz(options) => fuzz::run(&ui, &options),
     };

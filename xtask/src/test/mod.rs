@@ -25,6 +25,7 @@ const THREADS: &str = "2";
 const KUBERNETES: &str = "kubernetes";
 
 #[derive(clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of the command line")]
 pub(crate) struct Options {
     /// Run the long tests too (those marked ignored), and fuzz longer.
     #[arg(long)]
@@ -90,17 +91,18 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
             total.failed += outcome.failed;
         }
     }
+    close(ui, total, options.filter.as_deref())
+}
+
+/// Looks for what tests left behind, which is a failure, and prints the closing line.
+pub(crate) fn close(ui: &Ui, mut total: Tally, filter: Option<&str>) -> Result<()> {
     let left = Testbed::sweep()?.removed;
     for path in &left {
         ui.say(&format!("a test left {} behind", path.display()));
     }
     total.failed += usize::from(!left.is_empty());
 
-    ensure!(
-        total.passed + total.failed > 0,
-        "no test's name contains {:?}",
-        options.filter.as_deref().unwrap_or_default()
-    );
+    ensure!(total.passed + total.failed > 0, "no test's name contains {:?}", filter.unwrap_or_default());
     println!("{} passed, {} failed", total.passed, total.failed);
     if total.failed > 0 {
         // The closing line is the message.
@@ -124,7 +126,7 @@ pub(crate) fn kubernetes(ui: &Ui, filter: Option<&str>, full: bool) -> Result<Ta
     if places::program("cargo-nextest").is_some() {
         nextest(ui, full, filter, &format!("binary(={KUBERNETES})"))
     } else {
-        cargo_test(ui, full, filter, &["--package", "underpass", "--test", KUBERNETES])
+        cargo_test(ui, full, filter, &["--test", KUBERNETES])
     }
 }
 
@@ -173,14 +175,14 @@ fn test_targets() -> Result<Vec<String>> {
 fn nextest(ui: &Ui, full: bool, filter: Option<&str>, wanted: &str) -> Result<Tally> {
     let mut command =
         cargo(&["nextest", "run", "--locked", "--no-fail-fast", "--no-tests=pass", "--hide-progress-bar"]);
-    let mut filterset = wanted.to_owned();
+    let mut filterset = vec![wanted.to_owned()];
     if full {
         command.args(["--run-ignored", "all"]).env("UNDERPASS_FULL", "1");
         if !has_ktls() {
-            filterset += &format!(" & not test(/{NEED_KTLS}/)");
+            filterset.push(format!("not test(/{NEED_KTLS}/)"));
         }
     }
-    command.args(["--filterset", &filterset]).args(filter);
+    command.args(["--filterset", &filterset.join(" & ")]).args(filter);
     count(ui, &mut command, tally::nextest)
 }
 

@@ -47,7 +47,7 @@ const WITHOUT: &str = "*,-nodelifecycle,-podgc";
 pub struct ControlPlaneOptions {
     /// Further arguments of kube-apiserver, e.g. `--min-request-timeout=5`, which ends watches after 5 to 10 s.
     pub api_arguments: Vec<String>,
-    /// Further arguments of kube-controller-manager. A second `--controllers` replaces the first.
+    /// Further arguments of kube-controller-manager. A second `--controllers=-name` adds to the first.
     pub controller_arguments: Vec<String>,
 }
 
