@@ -13,7 +13,7 @@ use crate::{
     capture,
     policy::{Peer, Query},
     relay::{ConnectionId, ConnectionInfo, DataPath},
-    sources::file::ReloadStatus,
+    sources::{file::ReloadStatus, kubernetes::SourceStatus},
     telemetry::CountersSnapshot,
     tunnel::ktls::{Availability, Support},
 };
@@ -45,11 +45,14 @@ pub struct Status {
     pub probe_cgroups: Vec<ProbeCgroupStatus>,
     /// What happened to the configuration file.
     pub reload: ReloadStatus,
+    /// How the Kubernetes API is followed; absent when the mesh comes from the file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster: Option<SourceStatus>,
 }
 
 impl Status {
     /// A status without what the server knows itself (version, node, trust domain, generation), which it fills in, and without
-    /// probe cgroups.
+    /// probe cgroups and cluster.
     pub fn new(ktls: KtlsStatus, pods: Vec<PodStatus>, reload: ReloadStatus) -> Self {
         Self {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -61,6 +64,7 @@ impl Status {
             pods,
             probe_cgroups: Vec::new(),
             reload,
+            cluster: None,
         }
     }
 }

@@ -31,7 +31,10 @@ use crate::{
     mesh::{CertificateFiles, MeshStore, Snapshot, SpiffeId},
     proxy::{Applied, Enforcement, Limits, PodState, PodStatus, Proxy, Reconciler},
     relay::{ConnectionTable, Relay, RelayOptions, ThreadHealth},
-    sources::file::{FileSource, IssuerConfig, NodeConfig, ReloadStats, ReloadStatus},
+    sources::{
+        file::{FileSource, IssuerConfig, NodeConfig, ReloadStats, ReloadStatus},
+        kubernetes::{KubernetesSource, Statuses},
+    },
     telemetry::{AccessLog, Telemetry, logging::LogFormat},
     tunnel::{
         Suite, TlsConfigs, TlsOptions,
@@ -73,11 +76,18 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
 
     let cgroup = super::cgroup::attach_point(args.cgroup.as_deref())?;
-    let (source, config) = FileSource::open(&args.config, &args.state_dir)?;
+    let (source, config) = FileSource::open(&args.config, &args.state_dir, args.node.as_deref())?;
     let mut ports = Ports::open(&args).await?;
     let mut tasks = tokio::task::JoinSet::new();
     let health = ports.answer_probes(&mut tasks);
     let reload = source.stats();
+    let cluster = match &config.kubernetes {
+        Some(kubernetes) => {
+            Some(KubernetesSource::new(kubernetes, &config.snapshot.node, &cgroup, &args.state_dir).await?)
+        }
+        None => None,
+    };
+    let cluster_status = cluster.as_ref().map(KubernetesSource::statuses);
     let (issuer, prepare) = issuer(&config)?;
     let trust_domain = config.snapshot.trust_domain.clone();
     let mesh = Arc::new(MeshStore::new(Snapshot::empty(&config.snapshot.node, trust_domain.clone())));
@@ -122,13 +132,24 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
     });
     let reconciler = Reconciler::new(proxy, prepare);
 
-    mesh.replace(config.snapshot);
     tasks.spawn(Arc::clone(&certificates).run());
     tasks.spawn(super::memory::give_back(Arc::clone(&table)));
-    reconciler.reconcile().await;
-    capture.collect_garbage().await;
-    tasks.spawn(Arc::clone(&reconciler).run());
-    let watched = Arc::clone(&mesh);
+    // What the file changes: the mesh itself, or only the settings that hold for what the cluster says.
+    let watched = match cluster {
+        None => {
+            mesh.replace(config.snapshot);
+            reconciler.reconcile().await;
+            capture.collect_garbage().await;
+            tasks.spawn(Arc::clone(&reconciler).run());
+            Arc::clone(&mesh)
+        }
+        Some(cluster) => {
+            let base = Arc::new(MeshStore::new(config.snapshot));
+            tasks.spawn(cluster.run(Arc::clone(&base), Arc::clone(&mesh)));
+            tasks.spawn(follow_cluster(Arc::clone(&mesh), Arc::clone(&reconciler), Arc::clone(&capture)));
+            base
+        }
+    };
     tasks.spawn(async move {
         if let Err(e) = source.watch(watched).await {
             warn!(error = %e, "the configuration is not watched any more; changes need a restart");
@@ -140,6 +161,7 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
         capture: Arc::clone(&capture),
         relay: Arc::clone(&relay),
         reload,
+        cluster: cluster_status,
         ktls,
     });
     let view = View {
@@ -178,6 +200,17 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
         info!("pods stay captured: their connections are refused until an agent runs again (see `underpass cleanup`)");
     }
     Ok(())
+}
+
+/// Waits until the cluster is known: until then the pods that an earlier agent captured stay as they are.
+async fn follow_cluster(mesh: Arc<MeshStore>, reconciler: Arc<Reconciler>, capture: Arc<Capture>) {
+    let mut generations = mesh.subscribe();
+    if generations.wait_for(|generation| *generation > 0).await.is_err() {
+        return;
+    }
+    reconciler.reconcile().await;
+    capture.collect_garbage().await;
+    reconciler.run().await;
 }
 
 /// What the kernel can do with the tunnels' records; says so.
@@ -231,6 +264,7 @@ struct NodeStatus {
     capture: Arc<Capture>,
     relay: Arc<Relay>,
     reload: Arc<ReloadStats>,
+    cluster: Option<Statuses>,
     ktls: Support,
 }
 
@@ -280,7 +314,8 @@ impl StatusProvider for NodeStatus {
         });
         let status = Status::new(KtlsStatus::of(&self.ktls), pods.collect(), self.reload.status());
         let probe_cgroups = self.capture.probe_cgroups().into_iter().map(Into::into).collect();
-        Status { probe_cgroups, ..status }
+        let cluster = self.cluster.as_ref().map(Statuses::status);
+        Status { probe_cgroups, cluster, ..status }
     }
 
     fn bpf_counters(&self) -> BTreeMap<String, u64> {

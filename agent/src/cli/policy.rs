@@ -131,7 +131,7 @@ fn explain(args: &ExplainArgs) -> anyhow::Result<()> {
 }
 
 fn configuration(path: &Path) -> anyhow::Result<Snapshot> {
-    Ok(file::read(path).with_context(|| "the configuration is not valid")?.snapshot)
+    Ok(file::read(path, None).with_context(|| "the configuration is not valid")?.snapshot)
 }
 
 impl View for PolicyList {

@@ -22,6 +22,9 @@ pub struct RunArgs {
     /// The node's configuration (YAML, see docs/configuration.md). Watched for changes.
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
+    /// This node's name, instead of the one in the configuration: many nodes can then share it.
+    #[arg(long, value_name = "NAME", env = "UNDERPASS_NODE")]
+    pub node: Option<String>,
     /// cgroup v2 directory above the pods' cgroups, where the hooks attach [default: kubepods* in the cgroup v2 mount].
     #[arg(long, value_name = "PATH", env = "UNDERPASS_CGROUP")]
     pub cgroup: Option<PathBuf>,

@@ -13,7 +13,10 @@ use super::{
     show::{ShowArgs, show},
     workloads::pod_state,
 };
-use crate::admin::api::{AllCounters, PodState, ProbeCgroupState, Status};
+use crate::{
+    admin::api::{AllCounters, PodState, ProbeCgroupState, Status},
+    sources::kubernetes::SourceStatus,
+};
 
 /// Arguments of `underpass status`.
 #[derive(Debug, Args)]
@@ -50,6 +53,10 @@ impl View for Report {
         text.push('\n');
         text.push_str(&pods(&self.status, style));
         text.push('\n');
+        if let Some(cluster) = &self.status.cluster {
+            text.push_str(&cluster_table(cluster, style));
+            text.push('\n');
+        }
         text.push_str(&counters(&self.counters, style));
         text
     }
@@ -65,6 +72,20 @@ impl View for Report {
                 problems.push(format!("{} is not enrolled: {}", p.workload, or_none(p.reason.as_deref())));
             } else if p.certificate.is_none() {
                 problems.push(format!("{} has no valid certificate; see `underpass certificates`", p.workload));
+            }
+        }
+        for kind in s.cluster.iter().flat_map(|c| &c.kinds) {
+            if let Some(error) = &kind.error {
+                problems.push(format!("{:?} objects cannot be followed: {error}", kind.kind));
+            } else if !kind.synced {
+                problems.push(format!("{:?} objects have not been listed yet", kind.kind));
+            }
+        }
+        if let Some(cluster) = &s.cluster {
+            problems.extend(cluster.problems.iter().map(|p| format!("{}: {}", p.object, p.problem)));
+            let more = cluster.problems_total - cluster.problems.len().min(cluster.problems_total);
+            if more > 0 {
+                problems.push(format!("{more} more objects are not taken as they are"));
             }
         }
         let refused = s.probe_cgroups.iter().filter(|c| c.state == ProbeCgroupState::Refused);
@@ -121,6 +142,37 @@ fn pods(s: &Status, style: Style) -> String {
         ]);
     }
     pods.text()
+}
+
+/// The kinds that are followed, and what is wrong with single objects.
+fn cluster_table(cluster: &SourceStatus, style: Style) -> String {
+    let mut kinds = Columns::new(style, &["KIND", "VERSION", "OBJECTS", "STATE", "HEARD", "ERROR"], &[]);
+    for kind in &cluster.kinds {
+        let state = match (kind.synced, cluster.from_last_good) {
+            (true, _) => "in sync",
+            (false, true) => "last good copy",
+            (false, false) => "not listed yet",
+        };
+        let heard = kind.heard_seconds_ago.map_or_else(|| NONE.to_owned(), |s| format!("{s} s ago"));
+        kinds.row([
+            &format!("{:?}", kind.kind),
+            or_none(kind.version.as_deref()),
+            &kind.objects.to_string(),
+            state,
+            &heard,
+            or_none(kind.error.as_deref()),
+        ]);
+    }
+    let mut text = kinds.text();
+    if !cluster.problems.is_empty() {
+        let mut problems = Columns::new(style, &["OBJECT", "PROBLEM"], &[]);
+        for p in &cluster.problems {
+            problems.row([&p.object, &p.problem]);
+        }
+        text.push('\n');
+        text.push_str(&problems.text());
+    }
+    text
 }
 
 fn counters(all: &AllCounters, style: Style) -> String {

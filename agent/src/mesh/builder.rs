@@ -1,7 +1,8 @@
 //! Puts a [`Snapshot`] together and refuses what does not fit together.
 
 use std::{
-    collections::{HashMap, btree_map, hash_map::Entry},
+    collections::{btree_map, hash_map::Entry},
+    fmt::Display,
     net::IpAddr,
     sync::Arc,
 };
@@ -46,7 +47,6 @@ pub enum BuildError {
 #[derive(Debug)]
 pub struct SnapshotBuilder {
     snapshot: Snapshot,
-    owners: HashMap<IpAddr, String>,
 }
 
 impl SnapshotBuilder {
@@ -54,7 +54,7 @@ impl SnapshotBuilder {
     pub fn new(node: &str, trust_domain: TrustDomain, settings: MeshSettings) -> Self {
         let mut snapshot = Snapshot::empty(node, trust_domain);
         snapshot.settings = settings;
-        Self { snapshot, owners: HashMap::new() }
+        Self { snapshot }
     }
 
     /// Adds a workload and returns the shared copy that services refer to.
@@ -62,33 +62,34 @@ impl SnapshotBuilder {
         for a in &mut workload.addresses {
             *a = a.to_canonical();
         }
-        if workload.local.is_some() && workload.addresses.is_empty() {
-            return Err(BuildError::NoAddress(workload.key));
-        }
-        let owner = format!("workload {}", workload.key);
-        for &a in &workload.addresses {
-            self.claim(a, &owner)?;
-        }
         let workload = Arc::new(workload);
+        self.shared_workload(&workload)?;
+        Ok(workload)
+    }
+
+    /// Adds a workload whose addresses are canonical: no IPv4-mapped IPv6.
+    pub fn shared_workload(&mut self, workload: &Arc<Workload>) -> Result<(), BuildError> {
+        if workload.local.is_some() && workload.addresses.is_empty() {
+            return Err(BuildError::NoAddress(workload.key.clone()));
+        }
+        let owner = || format!("workload {}", workload.key);
+        self.claim_all(&workload.addresses, owner)?;
         match self.snapshot.workloads.entry(workload.key.clone()) {
             Entry::Occupied(e) => return Err(BuildError::DuplicateWorkload(e.key().clone())),
-            Entry::Vacant(e) => e.insert(Arc::clone(&workload)),
+            Entry::Vacant(e) => e.insert(Arc::clone(workload)),
         };
         for &a in &workload.addresses {
-            self.snapshot.by_address.insert(a, Arc::clone(&workload));
+            self.snapshot.by_address.insert(a, Arc::clone(workload));
         }
-        Ok(workload)
+        Ok(())
     }
 
     /// Adds a service.
     pub fn service(&mut self, mut service: Service) -> Result<(), BuildError> {
-        let owner = format!("service {}/{}", service.namespace, service.name);
         for a in &mut service.vips {
             *a = a.to_canonical();
         }
-        for &a in &service.vips {
-            self.claim(a, &owner)?;
-        }
+        self.claim_all(&service.vips, || format!("service {}/{}", service.namespace, service.name))?;
         let service = Arc::new(service);
         for &a in &service.vips {
             self.snapshot.by_vip.insert(a, Arc::clone(&service));
@@ -110,8 +111,8 @@ impl SnapshotBuilder {
     }
 
     /// Says what policies have to know of a workload; one that nothing is said of has no labels.
-    pub fn workload_policy(&mut self, workload: &WorkloadKey, policy: WorkloadPolicy) {
-        self.snapshot.workload_policies.insert(workload.clone(), policy);
+    pub fn workload_policy(&mut self, workload: &WorkloadKey, policy: impl Into<Arc<WorkloadPolicy>>) {
+        self.snapshot.workload_policies.insert(workload.clone(), policy.into());
     }
 
     /// The finished snapshot, still without a generation.
@@ -119,22 +120,30 @@ impl SnapshotBuilder {
         self.snapshot
     }
 
-    fn claim(&mut self, address: IpAddr, owner: &str) -> Result<(), BuildError> {
+    fn claim_all<O: Display>(&self, addresses: &[IpAddr], owner: impl Fn() -> O) -> Result<(), BuildError> {
+        for (i, &address) in addresses.iter().enumerate() {
+            self.claim(address, &owner)?;
+            if addresses[..i].contains(&address) {
+                let (first, second) = (owner().to_string(), owner().to_string());
+                return Err(BuildError::DuplicateAddress { address, first, second });
+            }
+        }
+        Ok(())
+    }
+
+    fn claim<O: Display>(&self, address: IpAddr, owner: impl Fn() -> O) -> Result<(), BuildError> {
         let link_local = match address {
             IpAddr::V4(a) => a.is_link_local() || a.is_broadcast(),
             IpAddr::V6(a) => a.is_unicast_link_local(),
         };
         if address.is_loopback() || address.is_unspecified() || address.is_multicast() || link_local {
-            return Err(BuildError::UnusableAddress { address, owner: owner.to_owned() });
+            return Err(BuildError::UnusableAddress { address, owner: owner().to_string() });
         }
-        match self.owners.entry(address) {
-            Entry::Occupied(e) => {
-                Err(BuildError::DuplicateAddress { address, first: e.get().clone(), second: owner.to_owned() })
-            }
-            Entry::Vacant(e) => {
-                e.insert(owner.to_owned());
-                Ok(())
-            }
+        let workload = self.snapshot.by_address.get(&address).map(|w| format!("workload {}", w.key));
+        let service = || self.snapshot.by_vip.get(&address).map(|s| format!("service {}/{}", s.namespace, s.name));
+        match workload.or_else(service) {
+            Some(first) => Err(BuildError::DuplicateAddress { address, first, second: owner().to_string() }),
+            None => Ok(()),
         }
     }
 }

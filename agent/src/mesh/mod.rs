@@ -25,5 +25,5 @@ pub use policy::{
     Action, Condition, Labels, Operation, Policy, PolicyKey, PolicyStatus, Rule, Scope, ServiceAccount, Source,
     StringMatch, Values, WorkloadPolicy, canonical_block,
 };
-pub use snapshot::{LATEST_REVISION, Resolution, Snapshot};
+pub use snapshot::{APPLICATION_LABELS, LATEST_REVISION, Resolution, Snapshot};
 pub use store::MeshStore;

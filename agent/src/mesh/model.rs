@@ -189,6 +189,10 @@ impl Service {
 /// Settings that hold for every workload.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct MeshSettings {
+    /// Mode of workloads for which nothing narrower says one.
+    pub mode: InboundMode,
+    /// Namespace whose policies and modes hold for the whole mesh.
+    pub root_namespace: Arc<str>,
     /// Networks captured beside the known workload addresses and VIPs.
     pub cidrs: Vec<IpNet>,
     /// Capture every TCP destination of every enrolled pod.

@@ -15,6 +15,9 @@ use super::{
 const NAME_LABELS: [&str; 3] = ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"];
 /// The same for its version.
 const REVISION_LABELS: [&str; 3] = ["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"];
+/// Both lists: what is needed of the labels of a workload that no policy of this node can select.
+pub const APPLICATION_LABELS: [&str; 6] =
+    [NAME_LABELS[0], NAME_LABELS[1], NAME_LABELS[2], REVISION_LABELS[0], REVISION_LABELS[1], REVISION_LABELS[2]];
 /// Revision of a workload whose labels name none, as Istio has it.
 pub const LATEST_REVISION: &str = "latest";
 
@@ -35,7 +38,7 @@ pub struct Snapshot {
     pub(super) by_vip: HashMap<IpAddr, Arc<Service>>,
     pub(super) by_hostname: HashMap<Arc<str>, Arc<Service>>,
     pub(super) policies: BTreeMap<PolicyKey, Arc<Policy>>,
-    pub(super) workload_policies: HashMap<WorkloadKey, WorkloadPolicy>,
+    pub(super) workload_policies: HashMap<WorkloadKey, Arc<WorkloadPolicy>>,
 }
 
 /// What a destination address means.
@@ -47,6 +50,13 @@ pub enum Resolution {
     Service(Arc<Service>),
     /// Not an address of the mesh.
     Unknown,
+}
+
+impl Resolution {
+    /// Is it nothing of the mesh?
+    pub fn is_unknown(&self) -> bool {
+        matches!(self, Self::Unknown)
+    }
 }
 
 impl Snapshot {
@@ -65,6 +75,17 @@ impl Snapshot {
             policies: BTreeMap::new(),
             workload_policies: HashMap::new(),
         }
+    }
+
+    /// Is it the same mesh, whatever the generation?
+    pub fn says_the_same(&self, other: &Self) -> bool {
+        self.node == other.node
+            && self.trust_domain == other.trust_domain
+            && self.settings == other.settings
+            && self.workloads == other.workloads
+            && self.services == other.services
+            && self.policies == other.policies
+            && self.workload_policies == other.workload_policies
     }
 
     /// What `address` is. IPv4-mapped IPv6 addresses are looked up as IPv4.
@@ -139,7 +160,7 @@ impl Snapshot {
     /// What policies have to know of a workload.
     pub fn workload_policy(&self, key: &WorkloadKey) -> &WorkloadPolicy {
         static NOTHING: LazyLock<WorkloadPolicy> = LazyLock::new(WorkloadPolicy::default);
-        self.workload_policies.get(key).unwrap_or(&NOTHING)
+        self.workload_policies.get(key).map_or(&*NOTHING, Arc::as_ref)
     }
 
     /// The application that a workload's labels name: Istio's canonical service.

@@ -9,12 +9,15 @@ use super::{
     fields::{Check, mode},
     policies::Policies,
     probes,
-    schema::{API_VERSION, Document, Issuer, KIND, Mesh},
+    schema::{API_VERSION, Document, Issuer, KIND, Kubernetes, Mesh},
     services::Services,
     workloads::Workloads,
     yaml::quoted,
 };
-use crate::mesh::{MeshSettings, ModeDefaults, SnapshotBuilder, TrustDomain};
+use crate::{
+    mesh::{MeshSettings, ModeDefaults, SnapshotBuilder, TrustDomain, check_name},
+    sources::kubernetes::KubernetesConfig,
+};
 
 /// Namespace whose policies hold for the whole mesh when `mesh.rootNamespace` is absent: Istio's default.
 const DEFAULT_ROOT_NAMESPACE: &str = "istio-system";
@@ -25,8 +28,11 @@ const MIN_LIFETIME: Duration = Duration::from_secs(1);
 /// Longest lifetime: one year of 365.25 days, as durations are written.
 const MAX_LIFETIME: Duration = Duration::from_hours(8766);
 
-/// Checks a document and turns it into a model.
-pub(super) fn node_config(file: &str, document: &Document) -> Result<NodeConfig, ConfigError> {
+/// Domain of the cluster's services when `kubernetes.clusterDomain` is absent: kubeadm's default.
+const DEFAULT_CLUSTER_DOMAIN: &str = "cluster.local";
+
+/// Checks a document and turns it into a model. `node` wins over the document's.
+pub(super) fn node_config(file: &str, document: &Document, node: Option<&str>) -> Result<NodeConfig, ConfigError> {
     let check = Check { file };
     let exactly = |value: &Spanned<String>, field: &str, expected: &str| {
         if value.value == expected {
@@ -36,10 +42,26 @@ pub(super) fn node_config(file: &str, document: &Document) -> Result<NodeConfig,
     };
     exactly(&document.api_version, "apiVersion", API_VERSION)?;
     exactly(&document.kind, "kind", KIND)?;
-    check.name("node", "node", &document.node)?;
+    let node = match (node, &document.node) {
+        (Some(node), _) => {
+            check_name("node", node).map_err(|e| ConfigError(format!("--node: {e}")))?;
+            node
+        }
+        (None, Some(node)) => {
+            check.name("node", "node", node)?;
+            &node.value
+        }
+        (None, None) => {
+            return Err(ConfigError(format!(
+                "{file}: field \"node\" is missing; add it, or give the name with --node or UNDERPASS_NODE"
+            )));
+        }
+    };
     let trust_domain: TrustDomain = check.parsed("trustDomain", &document.trust_domain)?;
     let issuer = issuer(check, &document.issuer)?;
     let settings = MeshSettings {
+        mode: mode(document.mesh.mode),
+        root_namespace: root_namespace(check, &document.mesh)?.into(),
         cidrs: document
             .mesh
             .cidrs
@@ -53,7 +75,7 @@ pub(super) fn node_config(file: &str, document: &Document) -> Result<NodeConfig,
         access_log: access_log::settings(check, &document.access_log)?,
     };
 
-    let node = &document.node.value;
+    let kubernetes = kubernetes(check, document, &issuer)?;
     let mut builder = SnapshotBuilder::new(node, trust_domain.clone(), settings);
     let modes = modes(check, document)?;
     let mut workloads = Workloads::new(check, node, &trust_domain, &issuer, modes);
@@ -68,7 +90,39 @@ pub(super) fn node_config(file: &str, document: &Document) -> Result<NodeConfig,
     for (i, p) in document.policies.iter().enumerate() {
         policies.add(&mut builder, i, p)?;
     }
-    Ok(NodeConfig { snapshot: builder.build(), issuer })
+    Ok(NodeConfig { snapshot: builder.build(), issuer, kubernetes })
+}
+
+/// The Kubernetes API as the source of what a file would otherwise list itself.
+fn kubernetes(
+    check: Check<'_>,
+    document: &Document,
+    issuer: &IssuerConfig,
+) -> Result<Option<KubernetesConfig>, ConfigError> {
+    let Some(section) = &document.kubernetes else { return Ok(None) };
+    for (name, listed) in [
+        ("namespaces", !document.namespaces.is_empty()),
+        ("workloads", !document.workloads.is_empty()),
+        ("services", !document.services.is_empty()),
+        ("policies", !document.policies.is_empty()),
+    ] {
+        if listed {
+            let problem = format!("{name} come from the Kubernetes API; remove {name}, or remove kubernetes");
+            return Err(check.wrong(section, "kubernetes", problem));
+        }
+    }
+    if *issuer == IssuerConfig::Files {
+        let problem = "issuer.files needs a certificate per workload, which only a file can list; use another issuer";
+        return Err(check.wrong(section, "kubernetes", problem));
+    }
+    let Kubernetes { kubeconfig, cluster_domain } = &section.value;
+    if let Some(domain) = cluster_domain {
+        check.name("domain", "kubernetes.clusterDomain", domain)?;
+    }
+    Ok(Some(KubernetesConfig {
+        kubeconfig: kubeconfig.as_ref().map(|k| check.path("kubernetes.kubeconfig", k)).transpose()?,
+        cluster_domain: cluster_domain.as_ref().map_or(DEFAULT_CLUSTER_DOMAIN, |d| &d.value).to_owned(),
+    }))
 }
 
 /// Modes of workloads that set none.

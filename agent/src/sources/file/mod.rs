@@ -6,7 +6,7 @@ mod access_log;
 mod convert;
 mod fields;
 mod labels;
-mod last_good;
+mod one_policy;
 mod policies;
 mod policy_values;
 mod probes;
@@ -22,10 +22,15 @@ mod yaml;
 
 use std::path::{Path, PathBuf};
 
+pub use one_policy::policy_of_spec;
 pub use source::FileSource;
 pub use stats::{ReloadStats, ReloadStatus};
 
+use super::{kubernetes::KubernetesConfig, last_good::Copy};
 use crate::mesh::Snapshot;
+
+/// The copy of the last accepted document.
+const LAST_GOOD: Copy = Copy { name: "last-good.yaml", longest: MAX_DOCUMENT };
 
 /// Largest document that is read, in bytes.
 pub const MAX_DOCUMENT: usize = 16 * 1024 * 1024;
@@ -56,26 +61,33 @@ pub struct NodeConfig {
     pub snapshot: Snapshot,
     /// The issuer; a change needs a restart.
     pub issuer: IssuerConfig,
+    /// Present when the mesh comes from the Kubernetes API; the snapshot then only has settings. A change needs a restart.
+    pub kubernetes: Option<KubernetesConfig>,
 }
 
 /// Parses and checks a document. `name` is used in messages. Pure: reads no file.
 pub fn parse(name: &str, text: &str) -> Result<NodeConfig, ConfigError> {
-    convert::node_config(name, &yaml::document(name, text)?)
+    parse_for(name, text, None)
+}
+
+/// The same for the node of this name, whatever name the document has: many nodes share one document.
+pub fn parse_for(name: &str, text: &str, node: Option<&str>) -> Result<NodeConfig, ConfigError> {
+    convert::node_config(name, &yaml::document(name, text)?, node)
 }
 
 /// Reads `path` and parses it. Unlike [`load`], neither uses nor writes a last good copy.
-pub fn read(path: &Path) -> Result<NodeConfig, ConfigError> {
-    parse(&path.display().to_string(), &source::read(path)?)
+pub fn read(path: &Path, node: Option<&str>) -> Result<NodeConfig, ConfigError> {
+    parse_for(&path.display().to_string(), &source::read(path)?, node)
 }
 
 /// The text of the last good copy in `state_dir`. One that somebody else could have written is refused.
 pub fn last_good(state_dir: &Path) -> std::io::Result<String> {
-    last_good::read(state_dir)
+    LAST_GOOD.read(state_dir)
 }
 
 /// Loads `path`; when it cannot be read or is invalid, the last good copy in `state_dir` (and says so). A valid file becomes the new last good copy.
 ///
 /// [`FileSource::open`] does the same and can go on to watch the file.
 pub fn load(path: &Path, state_dir: &Path) -> Result<NodeConfig, ConfigError> {
-    FileSource::open(path, state_dir).map(|(_, config)| config)
+    FileSource::open(path, state_dir, None).map(|(_, config)| config)
 }

@@ -41,8 +41,15 @@ impl<'a> Policies<'a> {
         index: usize,
         entry: &Spanned<schema::Policy>,
     ) -> Result<(), ConfigError> {
-        let (check, p) = (self.check, &entry.value);
+        let p = &entry.value;
         let at = |field: &str| format!("policies[{index}].{field}");
+        let policy = self.policy(&at, p)?;
+        builder.policy(policy).map_err(|e| self.check.wrong(&p.name, &at("name"), e))
+    }
+
+    /// Checks a policy; `at` makes the path of one of its fields.
+    pub(super) fn policy(&self, at: &impl Fn(&str) -> String, p: &schema::Policy) -> Result<Policy, ConfigError> {
+        let check = self.check;
         check.name("name", &at("name"), &p.name)?;
         check.name("namespace", &at("namespace"), &p.namespace)?;
         let action = match p.action {
@@ -59,7 +66,7 @@ impl<'a> Policies<'a> {
         }
         let own_namespace = p.namespace.value.as_str();
         let rules = p.rules.iter().enumerate();
-        let policy = Policy {
+        Ok(Policy {
             key: PolicyKey { namespace: own_namespace.into(), name: p.name.value.as_str().into() },
             scope: if own_namespace == self.root_namespace { Scope::Mesh } else { Scope::Namespace },
             selector: labels(check, &at("selector.matchLabels"), &p.selector.match_labels)?,
@@ -69,8 +76,7 @@ impl<'a> Policies<'a> {
                 .map(|(i, rule)| RuleReader { check, own_namespace }.rule(&at(&format!("rules[{i}]")), rule))
                 .collect::<Result<_, _>>()?,
             invalid: None,
-        };
-        builder.policy(policy).map_err(|e| check.wrong(&p.name, &at("name"), e))
+        })
     }
 }
 

@@ -20,9 +20,10 @@ pub(super) const KIND: &str = "NodeConfig";
 pub(super) struct Document {
     pub(super) api_version: Spanned<String>,
     pub(super) kind: Spanned<String>,
-    pub(super) node: Spanned<String>,
+    pub(super) node: Option<Spanned<String>>,
     pub(super) trust_domain: Spanned<String>,
     pub(super) issuer: Spanned<Issuer>,
+    pub(super) kubernetes: Option<Spanned<Kubernetes>>,
     #[serde(default)]
     pub(super) mesh: Mesh,
     #[serde(default)]
@@ -56,6 +57,13 @@ pub(super) struct LocalIssuer {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct FilesIssuer {}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub(super) struct Kubernetes {
+    pub(super) kubeconfig: Option<Spanned<String>>,
+    pub(super) cluster_domain: Option<Spanned<String>>,
+}
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]

@@ -12,9 +12,10 @@ use std::{
 use nix::libc;
 use tracing::{error, info, warn};
 
-use super::{ConfigError, IssuerConfig, MAX_DOCUMENT, NodeConfig, ReloadStats, last_good, parse};
+use super::{ConfigError, IssuerConfig, LAST_GOOD, MAX_DOCUMENT, NodeConfig, ReloadStats, parse_for};
 use crate::{
     mesh::{MeshStore, TrustDomain},
+    sources::kubernetes::KubernetesConfig,
     telemetry::logging::printable,
 };
 
@@ -23,6 +24,8 @@ use crate::{
 pub struct FileSource {
     pub(super) path: PathBuf,
     state_dir: PathBuf,
+    /// The node's name, if it is not the document's.
+    named: Option<String>,
     stats: Arc<ReloadStats>,
     fixed: Fixed,
     hasher: RandomState,
@@ -38,6 +41,7 @@ struct Fixed {
     node: Arc<str>,
     trust_domain: TrustDomain,
     issuer: IssuerConfig,
+    kubernetes: Option<KubernetesConfig>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,12 +53,13 @@ enum Judged {
 impl FileSource {
     /// Loads `path`; when it cannot be read or is invalid, the last good copy in `state_dir`, and says so in the log
     /// and in [`stats`](Self::stats). A valid file becomes the new last good copy.
-    pub fn open(path: &Path, state_dir: &Path) -> Result<(Self, NodeConfig), ConfigError> {
+    /// `node` wins over the name in the document.
+    pub fn open(path: &Path, state_dir: &Path, node: Option<&str>) -> Result<(Self, NodeConfig), ConfigError> {
         let hasher = RandomState::new();
         let stats = Arc::new(ReloadStats::default());
         let text = read(path);
         let judged = judged(&hasher, &text);
-        let result = text.and_then(|text| Ok((parse(&path.display().to_string(), &text)?, text)));
+        let result = text.and_then(|text| Ok((parse_for(&path.display().to_string(), &text, node)?, text)));
         let (config, in_force) = match result {
             Ok((config, text)) => {
                 keep(state_dir, &text);
@@ -63,10 +68,11 @@ impl FileSource {
             }
             Err(problem) => {
                 stats.rejected(&problem.0);
-                let copy = last_good::path(state_dir);
-                let config = last_good::read(state_dir)
+                let copy = LAST_GOOD.path(state_dir);
+                let config = LAST_GOOD
+                    .read(state_dir)
                     .map_err(|e| e.to_string())
-                    .and_then(|text| parse(&copy.display().to_string(), &text).map_err(|e| e.0))
+                    .and_then(|text| parse_for(&copy.display().to_string(), &text, node).map_err(|e| e.0))
                     .map_err(|e| {
                         ConfigError(format!("{problem}\nno last good copy to start from: {}: {e}", copy.display()))
                     })?;
@@ -76,8 +82,16 @@ impl FileSource {
             }
         };
         let fixed = Fixed::of(&config);
-        let source =
-            Self { path: path.to_owned(), state_dir: state_dir.to_owned(), stats, fixed, hasher, judged, in_force };
+        let source = Self {
+            path: path.to_owned(),
+            state_dir: state_dir.to_owned(),
+            named: node.map(ToOwned::to_owned),
+            stats,
+            fixed,
+            hasher,
+            judged,
+            in_force,
+        };
         Ok((source, config))
     }
 
@@ -102,7 +116,7 @@ impl FileSource {
         }
         let name = self.path.display().to_string();
         let accepted = text.and_then(|text| {
-            let config = parse(&name, &text)?;
+            let config = parse_for(&name, &text, self.named.as_deref())?;
             self.fixed.unchanged(&name, &config)?;
             Ok((config, text))
         });
@@ -136,6 +150,7 @@ impl Fixed {
             node: Arc::clone(&config.snapshot.node),
             trust_domain: config.snapshot.trust_domain.clone(),
             issuer: config.issuer.clone(),
+            kubernetes: config.kubernetes.clone(),
         }
     }
 
@@ -154,6 +169,13 @@ impl Fixed {
         }
         if new.issuer != self.issuer {
             return changed("issuer", &describe(&self.issuer), &describe(&new.issuer));
+        }
+        if new.kubernetes != self.kubernetes {
+            let describe = |k: &Option<KubernetesConfig>| match k {
+                Some(k) => format!("{:?} with clusterDomain {}", k.kubeconfig, k.cluster_domain),
+                None => "nothing".to_owned(),
+            };
+            return changed("kubernetes", &describe(&self.kubernetes), &describe(&new.kubernetes));
         }
         Ok(())
     }
@@ -178,9 +200,9 @@ fn judged(hasher: &RandomState, text: &Result<String, ConfigError>) -> Judged {
 
 /// Keeping the copy is a convenience for the next start: failing to must not stop this one.
 fn keep(state_dir: &Path, text: &str) {
-    if let Err(reason) = last_good::save(state_dir, text) {
+    if let Err(reason) = LAST_GOOD.save(state_dir, text) {
         warn!(
-            copy = %last_good::path(state_dir).display(),
+            copy = %LAST_GOOD.path(state_dir).display(),
             %reason,
             "the last good copy could not be written; the configuration is in force, but a start without it would use an older copy or fail"
         );

@@ -19,10 +19,15 @@ pub(super) fn document(file: &str, text: &str) -> Result<Document, ConfigError> 
             text.len()
         )));
     }
+    parsed(file, text)
+}
+
+/// Parses any part of a document.
+pub(super) fn parsed<T: for<'de> Deserialize<'de>>(file: &str, text: &str) -> Result<T, ConfigError> {
     let path = RefCell::new(String::new());
     serde_saphyr::with_deserializer_from_str_with_options(text, options(), |de| {
         let mut track = serde_path_to_error::Track::new();
-        Document::deserialize(serde_path_to_error::Deserializer::new(de, &mut track)).inspect_err(|_| {
+        T::deserialize(serde_path_to_error::Deserializer::new(de, &mut track)).inspect_err(|_| {
             // `value` is the node `Spanned` puts around each value; no field of the schema has that name.
             *path.borrow_mut() = field_path(&track.path());
         })

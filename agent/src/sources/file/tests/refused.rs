@@ -47,7 +47,7 @@ fn shapes_and_types() {
             "workloads[0].addresses: a list, like [a, b], is expected here; see docs/configuration.md",
         ),
         ("node: node-a", "node: @{}", "node: a single value is expected here; see docs/configuration.md"),
-        ("node: node-a", "node@:", "node: the value is missing; write one after the colon, or remove the field"),
+        ("kind: NodeConfig", "kind@:", "kind: the value is missing; write one after the colon, or remove the field"),
         ("node: node-a", "node: node-a\n@node: x", r#"field "node" is given twice; remove one"#),
         // A missing field is reported at the last field that is there.
         (
@@ -69,7 +69,7 @@ fn unknown_fields_everywhere() {
         (
             "node: node-a",
             "@nodes: node-a",
-            r#"nodes: unknown field "nodes"; known here: apiVersion, kind, node, trustDomain, issuer, mesh, probes, accessLog, namespaces, workloads, services, policies"#,
+            r#"nodes: unknown field "nodes"; known here: apiVersion, kind, node, trustDomain, issuer, kubernetes, mesh, probes, accessLog, namespaces, workloads, services, policies"#,
         ),
         ("local: {", "@remote: {", r#"issuer.remote: unknown field "remote"; known here: local, files"#),
         (

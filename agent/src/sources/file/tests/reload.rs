@@ -78,7 +78,7 @@ fn without_a_valid_file_the_copy_is_used() {
     load(&place.config(), &place.state()).unwrap();
 
     place.write("kind: nonsense\n");
-    let (source, config) = FileSource::open(&place.config(), &place.state()).unwrap();
+    let (source, config) = FileSource::open(&place.config(), &place.state(), None).unwrap();
     assert_eq!(&*config.snapshot.node, "node-a");
     let status = source.stats().status();
     assert!(status.from_last_good, "{status:?}");
@@ -87,7 +87,7 @@ fn without_a_valid_file_the_copy_is_used() {
     assert_eq!(fs::read_to_string(place.copy()).unwrap(), BASE, "an invalid file does not replace the copy");
 
     fs::remove_file(place.config()).unwrap();
-    let (source, config) = FileSource::open(&place.config(), &place.state()).unwrap();
+    let (source, config) = FileSource::open(&place.config(), &place.state(), None).unwrap();
     assert_eq!(config.snapshot.workloads().count(), 2);
     assert!(source.stats().status().error.unwrap().contains("check --config"));
 }
@@ -160,7 +160,7 @@ fn a_full_disk_does_no_harm() {
     // Larger than the disk: the new document is in force, the old copy stays whole.
     let large = format!("{BASE}{}", "# padding\n".repeat(4000));
     place.write(&large);
-    let (source, config) = FileSource::open(&place.config(), &place.state()).unwrap();
+    let (source, config) = FileSource::open(&place.config(), &place.state(), None).unwrap();
     assert_eq!(config.snapshot.workloads().count(), 2);
     assert!(source.stats().status().error.is_none());
     assert_eq!(fs::read_to_string(place.copy()).unwrap(), BASE);
@@ -178,7 +178,7 @@ fn a_read_only_state_directory_does_no_harm() {
     let place = Place::new();
     let disk = Tmpfs::new(&place.state(), MsFlags::MS_RDONLY, "size=64k,mode=0700");
     place.write(BASE);
-    let (source, config) = FileSource::open(&place.config(), &place.state()).unwrap();
+    let (source, config) = FileSource::open(&place.config(), &place.state(), None).unwrap();
     assert_eq!(config.snapshot.workloads().count(), 2);
     assert_eq!(source.stats().status().accepted, 1);
     assert!(!place.copy().exists());
@@ -200,7 +200,7 @@ impl Drop for Running {
 
 impl Running {
     fn start(place: &Place) -> Self {
-        let (source, config) = FileSource::open(&place.config(), &place.state()).unwrap();
+        let (source, config) = FileSource::open(&place.config(), &place.state(), None).unwrap();
         let store = Arc::new(MeshStore::new(config.snapshot));
         let generation = store.subscribe();
         let stats = source.stats();
@@ -346,7 +346,7 @@ async fn a_change_behind_a_link_is_applied() {
 async fn a_change_before_the_watch_is_not_missed() {
     let place = Place::new();
     place.write(BASE);
-    let (source, config) = FileSource::open(&place.config(), &place.state()).unwrap();
+    let (source, config) = FileSource::open(&place.config(), &place.state(), None).unwrap();
     place.write(&with_service());
     let store = Arc::new(MeshStore::new(config.snapshot));
     let mut generation = store.subscribe();

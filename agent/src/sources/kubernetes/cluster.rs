@@ -1,0 +1,97 @@
+//! Everything the API server has said.
+
+use super::{
+    objects,
+    read::Reader,
+    records::{ConfiguredRecord, Key, NamespaceRecord, NodeRecord, PodRecord, ServiceRecord, SliceRecord},
+    status::Kind,
+    table::{Delta, Table},
+    watch::Seen,
+};
+
+/// An event of one of the watches.
+pub(super) enum Change {
+    Pod(Seen<objects::Pod>),
+    Namespace(Seen<objects::Namespace>),
+    Node(Seen<objects::Node>),
+    Service(Seen<objects::Service>),
+    Slice(Seen<objects::EndpointSlice>),
+    Policy(Seen<objects::Configured>),
+    Authentication(Seen<objects::Configured>),
+}
+
+/// The records of every kind.
+#[derive(Debug, Default)]
+pub(super) struct Cluster {
+    pub(super) pods: Table<Key, PodRecord>,
+    /// By name, with an empty namespace.
+    pub(super) namespaces: Table<Key, NamespaceRecord>,
+    /// This one, if it is known.
+    pub(super) nodes: Table<Key, NodeRecord>,
+    pub(super) services: Table<Key, ServiceRecord>,
+    pub(super) slices: Table<Key, SliceRecord>,
+    pub(super) policies: Table<Key, ConfiguredRecord>,
+    pub(super) authentications: Table<Key, ConfiguredRecord>,
+}
+
+impl Cluster {
+    /// Takes in an event; `true` when something is different now.
+    pub(super) fn take(&mut self, reader: &mut Reader, change: Change) -> bool {
+        let listed = matches!(change, Change::Pod(Seen::ListEnds) | Change::Slice(Seen::ListEnds));
+        let changed = match change {
+            Change::Pod(seen) => take(&mut self.pods, reader, seen, |o| &o.metadata, Reader::pod),
+            Change::Namespace(seen) => {
+                take(&mut self.namespaces, reader, seen, |o| &o.metadata, |r, o| Some(r.namespace(o)))
+            }
+            Change::Node(seen) => take(&mut self.nodes, reader, seen, |o| &o.metadata, |r, o| Some(r.node(o))),
+            Change::Service(seen) => take(&mut self.services, reader, seen, |o| &o.metadata, Reader::service),
+            Change::Slice(seen) => take(&mut self.slices, reader, seen, |o| &o.metadata, Reader::slice),
+            Change::Policy(seen) => {
+                take(&mut self.policies, reader, seen, |o| &o.metadata, |r, o| Some(r.configured(o)))
+            }
+            Change::Authentication(seen) => {
+                take(&mut self.authentications, reader, seen, |o| &o.metadata, |r, o| Some(r.configured(o)))
+            }
+        };
+        if listed {
+            reader.prune();
+        }
+        changed
+    }
+
+    /// Has every kind been listed?
+    pub(super) fn synced(&self) -> bool {
+        self.counts().into_iter().all(|(_, _, synced)| synced)
+    }
+
+    /// How many there are of each kind, and whether it has been listed.
+    pub(super) fn counts(&self) -> [(Kind, usize, bool); 7] {
+        [
+            (Kind::Pod, self.pods.len(), self.pods.synced()),
+            (Kind::Namespace, self.namespaces.len(), self.namespaces.synced()),
+            (Kind::Node, self.nodes.len(), self.nodes.synced()),
+            (Kind::Service, self.services.len(), self.services.synced()),
+            (Kind::EndpointSlice, self.slices.len(), self.slices.synced()),
+            (Kind::AuthorizationPolicy, self.policies.len(), self.policies.synced()),
+            (Kind::PeerAuthentication, self.authentications.len(), self.authentications.synced()),
+        ]
+    }
+}
+
+fn take<T, R: PartialEq>(
+    table: &mut Table<Key, R>,
+    reader: &mut Reader,
+    seen: Seen<T>,
+    meta: impl Fn(&T) -> &kube::api::ObjectMeta,
+    read: impl Fn(&mut Reader, &T) -> Option<R>,
+) -> bool {
+    let delta = match seen {
+        Seen::Applied(object) => Delta::Apply(reader.key(meta(&object)), read(reader, &object)),
+        Seen::Listed(object) => Delta::Listed(reader.key(meta(&object)), read(reader, &object)),
+        Seen::Deleted(object) => Delta::Delete(reader.key(meta(&object))),
+        Seen::ListBegins => Delta::ListBegins,
+        Seen::ListEnds => Delta::ListEnds,
+        Seen::Absent => return table.none(),
+    };
+    table.take(delta)
+}

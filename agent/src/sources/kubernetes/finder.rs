@@ -1,0 +1,158 @@
+//! Finds the network namespaces of this node's pods, by the cgroups that the kubelet makes for them.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// Levels between the attach point and a pod's cgroup: the class of service, and what lies above kubepods on nodes that are
+/// containers.
+const DEPTH: usize = 5;
+/// Levels below a pod's cgroup in which its processes are: container runtimes nest one or two.
+const DEPTH_IN_POD: usize = 3;
+/// Directories in which container runtimes give namespaces a name.
+const NAMED: [&str; 2] = ["/run/netns", "/var/run/netns"];
+
+/// Where a pod is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Its network namespace.
+    pub(super) netns: PathBuf,
+    /// Its cgroup.
+    pub(super) cgroup: PathBuf,
+}
+
+#[derive(Debug)]
+struct Known {
+    place: Place,
+    /// Held, so that the kernel gives its number to no other namespace; the path may go through it.
+    _namespace: File,
+}
+
+/// Remembers where pods are, by uid.
+#[derive(Debug)]
+pub(super) struct Finder {
+    /// The cgroup above the pods'.
+    root: PathBuf,
+    known: HashMap<Arc<str>, Known>,
+}
+
+impl Finder {
+    /// Looks below the cgroup directory `root`.
+    pub(super) fn new(root: &Path) -> Self {
+        Self { root: root.to_owned(), known: HashMap::new() }
+    }
+
+    /// Where the pod is, if it was found.
+    pub(super) fn place(&self, uid: &str) -> Option<&Place> {
+        self.known.get(uid).map(|known| &known.place)
+    }
+
+    /// Forgets all others than `uids` and looks for those of them that are not known. Blocks on the file system. `true` when all
+    /// are known.
+    pub(super) fn find(&mut self, uids: &[Arc<str>]) -> bool {
+        let wanted: std::collections::HashSet<_> = uids.iter().collect();
+        self.known.retain(|uid, _| wanted.contains(uid));
+        // The systemd cgroup driver writes uids with underscores.
+        let mut missing: HashMap<String, Arc<str>> = uids
+            .iter()
+            .filter(|uid| !uid.is_empty() && !self.known.contains_key(*uid))
+            .flat_map(|uid| [uid.to_string(), uid.replace('-', "_")].map(|name| (name, Arc::clone(uid))))
+            .collect();
+        if !missing.is_empty() {
+            let own = fs::metadata("/proc/self/ns/net").map(|m| (m.dev(), m.ino())).ok();
+            let mut found = Vec::new();
+            search(&self.root, DEPTH, &mut missing, &mut found);
+            for (uid, cgroup) in found {
+                if let Some(known) = enter(&cgroup, own) {
+                    self.known.insert(uid, known);
+                }
+            }
+        }
+        uids.iter().all(|uid| self.known.contains_key(uid))
+    }
+}
+
+/// Collects the cgroups of `missing` pods: `pod<uid>`, or `...-pod<uid>.slice` with the systemd driver.
+fn search(
+    directory: &Path,
+    depth: usize,
+    missing: &mut HashMap<String, Arc<str>>,
+    found: &mut Vec<(Arc<str>, PathBuf)>,
+) {
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    for entry in entries.flatten() {
+        if !entry.file_type().is_ok_and(|t| t.is_dir()) {
+            continue;
+        }
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        let stem = name.strip_suffix(".slice").unwrap_or(name);
+        if let Some((before, uid)) = stem.rsplit_once("pod")
+            && (before.is_empty() || before.ends_with('-'))
+        {
+            if let Some(uid) = missing.get(uid) {
+                found.push((Arc::clone(uid), entry.path()));
+            }
+            // Below a pod there is no other.
+            if !uid.is_empty() && uid != "s" {
+                continue;
+            }
+        }
+        if depth > 1 {
+            search(&entry.path(), depth - 1, missing, found);
+        }
+    }
+}
+
+/// The namespace of the pod's processes. `own` is the agent's: a process in it has not entered the pod's yet.
+fn enter(cgroup: &Path, own: Option<(u64, u64)>) -> Option<Known> {
+    let mut pids = Vec::new();
+    processes(cgroup, DEPTH_IN_POD, &mut pids);
+    pids.sort_unstable();
+    for pid in pids {
+        let Ok(namespace) = File::open(format!("/proc/{pid}/ns/net")) else { continue };
+        // Read after the namespace was opened: had the number passed to another process before, this would tell.
+        let Ok(cgroups) = fs::read_to_string(format!("/proc/{pid}/cgroup")) else { continue };
+        let name = cgroup.file_name()?.to_str()?;
+        if !cgroups.lines().filter_map(|l| l.strip_prefix("0::")).any(|path| path.split('/').any(|part| part == name)) {
+            continue;
+        }
+        let Ok(meta) = namespace.metadata() else { continue };
+        let id = (meta.dev(), meta.ino());
+        if Some(id) == own {
+            continue;
+        }
+        let netns = named(id).unwrap_or_else(|| PathBuf::from(format!("/proc/self/fd/{}", namespace.as_raw_fd())));
+        return Some(Known { place: Place { netns, cgroup: cgroup.to_owned() }, _namespace: namespace });
+    }
+    None
+}
+
+fn processes(cgroup: &Path, depth: usize, pids: &mut Vec<u32>) {
+    let listed = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    // 0 is a process of another PID namespace.
+    pids.extend(listed.lines().filter_map(|l| l.parse::<u32>().ok()).filter(|pid| *pid > 0));
+    if depth == 0 {
+        return;
+    }
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            processes(&entry.path(), depth - 1, pids);
+        }
+    }
+}
+
+/// The name that the container runtime gave the namespace: it tells an operator more than a number.
+fn named(id: (u64, u64)) -> Option<PathBuf> {
+    NAMED
+        .iter()
+        .flat_map(fs::read_dir)
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| fs::metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == id))
+}

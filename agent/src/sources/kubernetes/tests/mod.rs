@@ -1,0 +1,5 @@
+//! Objects in, snapshots out.
+
+mod compiling;
+mod scale;
+pub(super) mod support;
