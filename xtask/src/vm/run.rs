@@ -70,7 +70,8 @@ impl<'a> Run<'a> {
         concatenate(&[&kernel.modules, &self.system, &plan], &initramfs)?;
         let (sender, events) = channel();
         self.interrupt.send_to(sender.clone());
-        let without = if left_out == 0 { String::new() } else { format!(", {left_out} left out: they need tcx, or run on 6.12") };
+        let without =
+            if left_out == 0 { String::new() } else { format!(", {left_out} left out: they need tcx, or run on 6.12") };
         self.ui.say(&format!("Starting Linux {} for {} tests{without}", kernel.version, tests.len()));
         let machine = Machine::start(
             self.qemu,
