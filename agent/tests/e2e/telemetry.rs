@@ -175,8 +175,7 @@ fn the_nodes_tools_are_answered() -> Result<()> {
     ensure!(process.wait(Duration::from_secs(30))?.success(), "{}", world.a.log());
     // The ports are free again.
     world.a.restart()?;
-    get(&node, 15021, "/healthz/ready")?;
-    Ok(())
+    eventually(Duration::from_secs(20), || get(&node, 15021, "/healthz/ready").map(drop))
 }
 
 #[test]

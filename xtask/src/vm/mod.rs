@@ -45,7 +45,8 @@ pub(crate) struct Options {
     /// Only this kernel; may be given several times. All of them by default.
     #[arg(long, value_enum)]
     kernel: Vec<Series>,
-    /// Run every test, also the long ones (those marked ignored) and those that depend little on the kernel.
+    /// Run every test, also the long ones (those marked ignored) and those that depend little on the kernel. Without it, and
+    /// without a filter or --kernel, some tests run on 6.12 only.
     #[arg(long)]
     full: bool,
     /// Look for newer kernels; otherwise those fetched before are used.
@@ -60,6 +61,11 @@ pub(crate) struct Options {
 }
 
 impl Options {
+    /// Particular tests or kernels were asked for, or everything.
+    fn is_particular(&self) -> bool {
+        self.full || self.filter.is_some() || !self.kernel.is_empty()
+    }
+
     /// What `cargo xtask test` runs.
     pub(crate) fn all_kernels(full: bool) -> Self {
         Self { full, ..Self::default() }

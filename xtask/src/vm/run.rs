@@ -63,14 +63,15 @@ impl<'a> Run<'a> {
 
     /// Runs the tests on one kernel and tells how they went.
     pub(super) fn on(&self, kernel: &Kernel) -> Result<Outcome> {
-        let tests = suites::for_kernel(self.tests, kernel.series);
+        let tests = suites::for_kernel(self.tests, kernel.series, self.options.is_particular());
         let left_out = self.tests.len() - tests.len();
         let (plan, initramfs) = (self.directory.path().join("plan.cpio"), self.directory.path().join("initramfs"));
         image::plan(Profile::Debug, tests.clone(), None, self.options.full)?.write(&plan)?;
         concatenate(&[&kernel.modules, &self.system, &plan], &initramfs)?;
         let (sender, events) = channel();
         self.interrupt.send_to(sender.clone());
-        let without = if left_out == 0 { String::new() } else { format!(", without {left_out} that need tcx") };
+        let without =
+            if left_out == 0 { String::new() } else { format!(", {left_out} left out: they need tcx, or run on 6.12") };
         self.ui.say(&format!("Starting Linux {} for {} tests{without}", kernel.version, tests.len()));
         let machine = Machine::start(
             self.qemu,

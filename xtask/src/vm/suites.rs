@@ -69,6 +69,13 @@ const TCX: &[&str] = &[
     "capture::tests::restart::tcx_and_clsact_replace_each_other",
 ];
 
+/// What differs little between kernels and takes long: when everything runs, one kernel is enough for it.
+const ON_ONE_KERNEL: &[(&str, &[&str])] = &[
+    ("cli", &[""]),
+    ("e2e", &["certificates::", "connections::", "limits::", "operators::", "telemetry::"]),
+    ("underpass", &["admin::", "cli::"]),
+];
+
 const SUITES: &[Suite] = &[
     Suite { name: "bpf-load", package: BPF, target: "load", kind: "test", retries: 1, usual: Usual::All },
     Suite { name: "bpf-capture", package: BPF, target: "capture", kind: "test", retries: 1, usual: Usual::All },
@@ -173,8 +180,14 @@ pub(super) fn tests(programs: &[Program], filter: Option<&str>, full: bool) -> R
     Ok(all)
 }
 
-/// Those of `tests` that a kernel can pass.
-pub(super) fn for_kernel(tests: &[Test], series: Series) -> Vec<Test> {
+/// Those of `tests` that a kernel can pass; without `all`, on all kernels but one only what differs between kernels.
+pub(super) fn for_kernel(tests: &[Test], series: Series, all: bool) -> Vec<Test> {
     let fits = |test: &&Test| series.has_tcx() || !TCX.contains(&test.name.as_str());
-    tests.iter().filter(fits).cloned().collect()
+    let differs = |test: &Test| {
+        let same = |(suite, parts): &(&str, &[&str])| {
+            *suite == test.suite && parts.iter().any(|part| test.name.starts_with(part))
+        };
+        !ON_ONE_KERNEL.iter().any(same)
+    };
+    tests.iter().filter(fits).filter(|test| all || series == Series::V6_12 || differs(test)).cloned().collect()
 }
