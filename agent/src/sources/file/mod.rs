@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 pub use source::FileSource;
 pub use stats::{ReloadStats, ReloadStatus};
 
-use crate::mesh::Snapshot;
+use crate::mesh::{IstioCa, Snapshot};
 
 /// Largest document that is read, in bytes.
 pub const MAX_DOCUMENT: usize = 16 * 1024 * 1024;
@@ -47,6 +47,18 @@ pub enum IssuerConfig {
     },
     /// PEM files named per workload.
     Files,
+    /// An authority that speaks Istio's certificate service.
+    Istio(IstioCa),
+}
+
+impl std::fmt::Display for IssuerConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Local { .. } => "local",
+            Self::Files => "files",
+            Self::Istio(_) => "istio",
+        })
+    }
 }
 
 /// What a configuration file says.
