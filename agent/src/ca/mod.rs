@@ -1,9 +1,9 @@
 //! `underpass ca`: a certificate authority for node agents.
 //!
-//! It signs for pods, and believes nobody about which: the API server says whose token a request carries ([`review`]),
-//! on which node that agent's pod is, and which pods are on that node ([`pods`]). Of the signing request only the public
+//! It signs for pods, and believes nobody about which: the API server says whose token a request carries (`review`),
+//! on which node that agent's pod is, and which pods are on that node (`pods`). Of the signing request only the public
 //! key is taken ([`csr`]); the name in the certificate is the identity that was checked. The key that signs lives in a
-//! Secret that several replicas share, or is somebody else's ([`roots`]).
+//! Secret that several replicas share, or is somebody else's (`roots`).
 
 pub mod csr;
 mod limits;
@@ -39,7 +39,7 @@ const TIDY: Duration = Duration::from_mins(1);
 pub struct Settings {
     /// Identities are of this trust domain.
     pub trust_domain: TrustDomain,
-    /// Namespace of the server: its Secret and ConfigMap are there.
+    /// Namespace of the server: its Secret and `ConfigMap` are there.
     pub namespace: String,
     /// Audience that agents' tokens must be for.
     pub audience: String,
@@ -55,7 +55,7 @@ pub struct Settings {
     pub root_replaced_before: Duration,
     /// Names in the serving certificate.
     pub dns_names: Vec<String>,
-    /// ConfigMap with the roots; none with an empty name.
+    /// `ConfigMap` with the roots; none with an empty name.
     pub config_map: String,
     /// Namespaces that it is kept in.
     pub publish_to: Vec<String>,

@@ -1,4 +1,4 @@
-//! The roots in a ConfigMap: what agents verify this server with.
+//! The roots in a `ConfigMap`: what agents verify this server with.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -14,7 +14,7 @@ use tracing::{info, warn};
 
 use super::signer::Current;
 
-/// Key in the ConfigMap.
+/// Key in the `ConfigMap`.
 pub const KEY: &str = "ca.crt";
 /// Somebody else's change is put right after this long.
 const CHECK: Duration = Duration::from_mins(5);
@@ -23,7 +23,7 @@ const RETRY: Duration = Duration::from_secs(5);
 /// Longest time for one request to the API server.
 const API_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Keeps the ConfigMap `name` in these namespaces equal to the signer's roots, until it is dropped.
+/// Keeps the `ConfigMap` `name` in these namespaces equal to the signer's roots, until it is dropped.
 pub(super) async fn run(client: Client, namespaces: &[String], name: &str, mut signer: watch::Receiver<Current>) {
     loop {
         let current = signer.borrow_and_update().clone();

@@ -36,10 +36,10 @@ pub struct CaArgs {
     /// Trust domain of the identities that are signed.
     #[arg(long, value_name = "NAME", default_value = "cluster.local", env = "UNDERPASS_TRUST_DOMAIN")]
     trust_domain: TrustDomain,
-    /// Namespace of this Deployment: its Secret and ConfigMap are there [default: the pod's, or the kubeconfig's].
+    /// Namespace of this Deployment: its Secret and `ConfigMap` are there [default: the pod's, or the kubeconfig's].
     #[arg(long, value_name = "NAME", env = "POD_NAMESPACE")]
     namespace: Option<String>,
-    /// ServiceAccount of agents, NAME or NAMESPACE/NAME. Can be given several times [default: underpass].
+    /// `ServiceAccount` of agents, NAME or NAMESPACE/NAME. Can be given several times [default: underpass].
     #[arg(long = "agent", value_name = "ACCOUNT")]
     agents: Vec<String>,
     /// Audience that an agent's token must be for.
@@ -71,7 +71,7 @@ pub struct CaArgs {
     /// .NAMESPACE.svc and .NAMESPACE.svc.cluster.local].
     #[arg(long = "dns-name", value_name = "NAME")]
     dns_names: Vec<String>,
-    /// ConfigMap that the roots are published in; with an empty name nowhere.
+    /// `ConfigMap` that the roots are published in; with an empty name nowhere.
     #[arg(long, value_name = "NAME", default_value = "underpass-ca-root")]
     config_map: String,
     /// Further namespaces to publish it in. Can be given several times; each needs a Role.

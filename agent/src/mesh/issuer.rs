@@ -11,7 +11,7 @@ pub struct IstioCa {
     pub address: CaAddress,
     /// PEM roots that its server certificate is checked with.
     pub root_file: PathBuf,
-    /// Token of the agent's ServiceAccount, with the authority's audience.
+    /// Token of the agent's `ServiceAccount`, with the authority's audience.
     pub token_file: PathBuf,
     /// Name of the cluster (header `clusterid`), which istiod picks its token reviewer by.
     pub cluster_id: String,

@@ -32,7 +32,7 @@ const MAX_TOKEN: usize = 12 * 1024;
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 
-/// Namespace and name of a ServiceAccount.
+/// Namespace and name of a `ServiceAccount`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServiceAccount {
     /// Namespace.

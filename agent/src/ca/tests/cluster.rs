@@ -1,4 +1,4 @@
-//! An API server in memory: pods, Secrets and ConfigMaps with versions and watches, and reviews of tokens.
+//! An API server in memory: pods, Secrets and `ConfigMap`s with versions and watches, and reviews of tokens.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},

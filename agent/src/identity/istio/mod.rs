@@ -1,7 +1,7 @@
 //! Certificates from an authority that speaks Istio's certificate service: `underpass ca`, istiod, istio-csr.
 //!
 //! The key is made here and never leaves; what is sent is a signing request, the identity it is for, and the token of
-//! the agent's ServiceAccount. The roots of each answer become those that peers are verified with, so the authority can
+//! the agent's `ServiceAccount`. The roots of each answer become those that peers are verified with, so the authority can
 //! replace its root under a running mesh.
 
 pub(crate) mod channel;
