@@ -4,9 +4,11 @@
 
 mod bench;
 mod check;
+mod cluster;
 mod demo;
 mod exec;
 mod fuzz;
+mod image;
 mod places;
 mod setup;
 mod signals;
@@ -38,10 +40,14 @@ enum Command {
     Test(test::Options),
     /// Run the tests that talk to the kernel on other kernels, in virtual machines.
     Vm(vm::Options),
+    /// A real Kubernetes: its programs, the tests on its control plane, a cluster of two nodes to play with (root).
+    Cluster(cluster::Options),
     /// Measure what Underpass costs, beside other systems, in one run (root).
     Bench(bench::Options),
     /// Try to make the agents lose, repeat or reorder bytes, or end connections otherwise than plain TCP does (root).
     Torture(torture::Options),
+    /// The agent as a container image in a file, for `ctr images import`.
+    Image(image::Options),
     /// Formatting, lints, documentation links, licences and advisories.
     Check,
     /// Run the fuzz targets.
@@ -55,8 +61,10 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&ui, &options),
         Command::Test(options) => test::run(&ui, &options),
         Command::Vm(options) => vm::run(&ui, &options),
+        Command::Cluster(options) => cluster::run(&ui, &options),
         Command::Bench(options) => bench::run(&ui, &options),
         Command::Torture(options) => torture::run(&ui, &options),
+        Command::Image(options) => image::run(&ui, &options),
         Command::Check => check::run(&ui),
         Command::Fuzz(options) => fuzz::run(&ui, &options),
     };

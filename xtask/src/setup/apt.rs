@@ -88,6 +88,15 @@ impl Sandbox {
         Ok(Self { directory: directory.to_path_buf(), options })
     }
 
+    /// Has source packages, too.
+    pub(crate) fn with_sources(self) -> Result<Self> {
+        let list = self.directory.join("private.sources");
+        let text = fs::read_to_string(&list).with_context(|| format!("reading {}", list.display()))?;
+        fs::write(&list, text.replace("Types: deb\n", "Types: deb deb-src\n"))
+            .with_context(|| format!("writing {}", list.display()))?;
+        Ok(self)
+    }
+
     /// Fetches the lists. A suite that a mirror does not have is no failure: what is found is looked at.
     pub(crate) fn update(&self, step: &Step) -> Result<()> {
         let result = exec::quietly(self.apt("apt-get").arg("update"), step);
@@ -116,6 +125,16 @@ impl Sandbox {
             step,
         )?;
         package_files(&into)?.pop().with_context(|| format!("apt-get downloaded no file for {package} {version}"))
+    }
+
+    /// Downloads the files of a source package, verified; the directory that they are in.
+    pub(crate) fn download_source(&self, package: &str, version: &str, step: &Step) -> Result<PathBuf> {
+        let into = self.directory.join("download").join(package);
+        fs::create_dir_all(&into).with_context(|| format!("creating {}", into.display()))?;
+        let mut apt = self.apt("apt-get");
+        apt.args(["source", "--download-only", "--only-source", &format!("{package}={version}")]).current_dir(&into);
+        exec::quietly(&mut apt, step)?;
+        Ok(into)
     }
 
     /// Downloads packages and what they need that is not installed.

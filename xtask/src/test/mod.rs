@@ -1,24 +1,28 @@
-//! `cargo xtask test`: every test, a short run of every fuzz target and of every torture, and tests on other kernels; one closing line.
+//! `cargo xtask test`: every test, a short run of every fuzz target and of every torture, tests on Kubernetes and on other kernels; one
+//! closing line.
 
 mod tally;
 
 use std::{path::Path, process::Command, time::Duration};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::geteuid;
+use serde::Deserialize;
 use testbed::Testbed;
 
 use crate::{
-    exec, fuzz, places, setup, torture,
+    cluster, exec, fuzz, places, setup, torture,
     ui::Ui,
     vm::{self, NEED_KTLS},
 };
-use tally::Tally;
+pub(crate) use tally::Tally;
 
 /// How long each fuzz target runs, in general and with `--full`.
 const FUZZ: [Duration; 2] = [Duration::from_secs(10), Duration::from_mins(1)];
 /// Tests of `cargo test` that run at a time: most of them fill a network of their own.
 const THREADS: &str = "2";
+/// The agent's tests that need a Kubernetes control plane, whose programs have to be built first: `cargo xtask cluster test`.
+const KUBERNETES: &str = "kubernetes";
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -28,10 +32,14 @@ pub(crate) struct Options {
     /// Do not fuzz.
     #[arg(long)]
     no_fuzz: bool,
+    /// Do not run tests that need a Kubernetes control plane, whose programs take some ten minutes to build, once.
+    #[arg(long)]
+    no_cluster: bool,
     /// Do not run tests on other kernels in virtual machines.
     #[arg(long)]
     no_vm: bool,
-    /// Only tests whose name contains this; nothing is fuzzed or tortured then, and no virtual machine started.
+    /// Only tests whose name contains this; nothing is fuzzed or tortured then, and no control plane or virtual machine
+    /// started.
     filter: Option<String>,
 }
 
@@ -42,23 +50,19 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
     );
     setup::ensure(ui)?;
     Testbed::sweep()?;
-    ui.step("building the programs under test", |step| {
-        exec::quietly(
-            &mut cargo(&["build", "--locked", "--package", "underpass", "--package", "testbed", "--bins"]),
-            step,
-        )
-    })?;
+    build_programs(ui)?;
     ui.step("building the tests", |step| exec::quietly(&mut cargo(&["test", "--locked", "--no-run"]), step))?;
 
     let mut total = Tally::default();
     if places::program("cargo-nextest").is_some() {
-        total += nextest(ui, options)?;
+        let others = format!("not binary(={KUBERNETES})");
+        total += nextest(ui, options.full, options.filter.as_deref(), &others)?;
         if options.filter.is_none() {
             // nextest leaves the examples in the documentation out.
-            total += cargo_test(ui, options, &["--doc"])?;
+            total += cargo_test(ui, options.full, None, &["--doc"])?;
         }
     } else {
-        total += cargo_test(ui, options, &[])?;
+        total += without_nextest(ui, options)?;
     }
     if options.filter.is_none() && !options.no_fuzz {
         let outcome = fuzz::run_all(ui, None, FUZZ[usize::from(options.full)])?;
@@ -69,6 +73,13 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
         let outcome = torture::short(ui)?;
         total.passed += outcome.passed;
         total.failed += outcome.failed;
+    }
+    if options.filter.is_none() {
+        if options.no_cluster {
+            ui.say("No tests run on Kubernetes (--no-cluster).");
+        } else {
+            total += cluster::run_all(ui, None, options.full)?;
+        }
     }
     if options.filter.is_none() {
         if options.no_vm {
@@ -98,29 +109,91 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn nextest(ui: &Ui, options: &Options) -> Result<Tally> {
+/// Builds the programs that tests start.
+pub(crate) fn build_programs(ui: &Ui) -> Result<()> {
+    ui.step("building the programs under test", |step| {
+        exec::quietly(
+            &mut cargo(&["build", "--locked", "--package", "underpass", "--package", "testbed", "--bins"]),
+            step,
+        )
+    })
+}
+
+/// Runs the tests that need a Kubernetes control plane, whose programs are there.
+pub(crate) fn kubernetes(ui: &Ui, filter: Option<&str>, full: bool) -> Result<Tally> {
+    if places::program("cargo-nextest").is_some() {
+        nextest(ui, full, filter, &format!("binary(={KUBERNETES})"))
+    } else {
+        cargo_test(ui, full, filter, &["--package", "underpass", "--test", KUBERNETES])
+    }
+}
+
+/// Every test but those on Kubernetes.
+fn without_nextest(ui: &Ui, options: &Options) -> Result<Tally> {
+    // cargo can leave nothing out, so all others are named.
+    let mut arguments = vec!["--lib".to_owned(), "--bins".to_owned()];
+    for target in test_targets()?.into_iter().filter(|target| target != KUBERNETES) {
+        arguments.extend(["--test".to_owned(), target]);
+    }
+    let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+    let mut total = cargo_test(ui, options.full, options.filter.as_deref(), &arguments)?;
+    total += cargo_test(ui, options.full, options.filter.as_deref(), &["--doc"])?;
+    Ok(total)
+}
+
+/// Names of the integration tests of the packages that are built by default.
+fn test_targets() -> Result<Vec<String>> {
+    #[derive(Deserialize)]
+    struct Metadata {
+        packages: Vec<Package>,
+        workspace_default_members: Vec<String>,
+    }
+    #[derive(Deserialize)]
+    struct Package {
+        id: String,
+        targets: Vec<Target>,
+    }
+    #[derive(Deserialize)]
+    struct Target {
+        name: String,
+        kind: Vec<String>,
+    }
+    let text = exec::output(&mut cargo(&["metadata", "--locked", "--no-deps", "--format-version=1"]))?;
+    let all: Metadata = serde_json::from_str(&text).context("reading cargo's metadata")?;
+    let members = all.packages.into_iter().filter(|package| all.workspace_default_members.contains(&package.id));
+    let targets = members.flat_map(|package| package.targets);
+    let mut names: Vec<_> =
+        targets.filter(|target| target.kind.iter().any(|kind| kind == "test")).map(|target| target.name).collect();
+    names.sort_unstable();
+    names.dedup();
+    Ok(names)
+}
+
+/// Runs the tests that a filterset of nextest selects.
+fn nextest(ui: &Ui, full: bool, filter: Option<&str>, wanted: &str) -> Result<Tally> {
     let mut command =
         cargo(&["nextest", "run", "--locked", "--no-fail-fast", "--no-tests=pass", "--hide-progress-bar"]);
-    if options.full {
+    let mut filterset = wanted.to_owned();
+    if full {
         command.args(["--run-ignored", "all"]).env("UNDERPASS_FULL", "1");
         if !has_ktls() {
-            command.args(["--filterset", &format!("not test(/{NEED_KTLS}/)")]);
+            filterset += &format!(" & not test(/{NEED_KTLS}/)");
         }
     }
-    command.args(&options.filter);
+    command.args(["--filterset", &filterset]).args(filter);
     count(ui, &mut command, tally::nextest)
 }
 
-fn cargo_test(ui: &Ui, options: &Options, arguments: &[&str]) -> Result<Tally> {
+fn cargo_test(ui: &Ui, full: bool, filter: Option<&str>, arguments: &[&str]) -> Result<Tally> {
     let mut command = cargo(&["test", "--locked", "--no-fail-fast"]);
     command.args(arguments).args(["--", "--test-threads", THREADS]);
-    if options.full {
+    if full {
         command.arg("--include-ignored").env("UNDERPASS_FULL", "1");
         if !has_ktls() {
             command.args(["--skip", NEED_KTLS]);
         }
     }
-    command.args(&options.filter);
+    command.args(filter);
     count(ui, &mut command, tally::cargo_test)
 }
 
@@ -146,7 +219,7 @@ fn count(ui: &Ui, command: &mut Command, read: fn(&str) -> Option<Tally>) -> Res
 }
 
 /// cargo, with what the tests have to know.
-fn cargo(arguments: &[&str]) -> Command {
+pub(crate) fn cargo(arguments: &[&str]) -> Command {
     let programs = places::target().join("debug");
     let mut command = Command::new("cargo");
     command.args(arguments).current_dir(places::repository());

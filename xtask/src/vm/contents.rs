@@ -143,7 +143,7 @@ fn python(archive: &mut Archive) -> Result<Vec<PathBuf>> {
 }
 
 /// Every shared library that programs and libraries are linked to, and their loader.
-fn libraries(files: &BTreeSet<PathBuf>) -> Result<BTreeSet<PathBuf>> {
+pub(crate) fn libraries(files: &BTreeSet<PathBuf>) -> Result<BTreeSet<PathBuf>> {
     // It fails when one of them is linked statically, which is none of the others' business.
     let output = Command::new("ldd").args(files).output().context("running ldd")?;
     Ok(String::from_utf8_lossy(&output.stdout).lines().filter_map(library).collect())

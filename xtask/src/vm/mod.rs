@@ -25,6 +25,7 @@ use crate::{
     exec, places, setup,
     ui::{Step, Ui},
 };
+pub(crate) use contents::libraries;
 use image::Profile;
 use kernels::Kernel;
 pub(crate) use kernels::Series;

@@ -6,6 +6,7 @@
 //! | pods of node a | 10.77.1.0/24 | `fd77:1::/64` |
 //! | pods of node b | 10.77.2.0/24 | `fd77:2::/64` |
 //! | nested namespaces of node a, b | 10.78.1.0/24, 10.78.2.0/24 | `fd78:1::/64`, `fd78:2::/64` |
+//! | the Kubernetes control plane and its wire to the nodes | 10.79.0.0/24 | `fd79::/64` |
 //! | service VIPs (routed nowhere) | 10.96.0.0/16 | `fd96::/112` |
 //!
 //! Hosts use the same number in both families; the node itself is number 1.
@@ -39,6 +40,16 @@ pub fn nested_v4(node: u8, host: u8) -> Ipv4Addr {
 /// As [`nested_v4`], IPv6.
 pub fn nested_v6(node: u8, host: u8) -> Ipv6Addr {
     Ipv6Addr::new(0xfd78, node.into(), 0, 0, 0, 0, 0, host.into())
+}
+
+/// Host `host` on the wire between the Kubernetes control plane, which is number 1, and the nodes.
+pub fn control_plane_v4(host: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 79, 0, host)
+}
+
+/// As [`control_plane_v4`], IPv6.
+pub fn control_plane_v6(host: u8) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd79, 0, 0, 0, 0, 0, 0, host.into())
 }
 
 /// VIPs of service number `number`, one per family.

@@ -19,6 +19,7 @@ mod agent;
 mod bpffs;
 mod cgroup;
 mod ktls;
+pub mod kube;
 mod mesh;
 mod namespace;
 mod node;

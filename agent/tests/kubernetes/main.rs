@@ -1,0 +1,6 @@
+//! With a real Kubernetes control plane: `cargo xtask cluster test`.
+//!
+//! Needs root, and the programs that `cargo xtask cluster parts` makes; without them every test fails and says so.
+
+mod control_plane;
+mod world;

@@ -1,0 +1,49 @@
+//! `cargo xtask cluster`: a real Kubernetes.
+//!
+//! Its programs are built once from Debian's source package, and kept in the user's cache; nothing is installed on the machine, nothing but a
+//! Debian mirror is needed. Tests use its control plane ([`testbed::kube`]).
+
+mod go;
+mod kubernetes;
+mod parts;
+mod tests;
+
+use anyhow::Result;
+
+use crate::ui::Ui;
+use parts::Group;
+pub(crate) use tests::run_all;
+
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Make the programs that the tests need, if they are not there.
+    Parts {
+        /// Those of the playground as well: kubelet, scheduler, containerd, Helm.
+        #[arg(long)]
+        all: bool,
+    },
+    /// Run the tests that need a Kubernetes control plane (root).
+    Test {
+        /// Only tests whose name contains this.
+        #[arg(last = true)]
+        filter: Option<String>,
+    },
+}
+
+pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
+    match &options.command {
+        Command::Parts { all } => {
+            let groups = if *all { &[Group::Tests, Group::Playground][..] } else { &[Group::Tests] };
+            let parts = parts::ensure(ui, groups)?;
+            ui.say(&format!("The programs of Kubernetes are in {}.", parts.display()));
+            Ok(())
+        }
+        Command::Test { filter } => tests::run(ui, filter.as_deref()),
+    }
+}

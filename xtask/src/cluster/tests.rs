@@ -1,0 +1,40 @@
+//! The tests that need a control plane: a target of the agent's of its own, because others run without anything that has to be built first.
+
+use anyhow::{Result, ensure};
+use nix::unistd::geteuid;
+use testbed::Testbed;
+
+use super::parts::{self, Group};
+use crate::{
+    exec, setup,
+    test::{self, Tally},
+    ui::Ui,
+};
+
+pub(super) fn run(ui: &Ui, filter: Option<&str>) -> Result<()> {
+    ensure!(
+        geteuid().is_root(),
+        "the tests make network namespaces and load BPF programs: run them as root (sudo -E cargo xtask cluster test)"
+    );
+    setup::ensure(ui)?;
+    Testbed::sweep()?;
+    test::build_programs(ui)?;
+    let total = run_all(ui, filter, false)?;
+    ensure!(total.passed + total.failed > 0, "no test's name contains {:?}", filter.unwrap_or_default());
+    println!("{} passed, {} failed", total.passed, total.failed);
+    if total.failed > 0 {
+        // The closing line is the message.
+        std::process::exit(1);
+    }
+    Ok(())
+}
+
+/// Makes what the tests need and runs them; `full`: also those marked ignored. The programs under test are built.
+pub(crate) fn run_all(ui: &Ui, filter: Option<&str>, full: bool) -> Result<Tally> {
+    parts::ensure(ui, &[Group::Tests])?;
+    // The same selection as `cargo xtask test` makes: another one has other features, and builds everything again.
+    ui.step("building the tests on Kubernetes", |step| {
+        exec::quietly(&mut test::cargo(&["test", "--locked", "--no-run"]), step)
+    })?;
+    test::kubernetes(ui, filter, full)
+}
