@@ -135,9 +135,9 @@ pub(super) async fn serve(
         .http2_keepalive_timeout(Some(PING.1))
         .http2_max_pending_accept_reset_streams(Some(STREAMS as usize))
         .max_connection_age(AGE)
-        .max_connection_age_grace(REQUEST)
         .add_service(service)
-        .serve_with_incoming(incoming);
+        // A signal that never comes: with one, connections end when the server is dropped.
+        .serve_with_incoming_shutdown(incoming, std::future::pending());
     let accept = accept(listener, acceptor, connections, metrics, to);
     tokio::select! {
         served = server => Ok(served?),

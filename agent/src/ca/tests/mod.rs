@@ -80,6 +80,12 @@ impl Replica {
         Self { address, health: shown, run }
     }
 
+    /// Ends it; its address is free when this returns.
+    async fn stop(mut self) {
+        self.run.abort();
+        let _ = (&mut self.run).await;
+    }
+
     /// Asks its health port.
     async fn get(&self, path: &str) -> (u16, String) {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
