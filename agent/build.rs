@@ -1,4 +1,5 @@
-//! Builds the BPF programs, with and without `aya-log`, and hashes what they share with the agent.
+//! Builds the BPF programs, with and without `aya-log`, hashes what they share with the agent, and generates code for
+//! the protocols in `proto/`.
 
 use std::{
     env, fs,
@@ -14,6 +15,7 @@ const ABI: [&str; 2] = ["ebpf/abi/src/lib.rs", "ebpf/src/maps.rs"];
 fn main() -> Result<()> {
     let repository =
         Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the agent lies in a workspace")?.to_owned();
+    protocols()?;
     println!("cargo:rustc-env=UNDERPASS_ABI_HASH={:016x}", abi_hash(&repository)?);
     // The pins of aya-ebpf and the release profile are there.
     println!("cargo:rerun-if-changed={}", repository.join("Cargo.toml").display());
@@ -33,6 +35,14 @@ fn main() -> Result<()> {
     fs::rename(out.join("underpass-bpf"), out.join("underpass-bpf-log"))
         .context("renaming the BPF object built with feature `log`")?;
     build(&[])
+}
+
+/// Messages and services of other systems that the agent speaks with.
+fn protocols() -> Result<()> {
+    println!("cargo:rerun-if-changed=proto");
+    let files = protox::compile(["proto/istio_ca.proto"], ["proto"]).context("compiling proto/")?;
+    // Connecting and serving are our own: they need TLS with limits and certificates that change.
+    tonic_prost_build::configure().build_transport(false).compile_fds(files).context("generating code for proto/")
 }
 
 /// FNV-1a over the shared definitions: short, and the same on every compiler.

@@ -5,6 +5,7 @@
 //! what those decisions are based on, [`sources`] fills them, [`cli`] and [`admin`] are what operators touch.
 
 pub mod admin;
+pub mod ca;
 pub mod capture;
 pub mod cli;
 pub mod identity;

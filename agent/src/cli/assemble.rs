@@ -27,7 +27,7 @@ use crate::{
         server::{self, AdminState, StatusProvider},
     },
     capture::{Capture, CaptureOptions, cleanup},
-    identity::{CertificateStore, FilesIssuer, Issuer, LocalIssuer},
+    identity::{CertificateStore, FilesIssuer, Issuer, IstioIssuer, LocalIssuer},
     mesh::{CertificateFiles, MeshStore, Snapshot, SpiffeId},
     proxy::{Applied, Enforcement, Limits, PodState, PodStatus, Proxy, Reconciler},
     relay::{ConnectionTable, Relay, RelayOptions, ThreadHealth},
@@ -56,7 +56,7 @@ pub(super) fn run(args: RunArgs, format: LogFormat) -> anyhow::Result<()> {
 
 /// Keys must not reach a core file, and two descriptors per connection need a high limit. Neither failing is a reason not to run.
 /// A supervisor may have left signals blocked, which threads started later would inherit: without SIGTERM there is no clean end.
-fn harden() {
+pub(super) fn harden() {
     if let Err(e) = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]).thread_unblock() {
         warn!(error = %e, "SIGTERM and SIGINT may stay blocked");
     }
@@ -244,6 +244,7 @@ fn issuer(config: &NodeConfig) -> anyhow::Result<(Arc<dyn Issuer>, Prepare)> {
             let issuer = LocalIssuer::open(ca_dir, &config.snapshot.trust_domain, *lifetime)?;
             Ok((Arc::new(issuer), Box::new(|_| {})))
         }
+        IssuerConfig::Istio(ca) => Ok((Arc::new(IstioIssuer::new(ca.clone())?), Box::new(|_| {}))),
         IssuerConfig::Files => {
             let issuer = Arc::new(FilesIssuer::new(certificate_files(&config.snapshot))?);
             let configured = Arc::clone(&issuer);

@@ -3,6 +3,7 @@
 mod agent;
 mod assemble;
 mod bpf;
+mod ca;
 mod certificates;
 pub mod cgroup;
 pub mod check;
@@ -84,6 +85,8 @@ struct Cli {
 enum Command {
     /// Run the agent of this node.
     Run(Box<RunArgs>),
+    /// Run the certificate authority for a cluster's agents.
+    Ca(Box<ca::CaArgs>),
     /// Say what this host offers, and whether the agent can run.
     Check(check::CheckArgs),
     /// Show a running agent: its pods, certificates, configuration and counters.
@@ -127,6 +130,7 @@ pub fn main() -> ExitCode {
     let done = |()| ExitCode::SUCCESS;
     let result = match cli.command {
         Command::Run(args) => assemble::run(*args, cli.log_format).map(done),
+        Command::Ca(args) => ca::ca(*args).map(done),
         Command::Check(args) => check::check(&args),
         Command::Status(args) => status::status(&args),
         Command::Workloads(args) => workloads::workloads(&args),

@@ -8,7 +8,8 @@ use std::{
 use rustls::{
     RootCertStore,
     crypto::{CryptoProvider, aws_lc_rs},
-    pki_types::{CertificateDer, PrivateKeyDer},
+    pki_types::{CertificateDer, PrivateKeyDer, UnixTime},
+    server::WebPkiClientVerifier,
     sign::CertifiedKey,
 };
 use x509_parser::{
@@ -45,6 +46,20 @@ impl Svid {
     /// Is it valid at `now`?
     pub fn valid_at(&self, now: SystemTime) -> bool {
         self.not_before <= now && now < self.not_after
+    }
+
+    /// Checks that peers with the same roots would accept it at `now`: signatures, dates and usages up to a root.
+    pub(crate) fn verify(&self, now: SystemTime) -> Result<(), String> {
+        let Some((leaf, intermediates)) = self.certified.cert.split_first() else {
+            return Err("the chain is empty".into());
+        };
+        let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.roots), provider().into())
+            .build()
+            .map_err(|e| e.to_string())?
+            .verify_client_cert(leaf, intermediates, UnixTime::since_unix_epoch(now))
+            .map(|_| ())
+            .map_err(|e| format!("the chain does not lead to one of the roots: {e}"))
     }
 
     /// Puts one together, checking that the parts belong to each other and to `identity`. The error says what is wrong
@@ -125,6 +140,11 @@ impl Leaf {
     /// Is it valid at `now`?
     pub fn valid_at(&self, now: SystemTime) -> bool {
         self.not_before <= now && now < self.not_after
+    }
+
+    /// End of any certificate's validity.
+    pub(crate) fn end_of(certificate: &X509Certificate<'_>) -> SystemTime {
+        system_time(certificate.validity.not_after)
     }
 }
 

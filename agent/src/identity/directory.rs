@@ -16,9 +16,6 @@ use zeroize::Zeroizing;
 
 use super::IssueError;
 
-pub(super) const ROOTS: &str = "ca.crt";
-pub(super) const KEY: &str = "ca.key";
-pub(super) const NEXT_KEY: &str = "next.key";
 const LOCK: &str = "ca.lock";
 
 /// The directory, locked until this is dropped.

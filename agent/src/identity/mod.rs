@@ -3,15 +3,18 @@
 //! Private keys live in memory and, for the embedded CA, under its `--ca-dir` (0600). They are never logged:
 //! no type here that holds one derives `Debug`.
 
+pub(crate) mod authority;
 mod certificate;
 mod description;
 mod directory;
 mod files;
+pub mod istio;
 mod local;
 mod schedule;
 mod store;
 #[cfg(test)]
 mod tests;
+mod waiting;
 mod watch;
 
 use futures_util::future::BoxFuture;
@@ -21,8 +24,10 @@ use crate::mesh::SpiffeId;
 pub use certificate::{Leaf, Svid};
 pub use description::Description;
 pub use files::FilesIssuer;
+pub use istio::IstioIssuer;
 pub use local::LocalIssuer;
 pub use store::CertificateStore;
+pub(crate) use watch::Watch;
 
 /// Why an identity has no certificate (yet).
 #[derive(Debug, Clone, thiserror::Error)]
@@ -45,6 +50,16 @@ pub enum IssueError {
         /// What is wrong and what to do.
         reason: String,
     },
+    /// A certificate authority refused, could not be reached, or answered something that does not fit.
+    #[error("asking {address} for {identity}: {reason}")]
+    Authority {
+        /// Where it is.
+        address: String,
+        /// For whom.
+        identity: SpiffeId,
+        /// What is wrong and what to do.
+        reason: String,
+    },
     /// The crypto library refused.
     #[error("signing for {identity}: {reason}")]
     Signing {
@@ -57,7 +72,7 @@ pub enum IssueError {
 
 /// Source of certificates.
 pub trait Issuer: Send + Sync + 'static {
-    /// Name in logs and `status`: `local`, `files`.
+    /// Name in logs and `status`: `local`, `files`, `istio`.
     fn name(&self) -> &'static str;
 
     /// Issues (or reads) a certificate for `identity`. Bounded in time by the caller.

@@ -14,11 +14,13 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use super::{IssueError, Issuer, Svid, schedule::Slot};
+use super::{IssueError, Issuer, Svid, schedule::Slot, waiting::Waiting};
 use crate::mesh::SpiffeId;
 
 /// Certificates issued at the same time.
 const MAX_ISSUING: usize = 8;
+/// Of these, kept free for identities that a connection waits for: a slow issuer must not make it wait for renewals.
+const RESERVED: usize = 2;
 /// One attempt may take this long.
 const ISSUE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest sleep: due times are wall-clock times, and the wall clock may be set or the machine suspended.
@@ -33,6 +35,7 @@ pub struct CertificateStore {
     /// Held while `wanted` or `current` change, so that no certificate appears for an identity that is dropped meanwhile.
     writing: Mutex<()>,
     version: watch::Sender<u64>,
+    pub(super) waiting: Waiting,
 }
 
 impl CertificateStore {
@@ -44,6 +47,7 @@ impl CertificateStore {
             current: ArcSwap::default(),
             writing: Mutex::default(),
             version: watch::Sender::default(),
+            waiting: Waiting::default(),
         })
     }
 
@@ -82,9 +86,13 @@ impl CertificateStore {
         self.current.load_full()
     }
 
-    /// Waits until `identity` has a certificate, at most `limit`.
+    /// Waits until `identity` has a certificate, at most `limit`. Meanwhile it is before all others that nobody waits for.
     pub async fn wait_for(&self, identity: &SpiffeId, limit: Duration) -> Option<Arc<Svid>> {
         let mut changes = self.subscribe();
+        if let Some(svid) = self.current(identity) {
+            return Some(svid);
+        }
+        let _place = self.waiting.enter(identity);
         timeout(limit, async {
             loop {
                 if let Some(svid) = self.current(identity) {
@@ -136,6 +144,7 @@ impl CertificateStore {
                         self.finish(&id, slot, outcome);
                     }
                 }
+                () = self.waiting.entered.notified() => {}
                 () = sleep(pause) => {}
             }
         }
@@ -149,20 +158,34 @@ impl CertificateStore {
         tasks: &mut HashMap<Id, SpiffeId>,
     ) -> Duration {
         let now = SystemTime::now();
+        let mut free = MAX_ISSUING.saturating_sub(issuing.len());
+        let mut start = |id: &SpiffeId, slot: &mut Slot| {
+            slot.start();
+            let (issuer, identity) = (Arc::clone(&self.issuer), id.clone());
+            let task = issuing.spawn(async move {
+                timeout(ISSUE_TIMEOUT, issuer.issue(&identity)).await.unwrap_or_else(|_| {
+                    Err(IssueError::Signing { identity: identity.clone(), reason: "no answer within 10 s".into() })
+                })
+            });
+            tasks.insert(task.id(), id.clone());
+        };
+        for id in self.waiting.in_order() {
+            if free > 0
+                && let Some(slot) = slots.get_mut(&id)
+                && slot.wait(now).is_some_and(|wait| wait.is_zero())
+            {
+                start(&id, slot);
+                free -= 1;
+            }
+        }
         let mut pause = MAX_SLEEP;
         for (id, slot) in slots {
             let Some(wait) = slot.wait(now) else { continue };
             if !wait.is_zero() {
                 pause = pause.min(wait);
-            } else if issuing.len() < MAX_ISSUING {
-                slot.start();
-                let (issuer, identity) = (Arc::clone(&self.issuer), id.clone());
-                let task = issuing.spawn(async move {
-                    timeout(ISSUE_TIMEOUT, issuer.issue(&identity)).await.unwrap_or_else(|_| {
-                        Err(IssueError::Signing { identity: identity.clone(), reason: "no answer within 10 s".into() })
-                    })
-                });
-                tasks.insert(task.id(), id.clone());
+            } else if free > RESERVED {
+                start(id, slot);
+                free -= 1;
             }
         }
         pause

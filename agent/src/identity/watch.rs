@@ -19,13 +19,13 @@ const SETTLED: Duration = Duration::from_millis(100);
 const MAX_ROUNDS: usize = 20;
 
 /// Watches directories rather than files: files are replaced by renaming, and Kubernetes swaps a symbolic link beside them.
-pub(super) struct Watch {
+pub(crate) struct Watch {
     watched: Mutex<(RecommendedWatcher, BTreeSet<PathBuf>)>,
     signal: Arc<Notify>,
 }
 
 impl Watch {
-    pub(super) fn new() -> notify::Result<Self> {
+    pub(crate) fn new() -> notify::Result<Self> {
         let signal = Arc::new(Notify::new());
         let waker = Arc::clone(&signal);
         let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
@@ -38,7 +38,7 @@ impl Watch {
     }
 
     /// Watches exactly these directories. Returns those that could not be, with the reason; asking again tries again.
-    pub(super) fn set(&self, directories: &BTreeSet<PathBuf>) -> Vec<(PathBuf, notify::Error)> {
+    pub(crate) fn set(&self, directories: &BTreeSet<PathBuf>) -> Vec<(PathBuf, notify::Error)> {
         let mut guard = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
         let (watcher, watched) = &mut *guard;
         for old in watched.difference(directories) {
@@ -57,7 +57,7 @@ impl Watch {
     }
 
     /// Resolves after a change, once it has settled.
-    pub(super) async fn changed(&self) {
+    pub(crate) async fn changed(&self) {
         self.signal.notified().await;
         for _ in 0..MAX_ROUNDS {
             if timeout(SETTLED, self.signal.notified()).await.is_err() {
@@ -67,7 +67,7 @@ impl Watch {
     }
 
     /// Makes [`changed`](Self::changed) resolve.
-    pub(super) fn wake(&self) {
+    pub(crate) fn wake(&self) {
         self.signal.notify_one();
     }
 }

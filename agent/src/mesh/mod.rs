@@ -5,6 +5,7 @@
 
 mod builder;
 mod identity;
+mod issuer;
 mod mode;
 mod model;
 mod policy;
@@ -16,6 +17,7 @@ mod tests;
 pub use builder::{BuildError, SnapshotBuilder};
 pub(crate) use identity::check_name;
 pub use identity::{IdentityError, SpiffeId, TrustDomain};
+pub use issuer::{CaAddress, CaAddressError, IstioCa};
 pub use mode::{EffectiveMode, ModeDefaults, ModeSource};
 pub use model::{
     AccessLogRule, AccessLogSettings, CertificateFiles, Endpoint, Exclusions, InboundMode, LocalPod, MeshSettings,

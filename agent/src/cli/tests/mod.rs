@@ -42,6 +42,7 @@ fn every_command_has_help_with_exit_codes_and_examples() {
     }
     let all = [
         "run",
+        "ca",
         "check",
         "status",
         "workloads",
@@ -71,6 +72,46 @@ fn defaults_of_run() {
     assert_eq!((args.tc, args.bpf_log, args.cleanup_on_exit, args.relay_threads), (TcMode::Auto, false, false, None));
     assert_eq!((args.max_connections_per_pod, args.max_pending_per_pod), (65_536, 1024));
     assert_eq!((args.handshake_timeout, args.connect_timeout), (Duration::from_secs(10), Duration::from_secs(10)));
+}
+
+fn ca_settings(args: &[&str]) -> Result<crate::ca::Settings, String> {
+    let cli = Cli::try_parse_from(["underpass", "ca"].into_iter().chain(args.iter().copied()));
+    match cli.map_err(|e| e.to_string())?.command {
+        Command::Ca(args) => args.settings("mesh").map_err(|e| format!("{e:#}")),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn settings_of_ca() {
+    use crate::ca::{RootSource, ServiceAccount};
+    let settings = ca_settings(&[]).unwrap();
+    let agent = |namespace: &str, name: &str| ServiceAccount { namespace: namespace.into(), name: name.into() };
+    assert_eq!(settings.agents, [agent("mesh", "underpass")]);
+    assert_eq!(settings.root, RootSource::Managed { secret: "underpass-ca".into() });
+    assert_eq!((settings.audience.as_str(), settings.lifetime), ("underpass-ca", Duration::from_hours(24)));
+    assert_eq!(settings.dns_names[2], "underpass-ca.mesh.svc");
+    assert_eq!(settings.publish_to, ["mesh"]);
+
+    let settings =
+        ca_settings(&["--agent", "a", "--agent", "b/c", "--issuer-secret", "s", "--namespace", "n"]).unwrap();
+    assert_eq!(settings.agents, [agent("n", "a"), agent("b", "c")]);
+    assert_eq!(settings.root, RootSource::Foreign { secret: "s".into() });
+    for (args, expected) in [
+        (&["--agent", "a/b/c"][..], "--agent \"a/b/c\""),
+        (&["--lifetime", "1s"], "2s to 100years"),
+        (&["--lifetime", "200days"], "three times --lifetime"),
+        (&["--root-lifetime", "300days"], "--root-lifetime"),
+        (&["--issuer-secret", "s", "--issuer-dir", "/d"], "cannot be used with"),
+        (&["--issuer-secret", "s", "--root-secret", "r"], "cannot be used with"),
+        (&["--dns-name", "a_b"], "--dns-name"),
+        (&["--audience", ""], "--audience is empty"),
+        (&["--trust-domain", "A"], "trust domain"),
+        (&["--rate-per-node", "0"], "--rate-per-node"),
+    ] {
+        let error = ca_settings(args).unwrap_err();
+        assert!(error.contains(expected), "{args:?}: {error}");
+    }
 }
 
 #[test]

@@ -8,7 +8,11 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use tokio::{sync::Notify, task::JoinHandle, time::timeout};
+use tokio::{
+    sync::{Notify, Semaphore},
+    task::JoinHandle,
+    time::timeout,
+};
 
 use super::{LIMIT, domain, identity, set};
 use crate::{
@@ -25,10 +29,18 @@ struct Faulty {
     at_once: AtomicUsize,
     most_at_once: AtomicUsize,
     changed: Notify,
+    /// Order of the questions.
+    order: Mutex<Vec<SpiffeId>>,
+    /// Permits for answers, where they are limited.
+    gate: Option<Semaphore>,
 }
 
 impl Faulty {
     fn new(lifetime: Duration) -> Arc<Self> {
+        Self::gated(lifetime, None)
+    }
+
+    fn gated(lifetime: Duration, gate: Option<Semaphore>) -> Arc<Self> {
         let directory = tempfile::tempdir().unwrap();
         Arc::new(Self {
             ca: LocalIssuer::open(&directory.path().join("ca"), &domain(), lifetime).unwrap(),
@@ -38,6 +50,8 @@ impl Faulty {
             at_once: AtomicUsize::new(0),
             most_at_once: AtomicUsize::new(0),
             changed: Notify::new(),
+            order: Mutex::default(),
+            gate,
         })
     }
 
@@ -53,7 +67,11 @@ impl Issuer for Faulty {
 
     fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Svid, IssueError>> {
         *self.asked.lock().unwrap().entry(identity.clone()).or_default() += 1;
+        self.order.lock().unwrap().push(identity.clone());
         Box::pin(async move {
+            if let Some(gate) = &self.gate {
+                gate.acquire().await.unwrap().forget();
+            }
             let now = self.at_once.fetch_add(1, SeqCst) + 1;
             self.most_at_once.fetch_max(now, SeqCst);
             let outcome = if self.failing.load(SeqCst) {
@@ -190,5 +208,55 @@ async fn wanted_before_it_runs() {
     store.want(BTreeSet::from([identity("web")]));
     let run = tokio::spawn(Arc::clone(&store).run());
     assert!(store.wait_for(&identity("web"), LIMIT).await.is_some());
+    run.abort();
+}
+
+#[tokio::test]
+async fn who_is_waited_for_comes_first() {
+    let issuer = Faulty::gated(HOUR, Some(Semaphore::new(0)));
+    let store = CertificateStore::new(Arc::clone(&issuer) as _);
+    let asked = async |count: usize| {
+        let all = async {
+            while issuer.order.lock().unwrap().len() < count {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(LIMIT, all).await.expect("the issuer is asked");
+    };
+    let names: Vec<String> = (0..40).map(|n| format!("w{n:02}")).collect();
+    store.want(names.iter().map(|n| identity(n)).collect());
+    let run = tokio::spawn(Arc::clone(&store).run());
+    asked(6).await;
+
+    // Last in the alphabet, and the issuer answers nobody: the places kept free are for them.
+    let wait = |name: &'static str| {
+        let store = Arc::clone(&store);
+        tokio::spawn(async move { store.wait_for(&identity(name), LIMIT).await })
+    };
+    let first = wait("w39");
+    asked(7).await;
+    let second = wait("w38");
+    asked(8).await;
+    let order: Vec<_> = issuer.order.lock().unwrap().iter().map(|id| id.service_account().to_owned()).collect();
+    assert_eq!(order, ["w00", "w01", "w02", "w03", "w04", "w05", "w39", "w38"]);
+
+    // With every place taken, who waits is still next.
+    let third = wait("w37");
+    let given_up = wait("w36");
+    while store.waiting.in_order().len() < 4 {
+        tokio::task::yield_now().await;
+    }
+    given_up.abort();
+    assert!(given_up.await.is_err_and(|e| e.is_cancelled()));
+    assert_eq!(store.waiting.in_order().len(), 3, "a connection that is gone waits no more");
+    issuer.gate.as_ref().unwrap().add_permits(1);
+    asked(9).await;
+    assert_eq!(issuer.order.lock().unwrap()[8], identity("w37"));
+
+    issuer.gate.as_ref().unwrap().add_permits(1000);
+    for waiting in [first, second, third] {
+        assert!(waiting.await.unwrap().is_some());
+    }
+    assert!(store.waiting.in_order().is_empty());
     run.abort();
 }

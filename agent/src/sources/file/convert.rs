@@ -15,18 +15,23 @@ use super::{
     yaml::quoted,
 };
 use crate::{
-    mesh::{MeshSettings, ModeDefaults, SnapshotBuilder, TrustDomain, check_name},
+    mesh::{IstioCa, MeshSettings, ModeDefaults, SnapshotBuilder, TrustDomain, check_name},
     sources::kubernetes::KubernetesConfig,
 };
 
 /// Namespace whose policies hold for the whole mesh when `mesh.rootNamespace` is absent: Istio's default.
 const DEFAULT_ROOT_NAMESPACE: &str = "istio-system";
-/// Lifetime of a certificate when `issuer.local.lifetime` is absent.
+/// Lifetime of a certificate when the issuer's `lifetime` is absent.
 const DEFAULT_LIFETIME: Duration = Duration::from_hours(24);
 /// Shortest lifetime: below it, renewal at half-life is faster than a handshake deadline allows.
 const MIN_LIFETIME: Duration = Duration::from_secs(1);
 /// Longest lifetime: one year of 365.25 days, as durations are written.
 const MAX_LIFETIME: Duration = Duration::from_hours(8766);
+
+/// Name of the cluster when `issuer.istio.clusterId` is absent: Istio's default.
+const DEFAULT_CLUSTER: &str = "Kubernetes";
+/// Longest name of a cluster, as long as a Kubernetes name.
+const MAX_CLUSTER_ID: usize = 253;
 
 /// Domain of the cluster's services when `kubernetes.clusterDomain` is absent: kubeadm's default.
 const DEFAULT_CLUSTER_DOMAIN: &str = "cluster.local";
@@ -146,17 +151,51 @@ fn root_namespace<'a>(check: Check<'_>, mesh: &'a Mesh) -> Result<&'a str, Confi
 }
 
 fn issuer(check: Check<'_>, issuer: &Spanned<Issuer>) -> Result<IssuerConfig, ConfigError> {
-    match (&issuer.value.local, &issuer.value.files) {
-        (Some(local), None) => Ok(IssuerConfig::Local {
+    let lifetime = |field: &str, value: &Option<Spanned<String>>| {
+        value.as_ref().map_or(Ok(DEFAULT_LIFETIME), |t| check.duration(field, t, MIN_LIFETIME, MAX_LIFETIME))
+    };
+    let Issuer { local, files, istio } = &issuer.value;
+    match (local, files, istio) {
+        (Some(local), None, None) => Ok(IssuerConfig::Local {
             ca_dir: check.path("issuer.local.caDir", &local.ca_dir)?,
-            lifetime: local.lifetime.as_ref().map_or(Ok(DEFAULT_LIFETIME), |t| {
-                check.duration("issuer.local.lifetime", t, MIN_LIFETIME, MAX_LIFETIME)
-            })?,
+            lifetime: lifetime("issuer.local.lifetime", &local.lifetime)?,
         }),
-        (None, Some(_)) => Ok(IssuerConfig::Files),
-        (None, None) => {
-            Err(check.wrong(issuer, "issuer", "no issuer is given; write one of local: {caDir: ...} or files: {}"))
+        (None, Some(_), None) => Ok(IssuerConfig::Files),
+        (None, None, Some(istio)) => Ok(IssuerConfig::Istio(IstioCa {
+            address: check.parsed("issuer.istio.address", &istio.address)?,
+            root_file: check.path("issuer.istio.rootFile", &istio.root_file)?,
+            token_file: check.path("issuer.istio.tokenFile", &istio.token_file)?,
+            cluster_id: istio.cluster_id.as_ref().map_or(Ok(DEFAULT_CLUSTER.to_owned()), |id| cluster_id(check, id))?,
+            lifetime: lifetime("issuer.istio.lifetime", &istio.lifetime)?,
+            server_name: match &istio.server_name {
+                Some(name) => {
+                    check.name("server name", "issuer.istio.serverName", name)?;
+                    Some(name.value.clone())
+                }
+                None => None,
+            },
+        })),
+        (None, None, None) => {
+            let problem = "no issuer is given; write one of local: {caDir: ...}, files: {} or istio: {address: ..., rootFile: ..., tokenFile: ...}";
+            Err(check.wrong(issuer, "issuer", problem))
         }
-        (Some(_), Some(_)) => Err(check.wrong(issuer, "issuer", "local and files are both given; keep one")),
+        _ => {
+            let given = [("local", local.is_some()), ("files", files.is_some()), ("istio", istio.is_some())];
+            let given: Vec<_> = given.iter().filter(|(_, given)| *given).map(|(name, _)| *name).collect();
+            Err(check.wrong(issuer, "issuer", format!("{} are given; keep one", given.join(" and "))))
+        }
     }
+}
+
+/// A header's value: what Istio calls a cluster ID is a name chosen by people.
+fn cluster_id(check: Check<'_>, id: &Spanned<String>) -> Result<String, ConfigError> {
+    let text = &id.value;
+    if !text.is_empty() && text.len() <= MAX_CLUSTER_ID && text.bytes().all(|b| b.is_ascii_graphic()) {
+        return Ok(text.clone());
+    }
+    let problem = format!(
+        "{} must be 1 to {MAX_CLUSTER_ID} printable ASCII characters without spaces, like {DEFAULT_CLUSTER}",
+        quoted(text)
+    );
+    Err(check.wrong(id, "issuer.istio.clusterId", problem))
 }

@@ -27,7 +27,7 @@ pub use source::FileSource;
 pub use stats::{ReloadStats, ReloadStatus};
 
 use super::{kubernetes::KubernetesConfig, last_good::Copy};
-use crate::mesh::Snapshot;
+use crate::mesh::{IstioCa, Snapshot};
 
 /// The copy of the last accepted document.
 const LAST_GOOD: Copy = Copy { name: "last-good.yaml", longest: MAX_DOCUMENT };
@@ -52,6 +52,18 @@ pub enum IssuerConfig {
     },
     /// PEM files named per workload.
     Files,
+    /// An authority that speaks Istio's certificate service.
+    Istio(IstioCa),
+}
+
+impl std::fmt::Display for IssuerConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Local { .. } => "local",
+            Self::Files => "files",
+            Self::Istio(_) => "istio",
+        })
+    }
 }
 
 /// What a configuration file says.

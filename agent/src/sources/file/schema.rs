@@ -45,6 +45,7 @@ pub(super) struct Document {
 pub(super) struct Issuer {
     pub(super) local: Option<LocalIssuer>,
     pub(super) files: Option<FilesIssuer>,
+    pub(super) istio: Option<IstioIssuer>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -57,6 +58,17 @@ pub(super) struct LocalIssuer {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct FilesIssuer {}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct IstioIssuer {
+    pub(super) address: Spanned<String>,
+    pub(super) root_file: Spanned<String>,
+    pub(super) token_file: Spanned<String>,
+    pub(super) cluster_id: Option<Spanned<String>>,
+    pub(super) lifetime: Option<Spanned<String>>,
+    pub(super) server_name: Option<Spanned<String>>,
+}
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]

@@ -188,6 +188,17 @@ fn describe(issuer: &IssuerConfig) -> String {
             format!("local (caDir {}, lifetime {})", printable(&dir), humantime::format_duration(*lifetime))
         }
         IssuerConfig::Files => "files".to_owned(),
+        IssuerConfig::Istio(ca) => {
+            let files = format!("rootFile {}, tokenFile {}", ca.root_file.display(), ca.token_file.display());
+            let lifetime = humantime::format_duration(ca.lifetime);
+            let name = ca.server_name.as_deref().map(|n| format!(", serverName {n}")).unwrap_or_default();
+            let cluster = &ca.cluster_id;
+            format!(
+                "istio (address {}, {}, clusterId {cluster}, lifetime {lifetime}{name})",
+                ca.address,
+                printable(&files)
+            )
+        }
     }
 }
 

@@ -194,12 +194,13 @@ impl<'a> Workloads<'a> {
                 );
                 return Err(check.error(at, field, problem));
             }
-            (IssuerConfig::Local { .. }, Some(c)) => {
-                let problem =
-                    "certificate paths are read by the files issuer only, and the issuer is local; remove them";
+            (other, Some(c)) => {
+                let problem = format!(
+                    "certificate paths are read by the files issuer only, and the issuer is {other}; remove them"
+                );
                 return Err(check.wrong(c, &field_certificate, problem));
             }
-            (IssuerConfig::Local { .. }, None) => None,
+            (_, None) => None,
         };
         Ok(LocalPod {
             netns,

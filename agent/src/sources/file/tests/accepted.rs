@@ -121,6 +121,24 @@ fn an_enrolled_workload_can_use_an_anchor() {
 }
 
 #[test]
+fn the_istio_issuer() {
+    let issuer = |fields: &str| {
+        let istio = format!("istio: {{ address: \"https://ca.mesh.svc:15012\", rootFile: /r, tokenFile: /t{fields} }}");
+        match parse("n.yaml", &BASE.replace("local: { caDir: /run/underpass/ca }", &istio)).unwrap().issuer {
+            IssuerConfig::Istio(ca) => ca,
+            other => panic!("{other:?}"),
+        }
+    };
+    let ca = issuer("");
+    assert_eq!((ca.address.host(), ca.address.port()), ("ca.mesh.svc", 15012));
+    assert_eq!((ca.root_file.to_str(), ca.token_file.to_str()), (Some("/r"), Some("/t")));
+    assert_eq!((ca.cluster_id.as_str(), ca.lifetime, ca.server_name), ("Kubernetes", Duration::from_hours(24), None));
+    let ca = issuer(", clusterId: east/1, lifetime: 1h, serverName: istiod.istio-system.svc");
+    assert_eq!((ca.cluster_id.as_str(), ca.lifetime), ("east/1", Duration::from_hours(1)));
+    assert_eq!(ca.server_name.as_deref(), Some("istiod.istio-system.svc"));
+}
+
+#[test]
 fn a_node_with_many_workloads_is_within_the_limits() {
     let mut text = String::from(
         "apiVersion: underpass.io/v1alpha1\nkind: NodeConfig\nnode: a\ntrustDomain: td\nissuer: {local: {caDir: /ca}}\nworkloads:\n",
@@ -136,7 +154,7 @@ fn a_node_with_many_workloads_is_within_the_limits() {
 #[test]
 fn examples_in_the_documentation() {
     for (name, documentation, least) in [
-        ("docs/configuration.md", include_str!("../../../../../docs/configuration.md"), 2),
+        ("docs/configuration.md", include_str!("../../../../../docs/configuration.md"), 3),
         ("docs/policy.md", include_str!("../../../../../docs/policy.md"), 1),
     ] {
         let blocks = documentation.split("```yaml\n").skip(1);

@@ -71,7 +71,7 @@ fn unknown_fields_everywhere() {
             "@nodes: node-a",
             r#"nodes: unknown field "nodes"; known here: apiVersion, kind, node, trustDomain, issuer, kubernetes, mesh, probes, accessLog, namespaces, workloads, services, policies"#,
         ),
-        ("local: {", "@remote: {", r#"issuer.remote: unknown field "remote"; known here: local, files"#),
+        ("local: {", "@remote: {", r#"issuer.remote: unknown field "remote"; known here: local, files, istio"#),
         (
             "local: { caDir",
             "local: { @cadir",
@@ -158,12 +158,57 @@ fn issuers() {
         (
             "issuer:\n  local: { caDir: /run/underpass/ca }",
             "issuer@:\n",
-            "issuer: no issuer is given; write one of local: {caDir: ...} or files: {}",
+            "issuer: no issuer is given; write one of local: {caDir: ...}, files: {} or istio: {address: ..., rootFile: ..., tokenFile: ...}",
         ),
         (
             "local: { caDir: /run/underpass/ca }",
             "@files: {}\n  local: { caDir: /x }",
-            "issuer: local and files are both given; keep one",
+            "issuer: local and files are given; keep one",
+        ),
+        (
+            "local: { caDir: /run/underpass/ca }",
+            "@istio: { address: \"https://ca:15012\", rootFile: /r, tokenFile: /t }\n  local: { caDir: /x }",
+            "issuer: local and istio are given; keep one",
+        ),
+        (
+            "local: { caDir: /run/underpass/ca }",
+            "istio: { address: @\"http://ca:15012\", rootFile: /r, tokenFile: /t }",
+            r#"issuer.istio.address: "http://ca:15012" is no address of an authority; write https://HOST:PORT, like https://underpass-ca.underpass-system.svc:15012"#,
+        ),
+        (
+            "local: { caDir: /run/underpass/ca }",
+            "istio: { address: \"https://ca:15012\", rootFile: @r, tokenFile: /t }",
+            r#"issuer.istio.rootFile: "r" must be an absolute path without "..", shorter than 4096 bytes"#,
+        ),
+        (
+            "local: { caDir: /run/underpass/ca }",
+            "istio: { address: \"https://ca:15012\", rootFile: /r, tokenFile: @/t/../u }",
+            r#"issuer.istio.tokenFile: "/t/../u" must be an absolute path without "..", shorter than 4096 bytes"#,
+        ),
+        (
+            "local: { caDir: /run/underpass/ca }",
+            "istio: { address: \"https://ca:15012\", rootFile: /r, tokenFile: /t, clusterId: @a b }",
+            r#"issuer.istio.clusterId: "a b" must be 1 to 253 printable ASCII characters without spaces, like Kubernetes"#,
+        ),
+        (
+            "local: { caDir: /run/underpass/ca }",
+            "istio: { address: \"https://ca:15012\", rootFile: /r, tokenFile: /t, lifetime: @24 }",
+            r#"issuer.istio.lifetime: "24" is no duration; write a number and a unit, like 30s, 15m or 24h"#,
+        ),
+        (
+            "local: { caDir: /run/underpass/ca }",
+            "istio: { address: \"https://ca:15012\", rootFile: /r, tokenFile: /t, serverName: @Istiod! }",
+            r#"issuer.istio.serverName: server name "Istiod!" must be an RFC 1123 name: a-z, 0-9, '-' and '.', starting and ending with a letter or digit"#,
+        ),
+        (
+            "local: { caDir: /run/underpass/ca }",
+            "istio: { address: \"https://ca:15012\", @rootFile: /r }",
+            r#"issuer.istio: field "tokenFile" is missing; add it"#,
+        ),
+        (
+            "local: { caDir: /run/underpass/ca }",
+            "istio: { @url: x }",
+            r#"issuer.istio.url: unknown field "url"; known here: address, rootFile, tokenFile, clusterId, lifetime, serverName"#,
         ),
         (
             "local: { caDir: /run/underpass/ca }",

@@ -292,6 +292,11 @@ async fn node_trust_domain_and_issuer_need_a_restart() {
             "caDir: /run/underpass/cb",
             "issuer changed from local (caDir /run/underpass/ca, lifetime 1day) to local (caDir /run/underpass/cb, lifetime 1day): restart needed",
         ),
+        (
+            "local: { caDir: /run/underpass/ca }",
+            "istio: { address: \"https://ca:15012\", rootFile: /r, tokenFile: /t, serverName: istiod }",
+            "to istio (address https://ca:15012, rootFile /r, tokenFile /t, clusterId Kubernetes, lifetime 1day, serverName istiod): restart needed",
+        ),
     ]) {
         place.write(&BASE.replace("    enroll:\n      netns: /run/netns/web\n", "").replace(from, to));
         let error = agent.rejected(times).await;
