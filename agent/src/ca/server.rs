@@ -44,7 +44,7 @@ const HEADERS: u32 = 32 * 1024;
 /// Largest request, bytes: a signing request and an identity.
 const MESSAGE: usize = 2 * MAX_CSR;
 /// A silent peer is pinged, and dropped when it does not answer.
-const PING: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(20));
+const PING: (Duration, Duration) = (Duration::from_mins(1), Duration::from_secs(20));
 /// Connections are closed when they get old, so that agents spread over replicas that were added.
 const AGE: Duration = Duration::from_mins(30);
 /// Pause after a failed `accept` (out of descriptors), so that it does not spin.

@@ -2,6 +2,7 @@
 //!
 //! Needs root, and the programs that `cargo xtask cluster parts` makes; without them every test fails and says so.
 
+mod ca;
 mod control_plane;
 mod mesh;
 mod scale;

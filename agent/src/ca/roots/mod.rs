@@ -53,7 +53,7 @@ pub(super) async fn run(
     let to = Publish(current);
     match source {
         RootSource::Managed { secret } => {
-            managed::run(&secret::Secrets::new(client, namespace, &secret), rules, &to).await
+            managed::run(&secret::Secrets::new(client, namespace, &secret), rules, &to).await;
         }
         RootSource::Foreign { secret } => {
             foreign::run(&secret::Secrets::new(client, namespace, &secret), rules.lifetime, &to).await;
