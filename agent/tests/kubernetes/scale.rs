@@ -175,7 +175,7 @@ fn fifty_thousand_endpoints_in_a_simulated_api() -> Result<()> {
     let options = AgentOptions { ready_within: None, ..AgentOptions::default() };
     let began = Instant::now();
     let agent = Agent::start(node, &underpass_path()?, &document.to_string(), options)?;
-    agent.wait_status(Duration::from_secs(120), |s| Ok(s["cluster"]["synced"] == true && s["generation"] != 0))?;
+    agent.wait_status(Duration::from_mins(2), |s| Ok(s["cluster"]["synced"] == true && s["generation"] != 0))?;
     let pid = agent.process()?.pid();
     println!(
         "in sync after {:.1} s and {:.1} s of processor time; {} MiB resident",
@@ -185,7 +185,7 @@ fn fifty_thousand_endpoints_in_a_simulated_api() -> Result<()> {
     );
     let mesh = Mesh::open(&agent)?;
     let known = |ip: Ipv4Addr| move |mesh: &Mesh| mesh.has(ip);
-    wait(&mesh, known(address(PODS - 1)), Duration::from_secs(60))?;
+    wait(&mesh, known(address(PODS - 1)), Duration::from_mins(1))?;
 
     let change = |i: usize, ip: Ipv4Addr| {
         let mut object = pod(i, ip);

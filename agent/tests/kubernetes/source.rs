@@ -24,6 +24,14 @@ fn request(client: &KubePod, to: &str) -> Result<Value> {
     app(&client.pod, &["request", to, "--line", MARKER])
 }
 
+/// Waits until it is so.
+fn holds(within: Duration, check: impl Fn() -> Result<bool>) -> Result<()> {
+    eventually(within, || {
+        ensure!(check()?, "it is not so");
+        Ok(())
+    })
+}
+
 /// Requests one after the other while `during` runs; how many there were and the failures among them.
 fn under_traffic<T>(client: &Pod, to: &str, during: impl FnOnce() -> Result<T>) -> Result<(u32, Vec<String>, T)> {
     let (stop, count) = (AtomicBool::new(false), AtomicU32::new(0));
@@ -42,7 +50,7 @@ fn under_traffic<T>(client: &Pod, to: &str, during: impl FnOnce() -> Result<T>) 
         let result = during();
         // A little of what comes behind it, too.
         let seen = count.load(Relaxed);
-        let after = eventually(SOON, || Ok(ensure!(count.load(Relaxed) > seen + 5)));
+        let after = holds(SOON, || Ok(count.load(Relaxed) > seen + 5));
         stop.store(true, Relaxed);
         let failures = traffic.join().expect("the traffic's thread does not panic");
         after?;
@@ -184,7 +192,7 @@ fn policies_and_modes_by_kubectl_hold_within_a_second() -> Result<()> {
     // A policy that cannot be read lets nobody in and says why.
     let bad = json!({ "selector": selector, "rules": [{ "to": [{ "operation": { "ports": ["http"] } }] }] });
     apply("AuthorizationPolicy", bad)?;
-    eventually(SOON, || Ok(ensure!(denied(&client))))?;
+    holds(SOON, || Ok(denied(&client)))?;
     let status = mesh.b.status()?;
     let problem = &status["cluster"]["problems"][0];
     ensure!(problem["object"] == "AuthorizationPolicy shop/test", "{status}");
@@ -210,7 +218,7 @@ fn the_api_server_is_away_and_the_agent_restarts() -> Result<()> {
     eventually(SOON, || request(&client, &to).map(drop))?;
     let copy = mesh.a.state_dir()?.join("last-good-cluster.json");
     // The copy is written at most every 30 s.
-    eventually(Duration::from_secs(60), || Ok(ensure!(std::fs::read_to_string(&copy)?.contains("\"server\""))))?;
+    holds(Duration::from_mins(1), || Ok(std::fs::read_to_string(&copy)?.contains("\"server\"")))?;
 
     mesh.world.plane.stop_api()?;
     request(&client, &to)?;
@@ -226,7 +234,7 @@ fn the_api_server_is_away_and_the_agent_restarts() -> Result<()> {
     ensure!(error.is_some(), "an API server that is away is told: {checked}");
 
     mesh.world.plane.start_api()?;
-    mesh.a.wait_status(Duration::from_secs(60), in_sync)?;
+    mesh.a.wait_status(Duration::from_mins(1), in_sync)?;
     mesh.delete(&server)?;
     mesh.wait_in_mesh(&server, false)
 }

@@ -41,16 +41,16 @@ impl Cluster {
         let changed = match change {
             Change::Pod(seen) => take(&mut self.pods, reader, seen, |o| &o.metadata, Reader::pod),
             Change::Namespace(seen) => {
-                take(&mut self.namespaces, reader, seen, |o| &o.metadata, |r, o| Some(r.namespace(o)))
+                take(&mut self.namespaces, reader, seen, |o| &o.metadata, |_, o| Some(Reader::namespace(o)))
             }
             Change::Node(seen) => take(&mut self.nodes, reader, seen, |o| &o.metadata, |r, o| Some(r.node(o))),
             Change::Service(seen) => take(&mut self.services, reader, seen, |o| &o.metadata, Reader::service),
             Change::Slice(seen) => take(&mut self.slices, reader, seen, |o| &o.metadata, Reader::slice),
             Change::Policy(seen) => {
-                take(&mut self.policies, reader, seen, |o| &o.metadata, |r, o| Some(r.configured(o)))
+                take(&mut self.policies, reader, seen, |o| &o.metadata, |_, o| Some(Reader::configured(o)))
             }
             Change::Authentication(seen) => {
-                take(&mut self.authentications, reader, seen, |o| &o.metadata, |r, o| Some(r.configured(o)))
+                take(&mut self.authentications, reader, seen, |o| &o.metadata, |_, o| Some(Reader::configured(o)))
             }
         };
         if listed {

@@ -85,25 +85,20 @@ impl Modes {
                 Spec { mtls: Some(Mtls { mode: Mode::Strict }), ..Spec::default() }
             });
             let mode = spec.mtls.as_ref().and_then(|m| m.mode.inbound());
-            match spec.selector.filter(|s| !s.match_labels.is_empty()) {
-                Some(selector) => {
-                    let ports = ports(&spec.port_level_mtls, &mut problem);
-                    let selecting = Selecting { selector: Labels(selector.match_labels), mode, ports };
-                    modes.selecting.entry(Arc::clone(&key.namespace)).or_default().push(selecting);
-                }
-                None => {
-                    if !spec.port_level_mtls.is_empty() {
-                        problem(
-                            "portLevelMtls without a selector has no effect, as in Istio; add spec.selector".into(),
-                        );
-                    }
-                    let Some(mode) = mode else { continue };
-                    if *key.namespace != *root {
-                        modes.defaults.namespaces.entry(Arc::clone(&key.namespace)).or_insert(mode);
-                    } else if !mesh_set {
-                        (modes.defaults.mesh, mesh_set) = (mode, true);
-                    }
-                }
+            if let Some(selector) = spec.selector.filter(|s| !s.match_labels.is_empty()) {
+                let ports = ports(&spec.port_level_mtls, &mut problem);
+                let selecting = Selecting { selector: Labels(selector.match_labels), mode, ports };
+                modes.selecting.entry(Arc::clone(&key.namespace)).or_default().push(selecting);
+                continue;
+            }
+            if !spec.port_level_mtls.is_empty() {
+                problem("portLevelMtls without a selector has no effect, as in Istio; add spec.selector".into());
+            }
+            let Some(mode) = mode else { continue };
+            if *key.namespace != *root {
+                modes.defaults.namespaces.entry(Arc::clone(&key.namespace)).or_insert(mode);
+            } else if !mesh_set {
+                (modes.defaults.mesh, mesh_set) = (mode, true);
             }
         }
         modes

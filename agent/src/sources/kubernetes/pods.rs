@@ -215,18 +215,19 @@ pub(super) fn identity(base: &Snapshot, namespace: &str, account: &str) -> Resul
 
 fn exclusions(pod: &Excluded, namespace: Option<&Excluded>) -> Exclusions {
     let both = || std::iter::once(pod).chain(namespace);
-    fn union<T: Clone + PartialEq>(lists: impl Iterator<Item = T>) -> Vec<T> {
-        let mut out = Vec::new();
-        for value in lists {
-            if !out.contains(&value) {
-                out.push(value);
-            }
-        }
-        out
-    }
     Exclusions {
-        outbound_ports: union(both().flat_map(|e| e.outbound_ports.iter().copied())),
-        outbound_cidrs: union(both().flat_map(|e| e.outbound_cidrs.iter().copied())),
-        inbound_ports: union(both().flat_map(|e| e.inbound_ports.iter().copied())),
+        outbound_ports: distinct(both().flat_map(|e| e.outbound_ports.iter().copied())),
+        outbound_cidrs: distinct(both().flat_map(|e| e.outbound_cidrs.iter().copied())),
+        inbound_ports: distinct(both().flat_map(|e| e.inbound_ports.iter().copied())),
     }
+}
+
+fn distinct<T: PartialEq>(values: impl Iterator<Item = T>) -> Vec<T> {
+    let mut out = Vec::new();
+    for value in values {
+        if !out.contains(&value) {
+            out.push(value);
+        }
+    }
+    out
 }

@@ -79,7 +79,7 @@ impl Reader {
         })
     }
 
-    pub(super) fn namespace(&mut self, namespace: &Namespace) -> NamespaceRecord {
+    pub(super) fn namespace(namespace: &Namespace) -> NamespaceRecord {
         let empty = BTreeMap::new();
         let (exclude, problems) = excluded(namespace.metadata.annotations.as_ref().unwrap_or(&empty));
         NamespaceRecord { choice: namespace.metadata.labels.as_ref().and_then(choice), exclude, problems }
@@ -153,7 +153,7 @@ impl Reader {
         })
     }
 
-    pub(super) fn configured(&mut self, object: &Configured) -> ConfiguredRecord {
+    pub(super) fn configured(object: &Configured) -> ConfiguredRecord {
         let annotations = object.metadata.annotations.as_ref();
         let spec = object.spec.as_ref().map_or_else(|| "{}".to_owned(), ToString::to_string);
         ConfiguredRecord {

@@ -166,10 +166,9 @@ async fn served(client: &Client, selection: &Selection, statuses: &Statuses) -> 
 }
 
 fn is_unknown(error: &watcher::Error) -> bool {
-    let status = match error {
+    matches!(
+        error,
         watcher::Error::InitialListFailed(kube::Error::Api(status))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status,
-        _ => return false,
-    };
-    status.code == 404
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) if status.code == 404
+    )
 }

@@ -1,5 +1,7 @@
 //! What becomes of objects, kind by kind.
 
+#![allow(clippy::needless_pass_by_value)] // `json!` written in place reads better than a reference to it
+
 use serde_json::{Value, json};
 
 use super::support::{NODE, Scene};

@@ -63,11 +63,11 @@ impl Scene {
 
     /// Applies an object by its `kind`; an unknown one is a mistake of the test.
     pub(in crate::sources::kubernetes) fn apply(&mut self, object: Value) -> bool {
-        self.change(object, |o| Seen::Applied(o))
+        self.change(object, Seen::Applied)
     }
 
     pub(in crate::sources::kubernetes) fn delete(&mut self, object: Value) -> bool {
-        self.change(object, |o| Seen::Deleted(o))
+        self.change(object, Seen::Deleted)
     }
 
     fn change(&mut self, object: Value, seen: impl Fn(Value) -> Seen<Value>) -> bool {
