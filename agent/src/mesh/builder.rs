@@ -57,6 +57,17 @@ impl SnapshotBuilder {
         Self { snapshot }
     }
 
+    /// Makes room for as many workloads and services.
+    pub fn reserve(&mut self, workloads: usize, services: usize) {
+        let snapshot = &mut self.snapshot;
+        snapshot.workloads.reserve(workloads);
+        snapshot.by_address.reserve(workloads);
+        snapshot.workload_policies.reserve(workloads);
+        snapshot.services.reserve(services);
+        snapshot.by_vip.reserve(services);
+        snapshot.by_hostname.reserve(services);
+    }
+
     /// Adds a workload and returns the shared copy that services refer to.
     pub fn workload(&mut self, mut workload: Workload) -> Result<Arc<Workload>, BuildError> {
         for a in &mut workload.addresses {

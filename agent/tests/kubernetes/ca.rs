@@ -15,9 +15,9 @@ use underpass::{
 
 use super::world::{World, eventually};
 
-const NAMESPACE: &str = "underpass-system";
+pub const NAMESPACE: &str = "underpass-system";
 /// What the chart installs.
-const MANIFEST: &str = include_str!("../../../charts/underpass/files/rbac/ca.yaml");
+pub const MANIFEST: &str = include_str!("../../../charts/underpass/files/rbac/ca.yaml");
 /// An answer about a token is believed for 30 s, and the API server itself remembers it for ten.
 const FORGOTTEN: Duration = Duration::from_secs(75);
 const SOON: Duration = Duration::from_secs(30);
@@ -76,13 +76,7 @@ impl Mesh {
 
     /// A token as the kubelet asks for: bound to a pod.
     fn token(&self, account: &str, pod: &str, audience: &str) -> Result<String> {
-        let uid = self.plane().get(&["pod", pod, "--namespace", NAMESPACE])?["metadata"]["uid"].clone();
-        let bound = json!({ "kind": "Pod", "apiVersion": "v1", "name": pod, "uid": uid });
-        let spec = json!({ "audiences": [audience], "expirationSeconds": 3600, "boundObjectRef": bound });
-        let body = json!({ "kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1", "spec": spec });
-        let path = format!("/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{account}/token");
-        let answer = self.plane().post(&path, &body)?;
-        Ok(answer["status"]["token"].as_str().context("a token")?.to_owned())
+        self.plane().token_of_pod(NAMESPACE, account, pod, audience)
     }
 
     /// The program, as the user that its `ServiceAccount` is.
@@ -134,7 +128,7 @@ impl Mesh {
 }
 
 /// RBAC takes a client certificate with a `ServiceAccount`'s name for the `ServiceAccount`.
-fn user() -> User {
+pub fn user() -> User {
     User::new("system:serviceaccount:underpass-system:underpass-ca")
 }
 

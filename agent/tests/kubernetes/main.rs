@@ -7,4 +7,5 @@ mod control_plane;
 mod mesh;
 mod scale;
 mod source;
+mod whole;
 mod world;

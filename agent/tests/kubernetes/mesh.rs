@@ -41,6 +41,12 @@ impl Mesh {
     }
 
     pub fn over(world: World) -> Result<Self> {
+        let issuer = json!({ "local": { "caDir": world.bed.dir().join("ca") } });
+        Self::with_issuer(world, |_| Ok(issuer.clone()))
+    }
+
+    /// With the `issuer` of each node.
+    pub fn with_issuer(world: World, issuer: impl Fn(&str) -> Result<Value>) -> Result<Self> {
         world.plane.install_crds()?;
         world.plane.apply(RULES)?;
         let user = format!("--user={AGENT}");
@@ -49,8 +55,8 @@ impl Mesh {
         for node in ["a", "b"] {
             world.plane.register(world.bed.node(node))?;
         }
-        let a = start_agent(&world, "a")?;
-        let b = start_agent(&world, "b")?;
+        let a = start_agent(&world, "a", &issuer("a")?)?;
+        let b = start_agent(&world, "b", &issuer("b")?)?;
         for agent in [&a, &b] {
             agent.wait_status(SOON, in_sync)?;
         }
@@ -59,15 +65,21 @@ impl Mesh {
 
     /// Runs a pod on a node: its object, bound and running, and a process that holds its namespace as a pause container does.
     pub fn run(&self, node: &str, name: &str, labels: &Value) -> Result<KubePod> {
-        self.run_with(node, name, &json!({ "labels": labels }))
+        self.run_object(node, name, &json!({ "labels": labels }), "default")
     }
 
-    pub fn run_with(&self, node: &str, name: &str, metadata: &Value) -> Result<KubePod> {
+    /// Runs a pod with a service account of its own.
+    pub fn run_as(&self, node: &str, name: &str, account: &str) -> Result<KubePod> {
+        self.run_object(node, name, &json!({}), account)
+    }
+
+    fn run_object(&self, node: &str, name: &str, metadata: &Value, account: &str) -> Result<KubePod> {
         let plane = &self.world.plane;
         let pod = self.world.bed.node(node).pod(name)?;
         let mut object = json!({
             "apiVersion": "v1", "kind": "Pod", "metadata": metadata,
-            "spec": { "nodeName": node, "containers": [{ "name": "main", "image": "none" }] },
+            "spec": { "nodeName": node, "serviceAccountName": account, "automountServiceAccountToken": false,
+                "containers": [{ "name": "main", "image": "none" }] },
         });
         object["metadata"]["name"] = json!(name);
         object["metadata"]["namespace"] = json!("shop");
@@ -126,19 +138,19 @@ impl Mesh {
 }
 
 /// Starts the agent of a node. It need not be ready.
-fn start_agent(world: &World, node: &str) -> Result<Agent> {
+fn start_agent(world: &World, node: &str, issuer: &Value) -> Result<Agent> {
     let options = AgentOptions { ready_within: None, ..AgentOptions::default() };
-    let agent = Agent::start(world.bed.node(node), &underpass_path()?, &document(world, node)?, options)?;
+    let agent = Agent::start(world.bed.node(node), &underpass_path()?, &document(world, node, issuer)?, options)?;
     agent.wait_status(SOON, |_| Ok(true))?;
     Ok(agent)
 }
 
 /// What the chart mounts, for one node.
-pub fn document(world: &World, node: &str) -> Result<String> {
+fn document(world: &World, node: &str, issuer: &Value) -> Result<String> {
     let kubeconfig = world.plane.kubeconfig(&User::new(AGENT))?;
     let document = json!({
         "apiVersion": "underpass.io/v1alpha1", "kind": "NodeConfig", "node": node, "trustDomain": "cluster.local",
-        "issuer": { "local": { "caDir": world.bed.dir().join("ca") } },
+        "issuer": issuer,
         "kubernetes": { "kubeconfig": kubeconfig },
     });
     Ok(document.to_string())

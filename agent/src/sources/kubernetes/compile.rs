@@ -58,6 +58,8 @@ impl Compiler {
         let modes = Modes::new(cluster, settings.mode, &settings.root_namespace, &mut problems);
         let owners = pods::owners(&placed);
         let mut builder = SnapshotBuilder::new(&base.node, base.trust_domain.clone(), settings.clone());
+        let taking_part = placed.iter().filter(|p| p.phase != Phase::Out).count();
+        builder.reserve(taking_part, cluster.services.len());
         self.made.retain(cluster);
         let context = pods::Context { cluster, base, owners: &owners, modes: &modes, finder: &self.finder };
         // Of pods that take part; `None` is one that cannot be reached, which must not be dialled in plaintext.

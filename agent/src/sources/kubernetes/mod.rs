@@ -13,6 +13,7 @@ mod cluster;
 mod compile;
 mod enrolment;
 mod finder;
+pub mod manifests;
 mod modes;
 mod names;
 mod objects;

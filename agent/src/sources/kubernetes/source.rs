@@ -286,7 +286,7 @@ impl Owner {
 
     async fn compile(mut self, base: &Arc<MeshStore>, store: &Arc<MeshStore>) -> Self {
         let began = Instant::now();
-        self.dirty = None;
+        let news = self.dirty.take().is_some();
         let base = base.load();
         let (owner, compiled) = spawn_blocking(move || {
             let compiled = self.compiler.compile(&self.cluster, &base);
@@ -300,7 +300,9 @@ impl Owner {
         self.statuses.compiled(self.cluster.counts(), !synced, problems);
         self.due = due;
         self.look = (!complete).then(|| {
-            let pause = self.look.map_or(LOOK_AGAIN.0, |(_, pause)| (pause * 2).min(LOOK_AGAIN.1));
+            // A pod that is new has its processes soon.
+            let last = self.look.filter(|_| !news);
+            let pause = last.map_or(LOOK_AGAIN.0, |(_, pause)| (pause * 2).min(LOOK_AGAIN.1));
             (Instant::now() + pause, pause)
         });
         if !self.published {

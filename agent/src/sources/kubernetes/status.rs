@@ -7,6 +7,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use crate::telemetry::logging::printable;
 
@@ -164,9 +165,15 @@ impl Statuses {
         (watch.heard, watch.error) = (Some(SystemTime::now()), None);
     }
 
+    /// Said once in the log, until the API server answers again.
     pub(super) fn failed(&self, kind: Kind, error: &str) {
-        let end = error.floor_char_boundary(MAX_ERROR);
-        self.lock().watches.entry(kind).or_default().error = Some(printable(&error[..end]).into_owned());
+        let error = printable(&error[..error.floor_char_boundary(MAX_ERROR)]).into_owned();
+        let mut state = self.lock();
+        let watch = state.watches.entry(kind).or_default();
+        if watch.error.is_none() {
+            warn!(?kind, %error, "cannot be followed; what is known of it stays in force, and it is tried again");
+        }
+        watch.error = Some(error);
     }
 
     /// Notes what the snapshot in force was made of.

@@ -14,7 +14,7 @@ use kube::{
 };
 use serde::de::DeserializeOwned;
 use tokio::{sync::mpsc, time::sleep};
-use tracing::{debug, info, warn};
+use tracing::info;
 
 use super::status::{Kind, Statuses};
 
@@ -114,11 +114,9 @@ pub(super) async fn follow<T, C>(
                     statuses.failed(kind, &error.to_string());
                     if is_unknown(&error) {
                         // The kind was there, so what is known of it stays: an API that is taken away deletes its objects first.
-                        warn!(?kind, %error, "the API server does not know it any more");
                         sleep(ABSENT).await;
                         break;
                     }
-                    debug!(?kind, %error, "watch");
                     continue;
                 }
             };

@@ -80,6 +80,17 @@ impl ControlPlane {
         token.map(str::to_owned).with_context(|| format!("no token for {namespace}/{account} in the answer"))
     }
 
+    /// A token as a kubelet asks for on behalf of a pod, bound to that pod. Valid for an hour.
+    pub fn token_of_pod(&self, namespace: &str, account: &str, pod: &str, audience: &str) -> Result<String> {
+        let object = self.get_raw(&format!("/api/v1/namespaces/{namespace}/pods/{pod}"))?;
+        let bound = json!({ "kind": "Pod", "apiVersion": "v1", "name": pod, "uid": object["metadata"]["uid"] });
+        let spec = json!({ "audiences": [audience], "expirationSeconds": 3600, "boundObjectRef": bound });
+        let body = json!({ "kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1", "spec": spec });
+        let answer = self.post(&format!("/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token"), &body)?;
+        let token = answer["status"]["token"].as_str();
+        token.map(str::to_owned).with_context(|| format!("no token for pod {namespace}/{pod} in the answer"))
+    }
+
     /// What the API says of a token for `audiences` (`TokenReview`): the answer's `status`.
     pub fn review(&self, token: &str, audiences: &[&str]) -> Result<Value> {
         let body = json!({

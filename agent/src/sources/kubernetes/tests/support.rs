@@ -2,15 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::{
     mesh::{MeshSettings, Snapshot, SnapshotBuilder},
     sources::kubernetes::{
-        cluster::{Change, Cluster},
+        cluster::Cluster,
         compile::{Compiled, Compiler},
         finder::Finder,
+        manifests::change,
         read::Reader,
         records::{Excluded, PodRecord},
         watch::Seen,
@@ -70,27 +70,8 @@ impl Scene {
         self.change(object, Seen::Deleted)
     }
 
-    fn change(&mut self, object: Value, seen: impl Fn(Value) -> Seen<Value>) -> bool {
-        fn typed<T: DeserializeOwned>(seen: Seen<Value>) -> Seen<T> {
-            let object = |v| serde_json::from_value(v).expect("an object of its kind");
-            match seen {
-                Seen::Applied(v) => Seen::Applied(object(v)),
-                Seen::Deleted(v) => Seen::Deleted(object(v)),
-                _ => unreachable!("tests apply and delete"),
-            }
-        }
-        let kind = object["kind"].as_str().expect("a kind").to_owned();
-        let seen = seen(object);
-        let change = match kind.as_str() {
-            "Pod" => Change::Pod(typed(seen)),
-            "Namespace" => Change::Namespace(typed(seen)),
-            "Node" => Change::Node(typed(seen)),
-            "Service" => Change::Service(typed(seen)),
-            "EndpointSlice" => Change::Slice(typed(seen)),
-            "AuthorizationPolicy" => Change::Policy(typed(seen)),
-            "PeerAuthentication" => Change::Authentication(typed(seen)),
-            other => panic!("{other} is no kind of this source"),
-        };
+    fn change(&mut self, object: Value, seen: fn(Value) -> Seen<Value>) -> bool {
+        let change = change(object, seen).expect("an object of its kind");
         self.cluster.take(&mut self.reader, change)
     }
 

@@ -1,0 +1,33 @@
+//! Objects of the Kubernetes API: whatever they hold becomes a snapshot that can be projected, or is refused.
+#![no_main]
+
+use std::net::IpAddr;
+
+use libfuzzer_sys::fuzz_target;
+use serde_json::Value;
+use underpass::{
+    mesh::{MeshSettings, Protocol, Snapshot, SnapshotBuilder},
+    sources::kubernetes::manifests::compile,
+};
+
+fn base() -> Snapshot {
+    let settings = MeshSettings { root_namespace: "istio-system".into(), ..MeshSettings::default() };
+    SnapshotBuilder::new("node-a", "cluster.local".parse().expect("a trust domain"), settings).build()
+}
+
+fn dialable(address: &IpAddr) -> bool {
+    !(address.is_loopback() || address.is_unspecified() || address.is_multicast())
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    let Ok(objects) = serde_json::from_slice::<Vec<Value>>(bytes) else { return };
+    let Ok((snapshot, _)) = compile(&base(), "cluster.local", objects) else { return };
+    for workload in snapshot.workloads() {
+        assert!(workload.addresses.iter().all(dialable), "{workload:?}");
+        assert!(workload.local.is_none(), "no pod is on this node: {workload:?}");
+    }
+    for service in snapshot.services() {
+        assert!(service.vips.iter().all(dialable), "{service:?}");
+        assert!(service.endpoints.iter().any(|e| e.workload.protocol == Protocol::Underpass), "{service:?}");
+    }
+});
