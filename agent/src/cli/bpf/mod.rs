@@ -71,7 +71,7 @@ pub(super) fn names(pin_root: &Path, state_dir: &Path) -> Names {
 /// What an agent last accepted.
 pub(super) fn last_good(state_dir: &Path) -> Option<Snapshot> {
     let text = file::last_good(state_dir).ok()?;
-    Some(file::parse_for("last-good.yaml", &text, Some("this-node")).ok()?.snapshot)
+    Some(file::parse("last-good.yaml", &text).ok()?.snapshot)
 }
 
 pub(super) fn bpf(args: &BpfArgs) -> anyhow::Result<ExitCode> {
