@@ -1,11 +1,12 @@
 //! `cargo xtask cluster`: a real Kubernetes.
 //!
 //! Its programs are built once from Debian's source package, and kept in the user's cache; nothing is installed on the machine, nothing but a
-//! Debian mirror is needed. Tests use its control plane ([`testbed::kube`]).
+//! Debian mirror is needed. Tests use its control plane ([`testbed::kube`]), people a cluster of two nodes ([`playground`]).
 
 mod go;
 mod kubernetes;
 mod parts;
+mod playground;
 mod tests;
 
 use anyhow::Result;
@@ -34,6 +35,18 @@ enum Command {
         #[arg(last = true)]
         filter: Option<String>,
     },
+    /// Start a cluster of two nodes, which goes on until `down` (root).
+    ///
+    /// Kubernetes 1.20.2 with containerd and a bridge for pods, each node in a network namespace of its own. It has no DNS for services and no way
+    /// out of the machine: images come from files, `localhost/busybox:1` is there.
+    Up,
+    /// Remove the cluster, also one that is not whole (root).
+    Down,
+    /// Say what of the cluster runs (root).
+    Status,
+    /// What `up` leaves running beside the cluster.
+    #[command(hide = true)]
+    Attend(playground::Attend),
 }
 
 pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
@@ -45,5 +58,9 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
             Ok(())
         }
         Command::Test { filter } => tests::run(ui, filter.as_deref()),
+        Command::Up => playground::up(ui),
+        Command::Down => playground::down(ui),
+        Command::Status => playground::status(ui),
+        Command::Attend(options) => playground::attend(options),
     }
 }

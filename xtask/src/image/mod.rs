@@ -1,6 +1,6 @@
 //! `cargo xtask image`: the agent as a container image, in a file that needs no registry: `ctr images import FILE`.
 
-mod oci;
+pub(crate) mod oci;
 
 use std::{
     collections::BTreeSet,

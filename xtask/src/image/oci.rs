@@ -13,26 +13,26 @@ use serde_json::{Value, json};
 use tar::{Builder, EntryType, Header};
 
 /// What the file system of a container is made of. The same files make the same layer.
-pub(super) struct Layer {
+pub(crate) struct Layer {
     archive: Builder<Vec<u8>>,
     directories: BTreeSet<PathBuf>,
 }
 
 /// An image with one layer.
-pub(super) struct Image<'a> {
+pub(crate) struct Image<'a> {
     /// With a tag: `localhost/underpass:0.1.0`.
-    pub(super) name: &'a str,
-    pub(super) entrypoint: &'a [&'a str],
-    pub(super) layer: Layer,
+    pub(crate) name: &'a str,
+    pub(crate) entrypoint: &'a [&'a str],
+    pub(crate) layer: Layer,
 }
 
 impl Layer {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { archive: Builder::new(Vec::new()), directories: BTreeSet::new() }
     }
 
     /// A directory, with those above it.
-    pub(super) fn directory(&mut self, path: &Path) -> Result<()> {
+    pub(crate) fn directory(&mut self, path: &Path) -> Result<()> {
         let path = path.strip_prefix("/").unwrap_or(path);
         if path.as_os_str().is_empty() || self.directories.contains(path) {
             return Ok(());
@@ -47,18 +47,28 @@ impl Layer {
     }
 
     /// A program or library. Links are followed.
-    pub(super) fn file(&mut self, from: &Path, to: &Path) -> Result<()> {
+    pub(crate) fn file(&mut self, from: &Path, to: &Path) -> Result<()> {
         let to = to.strip_prefix("/").unwrap_or(to);
         self.directory(to.parent().context("a file's place has a directory")?)?;
         let content = fs::read(from).with_context(|| format!("reading {}", from.display()))?;
         let mut header = header(EntryType::Regular, content.len() as u64);
         self.archive.append_data(&mut header, to, &content[..]).with_context(|| format!("adding {}", from.display()))
     }
+
+    /// A symbolic link.
+    pub(crate) fn link(&mut self, target: &Path, at: &Path) -> Result<()> {
+        let at = at.strip_prefix("/").unwrap_or(at);
+        self.directory(at.parent().context("a link's place has a directory")?)?;
+        let mut header = header(EntryType::Symlink, 0);
+        self.archive
+            .append_link(&mut header, at, target)
+            .with_context(|| format!("adding a link to {}", target.display()))
+    }
 }
 
 impl Image<'_> {
     /// Writes the image; the digest of its manifest.
-    pub(super) fn write(self, to: &File) -> Result<String> {
+    pub(crate) fn write(self, to: &File) -> Result<String> {
         let layer = self.layer.archive.into_inner().context("closing the layer")?;
         let architecture = match std::env::consts::ARCH {
             "x86_64" => "amd64",

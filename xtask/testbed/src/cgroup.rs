@@ -17,7 +17,7 @@ use crate::pace::patience;
 const EMPTY_WITHIN: Duration = Duration::from_secs(10);
 
 /// Where the cgroup v2 hierarchy is mounted, also beside v1 controllers.
-pub(crate) fn mount_point() -> Result<PathBuf> {
+pub fn mount_point() -> Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/mounts").context("reading /proc/mounts")?;
     mounts
         .lines()
@@ -30,7 +30,7 @@ pub(crate) fn mount_point() -> Result<PathBuf> {
 }
 
 /// Kills every process in `root` and below and removes the directories. Nothing there is no error.
-pub(crate) fn remove(root: &Path) -> Result<()> {
+pub fn remove(root: &Path) -> Result<()> {
     if !root.exists() {
         return Ok(());
     }

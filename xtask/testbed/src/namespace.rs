@@ -38,6 +38,11 @@ impl Namespace {
         Ok(namespace)
     }
 
+    /// The namespace `name`, which somebody else made and removes.
+    pub fn existing(name: &str) -> Self {
+        Self { name: name.to_owned() }
+    }
+
     /// Its name for iproute2.
     pub fn name(&self) -> &str {
         &self.name

@@ -20,4 +20,4 @@ mod relay;
 
 pub use control_plane::{ControlPlane, ControlPlaneOptions};
 pub use parts::{PARTS_VARIABLE, Parts, VERSION};
-pub use pki::User;
+pub use pki::{Pki, User};

@@ -55,7 +55,7 @@ impl User {
 }
 
 /// A certificate authority with its files.
-pub(super) struct Pki {
+pub struct Pki {
     directory: PathBuf,
     issuer: Issuer<'static, KeyPair>,
     /// The authority's certificate.
@@ -70,7 +70,7 @@ impl std::fmt::Debug for Pki {
 
 impl Pki {
     /// Makes the authority, the API server's certificate and the key that signs service accounts' tokens, as files in `directory`, which is made.
-    pub(super) fn create(directory: &Path) -> Result<Self> {
+    pub fn create(directory: &Path) -> Result<Self> {
         DirBuilder::new().mode(0o700).create(directory).with_context(|| format!("creating {}", directory.display()))?;
         let mut params = CertificateParams::default();
         params.distinguished_name = name("testbed authority", None);
@@ -92,17 +92,17 @@ impl Pki {
     }
 
     /// The path of one of its files.
-    pub(super) fn file(&self, name: &str) -> PathBuf {
+    pub fn file(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
 
     /// The authority's certificate, PEM.
-    pub(super) fn ca(&self) -> String {
+    pub fn ca(&self) -> String {
         self.certificate.pem()
     }
 
     /// A kubeconfig of `user` for the server at `url`. A new certificate each time, at the same path for the same user and `view`.
-    pub(super) fn kubeconfig(&self, user: &User, url: &str, view: &str) -> Result<PathBuf> {
+    pub fn kubeconfig(&self, user: &User, url: &str, view: &str) -> Result<PathBuf> {
         let (certificate, key) = self.sign(&user.name, user.group.as_deref(), Vec::new())?;
         let encoded = |text: &str| BASE64_STANDARD.encode(text);
         let config = json!({
@@ -117,6 +117,13 @@ impl Pki {
             "current-context": "testbed",
         });
         self.write(&format!("{}.{view}.kubeconfig", user.file_name()), &config.to_string())
+    }
+
+    /// Paths of a new certificate of `user` and of its key, for programs that take no kubeconfig.
+    pub fn certificate(&self, user: &User) -> Result<[PathBuf; 2]> {
+        let (certificate, key) = self.sign(&user.name, user.group.as_deref(), Vec::new())?;
+        let name = user.file_name();
+        Ok([self.write(&format!("{name}.crt"), &certificate)?, self.write(&format!("{name}.key"), &key)?])
     }
 
     /// A certificate for clients and servers, and its key, both PEM.

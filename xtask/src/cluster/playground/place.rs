@@ -1,0 +1,102 @@
+//! Where the playground is: everything of it follows from the directory that its files are in.
+
+use std::{
+    fmt::Write as _,
+    fs::{self, File, TryLockError},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::places;
+
+/// Names of the nodes, in the order of their numbers, which start with 1.
+pub(super) const NODES: [&str; 2] = ["node-a", "node-b"];
+
+/// One playground of one checkout.
+#[derive(Debug, Clone)]
+pub(super) struct Place {
+    directory: PathBuf,
+    /// In the names of everything outside the directory, so that two checkouts do not meet.
+    id: String,
+}
+
+impl Place {
+    /// The playground of this checkout, whether it is there or not.
+    pub(super) fn here() -> Result<Self> {
+        let target = places::target();
+        fs::create_dir_all(&target).with_context(|| format!("creating {}", target.display()))?;
+        let target = target.canonicalize().with_context(|| format!("looking at {}", target.display()))?;
+        Ok(Self::at(target.join("cluster")))
+    }
+
+    fn at(directory: PathBuf) -> Self {
+        let hash = ring::digest::digest(&ring::digest::SHA256, directory.as_os_str().as_encoded_bytes());
+        let id = hash.as_ref()[..4].iter().fold("cluster-".to_owned(), |mut id, byte| {
+            write!(id, "{byte:02x}").expect("a string takes everything");
+            id
+        });
+        Self { directory, id }
+    }
+
+    /// One command at a time.
+    pub(super) fn lock(&self) -> Result<File> {
+        let path = self.directory.with_extension("lock");
+        let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(TryLockError::WouldBlock) => {
+                bail!("another `cargo xtask cluster up` or `down` is at work in {}", self.directory.display())
+            }
+            Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("locking {}", path.display())),
+        }
+    }
+
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// A file or directory of the playground's.
+    pub(super) fn file(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// What its programs have said.
+    pub(super) fn logs(&self) -> PathBuf {
+        self.file("logs")
+    }
+
+    /// Where the logs go when `up` fails.
+    pub(super) fn failed_logs(&self) -> PathBuf {
+        self.directory.with_extension("failed")
+    }
+
+    /// Name of its directory in every control group hierarchy.
+    pub(super) fn cgroup(&self) -> &str {
+        &self.id
+    }
+
+    /// Network namespace of the control plane (`api`) or of a node.
+    pub(super) fn namespace(&self, of: &str) -> String {
+        format!("{}-{of}", self.id)
+    }
+
+    /// All its network namespaces.
+    pub(super) fn namespaces(&self) -> Vec<String> {
+        std::iter::once("api").chain(NODES).map(|of| self.namespace(of)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Place;
+
+    #[test]
+    fn two_checkouts_have_different_names() {
+        let [one, other] = ["/src/one/target/cluster", "/src/other/target/cluster"].map(|path| Place::at(path.into()));
+        assert_ne!(one.cgroup(), other.cgroup());
+        assert_eq!(one.cgroup(), Place::at("/src/one/target/cluster".into()).cgroup());
+        assert_eq!(one.namespaces().len(), 3);
+        assert!(one.namespaces().iter().all(|name| name.starts_with(one.cgroup())));
+    }
+}
