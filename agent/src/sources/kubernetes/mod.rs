@@ -9,6 +9,7 @@
 //! `docs/kubernetes.md` says what it means for users.
 
 mod annotations;
+mod budget;
 mod cluster;
 mod compile;
 mod enrolment;

@@ -20,6 +20,7 @@ use tracing::{info, warn};
 
 use super::{
     KubernetesConfig,
+    budget::Budget,
     cluster::{Change, Cluster},
     compile::{Compiled, Compiler},
     finder::Finder,
@@ -35,11 +36,6 @@ use crate::mesh::{MeshStore, Snapshot};
 const RESTORE_AFTER: Duration = Duration::from_secs(3);
 /// After a change, how long others are waited for.
 const SETTLE: Duration = Duration::from_millis(10);
-/// The pause after a snapshot, in times of how long it took: making snapshots takes a twentieth of a core at most, and as much is
-/// left for putting them into force.
-const SHARE: u32 = 20;
-/// Longest pause between two snapshots.
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// First and longest pause before pods that were not found are looked for again.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Shortest time between two copies on disk.
@@ -198,7 +194,7 @@ struct Owner {
     /// Since when something is different from what is published.
     dirty: Option<Instant>,
     /// When the next snapshot may be made.
-    not_before: Instant,
+    budget: Budget,
     /// When pods change without anybody saying so.
     due: Option<Instant>,
     /// When pods that were not found are looked for, and how long that is after the last time.
@@ -228,7 +224,7 @@ impl Owner {
             started: now,
             published: false,
             dirty: Some(now),
-            not_before: now,
+            budget: Budget::new(now),
             due: None,
             look: None,
             saved: None,
@@ -257,7 +253,7 @@ impl Owner {
 
     /// When the next snapshot is to be made.
     fn compile_at(&self) -> Option<Instant> {
-        let changed = self.dirty.map(|since| (since + SETTLE).max(self.not_before));
+        let changed = self.dirty.map(|since| (since + SETTLE).max(self.budget.not_before()));
         let look = self.look.map(|(at, _)| at);
         let wanted = [changed, self.due, look].into_iter().flatten().min()?;
         Some(wanted.max(self.compilable()?))
@@ -315,8 +311,7 @@ impl Owner {
         }
         publish(store, snapshot, self.published);
         self.published = true;
-        let took = began.elapsed();
-        self.not_before = Instant::now() + (took * SHARE).min(LONGEST_PAUSE);
+        self.budget.spend(began, Instant::now());
         self
     }
 
