@@ -145,6 +145,9 @@ pub(crate) struct Bulk {
     pause_ms: u64,
 }
 
+/// How long after the receiver's failure the sender's is waited for.
+const SENDER_TOO: Duration = Duration::from_secs(1);
+
 impl Bulk {
     /// `{"up", "down", "seconds"}`, after both checksums were found right.
     pub(crate) async fn run(&self) -> Result<Value> {
@@ -155,7 +158,14 @@ impl Bulk {
         let sending =
             tokio::spawn(async move { stream::send(&mut write, plan.seed, plan.up).await.map(|sum| (sum, write)) });
         let pace = Pace { chunk: self.chunk, pause: Duration::from_millis(self.pause_ms) };
-        let received = stream::receive(&mut read, plan.down, pace).await?;
+        let received = match stream::receive(&mut read, plan.down, pace).await {
+            Ok(received) => received,
+            // The kernel tells of a reset once, to whoever asks first. If that was the sender, the receiver has met an end.
+            Err(error) => match tokio::time::timeout(SENDER_TOO, sending).await {
+                Ok(Ok(Err(first))) => return Err(first),
+                _ => return Err(error),
+            },
+        };
         let expected = stream::checksum(plan.seed.wrapping_add(1), plan.down);
         ensure!(
             received == expected,
