@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-/// Part of a core that making snapshots takes in the long run: one in so many. As much again is left for putting them into force.
-const SHARE: u32 = 20;
+/// Part of a core that making snapshots takes in the long run: one in so many. Putting them into force takes less than that again.
+const SHARE: u32 = 10;
 /// What can be saved up in quiet times.
 const SAVED: Duration = Duration::from_millis(500);
 /// Longest pause between two snapshots.
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Time that may be spent.
 #[derive(Debug)]
