@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::{
     cases,
+    golden::MONITORING,
     helm::chart,
     objects::{Objects, container, pod},
 };
@@ -58,7 +59,8 @@ fn rights_are_those_that_the_agents_tests_prove() -> Result<()> {
         proven.extend(objects.into_iter().filter(|object| object["rules"].is_array()));
     }
     let same = |role: &Value| {
-        let same = |other: &&Value| other["kind"] == role["kind"] && other["metadata"]["name"] == role["metadata"]["name"];
+        let same =
+            |other: &&Value| other["kind"] == role["kind"] && other["metadata"]["name"] == role["metadata"]["name"];
         proven.iter().find(same).with_context(|| format!("no file has {}", role["metadata"]["name"]))
     };
     let mut seen = BTreeSet::new();
@@ -149,7 +151,10 @@ fn only_the_agent_has_rights_on_the_node() -> Result<()> {
             ensure!(spec["hostNetwork"].is_null() && spec["hostPID"].is_null(), "{object}");
             ensure!(spec["securityContext"]["runAsNonRoot"] == true, "{object}");
             ensure!(spec["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault", "{object}");
-            ensure!(context["allowPrivilegeEscalation"] == false && context["readOnlyRootFilesystem"] == true, "{object}");
+            ensure!(
+                context["allowPrivilegeEscalation"] == false && context["readOnlyRootFilesystem"] == true,
+                "{object}"
+            );
             ensure!(context["capabilities"] == json!({ "drop": ["ALL"] }), "{object}");
             let volumes = spec["volumes"].as_array().into_iter().flatten();
             ensure!(volumes.clone().all(|volume| volume["hostPath"].is_null()), "{object}");
@@ -193,7 +198,7 @@ fn the_token_is_for_the_authority_that_gets_it() -> Result<()> {
 
 #[test]
 fn alerts_and_dashboard_are_the_files_word_by_word() -> Result<()> {
-    let objects = Objects::of(cases::MONITORING)?;
+    let objects = Objects::of(MONITORING)?;
     let read = |name: &str| std::fs::read_to_string(chart().join("files").join(name));
     let rules: Value = serde_saphyr::from_str(&read("rules.yaml")?)?;
     ensure!(objects.get("PrometheusRule", "underpass")?["spec"] == rules);
