@@ -5,6 +5,8 @@
 //! runs, [`projection`] says which namespaces are none of the mesh's business; pods of all others wait.
 //! [`install`] puts the plugin and its entry in place, [`conflist`] edits the file that the entry belongs in.
 
+pub mod conflist;
+pub mod install;
 pub mod projection;
 pub mod protocol;
 

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, io, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use crate::files::{self, Attributes};
+use crate::files::{self, Attributes, Snapshot};
 
 /// Version of the file's format.
 pub const VERSION: u32 = 1;
@@ -44,7 +44,7 @@ impl Projection {
     /// # Errors
     /// What reading gives; `InvalidData` for anything but this version's format, with what was expected.
     pub fn read(path: &Path) -> io::Result<Self> {
-        Self::parse(&files::read(path, LIMIT)?)
+        Self::parse(&Snapshot::take(path, LIMIT)?.bytes)
     }
 
     fn parse(bytes: &[u8]) -> io::Result<Self> {
