@@ -42,7 +42,7 @@ fn the_agent_gets_the_pod_and_the_runtime_the_previous_result() {
         assert_eq!(outcome.stderr, "");
         let asked = asked.recv_timeout(PATIENCE).unwrap();
         assert_eq!(asked.request.command, Command::Add(attachment()));
-        assert_eq!(asked.namespace, namespace());
+        assert_eq!(asked.namespace, Some(namespace()));
     }
 }
 
@@ -191,7 +191,7 @@ fn garbage_for_an_answer_holds_the_pod_also_in_a_free_namespace() {
         b"{}",
         br#"{"answer":"yes"}"#,
         br#"{"answer":"done","held":1}"#,
-        &[b' '; 100_000],
+        &vec![b' '; 100_000].leak()[..],
     ] {
         let agent = node.agent(move |stream| {
             protocol::receive_request(stream).unwrap();
@@ -259,7 +259,7 @@ fn a_socket_that_cannot_be_reached_otherwise_holds_the_pod() {
     // Root may go anywhere.
     if !nix::unistd::geteuid().is_root() {
         let (_agent, _) = node.answering(Answer::Done { held: true });
-        fs::set_permissions(node.socket(), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(node.socket(), fs::Permissions::from_mode(0o000)).unwrap();
         assert!(node.call("ADD").run().failure(11).contains("Permission denied"));
     }
 }

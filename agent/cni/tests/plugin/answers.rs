@@ -112,7 +112,7 @@ fn check_asks_the_agent() {
     node.call("CHECK").run().nothing();
     let asked = asked.recv_timeout(PATIENCE).unwrap();
     assert!(matches!(asked.request.command, Command::Check(attachment) if attachment.container == "c0ffee"));
-    assert_eq!(asked.namespace, namespace());
+    assert_eq!(asked.namespace, Some(namespace()));
     agent.remove();
     assert!(node.call("CHECK").run().failure(11).contains("is not known"));
     node.project(&[("shop", Treatment::Free), ("bank", Treatment::Held)]);

@@ -127,8 +127,8 @@ fn inode(descriptor: OwnedFd) -> u64 {
 }
 
 /// The test's own network namespace, which is what [`NETNS`] is for the plugin.
-pub fn namespace() -> Option<u64> {
-    Some(File::open(NETNS).unwrap().metadata().unwrap().ino())
+pub fn namespace() -> u64 {
+    File::open(NETNS).unwrap().metadata().unwrap().ino()
 }
 
 /// Stops when it goes out of scope, also when the test fails; the socket's file stays, as a killed agent's does.
