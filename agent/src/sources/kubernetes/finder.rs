@@ -51,9 +51,8 @@ impl Finder {
         self.known.get(uid).map(|known| &known.place)
     }
 
-    /// Forgets all others than `uids` and looks for those of them that are not known. Blocks on the file system. `true` when all
-    /// are known.
-    pub(super) fn find(&mut self, uids: &[Arc<str>]) -> bool {
+    /// Forgets all others than `uids` and looks for those of them that are not known. Blocks on the file system.
+    pub(super) fn find(&mut self, uids: &[Arc<str>]) {
         let wanted: std::collections::HashSet<_> = uids.iter().collect();
         self.known.retain(|uid, _| wanted.contains(uid));
         // The systemd cgroup driver writes uids with underscores.
@@ -72,7 +71,6 @@ impl Finder {
                 }
             }
         }
-        uids.iter().all(|uid| self.known.contains_key(uid))
     }
 }
 

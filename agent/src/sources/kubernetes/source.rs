@@ -20,7 +20,6 @@ use tracing::{info, warn};
 
 use super::{
     KubernetesConfig,
-    budget::Budget,
     cluster::{Change, Cluster},
     compile::{Compiled, Compiler},
     finder::Finder,
@@ -34,8 +33,8 @@ use crate::mesh::{MeshStore, Snapshot};
 
 /// How long the API server has at the start before what was known when the agent last ran is used.
 const RESTORE_AFTER: Duration = Duration::from_secs(3);
-/// After a change, how long others are waited for.
-const SETTLE: Duration = Duration::from_millis(10);
+/// After a change, how long others are waited for. Bounds how often snapshots are made while changes do not end.
+const SETTLE: Duration = Duration::from_millis(20);
 /// First and longest pause before pods that were not found are looked for again.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Shortest time between two copies on disk.
@@ -193,8 +192,6 @@ struct Owner {
     published: bool,
     /// Since when something is different from what is published.
     dirty: Option<Instant>,
-    /// When the next snapshot may be made.
-    budget: Budget,
     /// When pods change without anybody saying so.
     due: Option<Instant>,
     /// When pods that were not found are looked for, and how long that is after the last time.
@@ -224,7 +221,6 @@ impl Owner {
             started: now,
             published: false,
             dirty: Some(now),
-            budget: Budget::new(now),
             due: None,
             look: None,
             saved: None,
@@ -253,7 +249,7 @@ impl Owner {
 
     /// When the next snapshot is to be made.
     fn compile_at(&self) -> Option<Instant> {
-        let changed = self.dirty.map(|since| (since + SETTLE).max(self.budget.not_before()));
+        let changed = self.dirty.map(|since| since + SETTLE);
         let look = self.look.map(|(at, _)| at);
         let wanted = [changed, self.due, look].into_iter().flatten().min()?;
         Some(wanted.max(self.compilable()?))
@@ -281,11 +277,10 @@ impl Owner {
     }
 
     async fn compile(mut self, base: &Arc<MeshStore>, store: &Arc<MeshStore>) -> Self {
-        let began = Instant::now();
         let news = self.dirty.take().is_some();
         let base = base.load();
         let (owner, compiled) = spawn_blocking(move || {
-            let compiled = self.compiler.compile(&self.cluster, &base);
+            let compiled = self.compiler.compile(&mut self.cluster, &base);
             (self, compiled)
         })
         .await
@@ -311,7 +306,6 @@ impl Owner {
         }
         publish(store, snapshot, self.published);
         self.published = true;
-        self.budget.spend(began, Instant::now());
         self
     }
 
