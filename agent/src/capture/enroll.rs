@@ -198,7 +198,7 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
     });
 
     let before = adopted.map(|config| inner.maps.tables().strictness(&config));
-    let state = desired::pod(id, workload, local, plaintext, inner.registry().mesh.capture_all);
+    let state = desired::pod(id, workload, local, plaintext, inner.registry().capture_all);
     let after = {
         let mut tables = inner.maps.tables();
         tables.apply_pod(&state)?;

@@ -356,9 +356,17 @@ impl Inner {
     /// Writes the mesh-wide part, and what it changes for every pod. Returns the namespaces in which more is refused
     /// than before.
     fn apply(&self, snapshot: &Snapshot) -> Result<Vec<(Arc<Netns>, Strictness)>, CaptureError> {
-        let state = desired::mesh(snapshot);
         let mut registry = self.registry();
         let mut tables = self.maps.tables();
+        // Unknown until all is written.
+        let before = registry.applied.take();
+        if let Some(changes) = before.and_then(|before| desired::mesh_changes(&before, snapshot)) {
+            tables.change_mesh(&changes)?;
+            registry.applied = Some(snapshot.clone());
+            // Addresses alone change nothing of what a pod refuses.
+            return Ok(Vec::new());
+        }
+        let state = desired::mesh(snapshot);
         let config = |tables: &maps::Tables, e: &Entry| tables.pods().get(&e.pod.netns_cookie).copied();
         let before: Vec<_> = registry
             .entries
@@ -366,12 +374,13 @@ impl Inner {
             .filter_map(|e| Some((Arc::clone(&e.netns), tables.strictness(&config(&tables, e)?))))
             .collect();
         tables.apply_mesh(&state)?;
-        if state.capture_all != registry.mesh.capture_all {
+        if state.capture_all != registry.capture_all {
             for entry in registry.entries.values() {
                 write_pod(&mut tables, entry, state.capture_all)?;
             }
         }
-        registry.mesh = state;
+        registry.capture_all = state.capture_all;
+        registry.applied = Some(snapshot.clone());
         let after = registry.entries.values().filter_map(|e| Some(tables.strictness(&config(&tables, e)?)));
         Ok(before
             .into_iter()
@@ -387,7 +396,7 @@ impl Inner {
         let mut registry = self.registry();
         let mut tables = self.maps.tables();
         let before = tables.pod(entry.pod.id).copied().map(|config| tables.strictness(&config));
-        let config = write_pod(&mut tables, &entry, registry.mesh.capture_all)?;
+        let config = write_pod(&mut tables, &entry, registry.capture_all)?;
         let after = tables.strictness(&config);
         registry.entries.insert(entry.workload.key.clone(), entry);
         Ok(before.is_some_and(|before| after.tightens(&before)).then_some(after))
