@@ -34,7 +34,7 @@ use record::Record;
 /// Starts the playground; says so when it is there already.
 pub(super) fn up(ui: &Ui) -> Result<()> {
     ensure_root("up")?;
-    let parts = parts::ensure(ui, &[Group::Tests, Group::Playground])?;
+    let parts = parts::ensure(ui, &[Group::Tests, Group::Chart, Group::Playground])?;
     let place = Place::here()?;
     for path in [place.directory(), &parts] {
         ensure!(path.to_str().is_some(), "the directory {} has a name that is no UTF-8", path.display());
