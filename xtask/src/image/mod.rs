@@ -20,10 +20,13 @@ const PROGRAM: &str = "/usr/bin/underpass";
 /// What a container runtime mounts something on, and what programs expect.
 const DIRECTORIES: [&str; 5] = ["/etc", "/proc", "/run", "/sys", "/tmp"];
 
+/// What it is called.
+const NAME: &str = concat!("localhost/underpass:", env!("CARGO_PKG_VERSION"));
+
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// The image's name.
-    #[arg(long, default_value = concat!("localhost/underpass:", env!("CARGO_PKG_VERSION")))]
+    #[arg(long, default_value = NAME)]
     name: String,
     /// Where to put the file; by default `target/image/underpass.tar`.
     #[arg(long, value_name = "FILE")]
@@ -33,8 +36,21 @@ pub(crate) struct Options {
     agent: Option<PathBuf>,
 }
 
+impl Options {
+    fn output(&self) -> PathBuf {
+        self.output.clone().unwrap_or_else(|| places::target().join("image/underpass.tar"))
+    }
+}
+
+/// Makes the image of a release build; its file.
+pub(crate) fn make(ui: &Ui) -> Result<PathBuf> {
+    let options = Options { name: NAME.to_owned(), output: None, agent: None };
+    run(ui, &options)?;
+    Ok(options.output())
+}
+
 pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
-    let output = options.output.clone().unwrap_or_else(|| places::target().join("image/underpass.tar"));
+    let output = options.output();
     let agent = if let Some(agent) = &options.agent {
         agent.clone()
     } else {
