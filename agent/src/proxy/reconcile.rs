@@ -2,13 +2,19 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
+    os::unix::fs::MetadataExt as _,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
 use futures_util::{StreamExt as _, stream};
 use serde::Serialize;
+use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use super::Proxy;
@@ -36,6 +42,15 @@ pub enum PodState {
     },
 }
 
+impl PodState {
+    fn result(&self) -> Result<(), String> {
+        match self {
+            Self::Enrolled { .. } => Ok(()),
+            Self::Refused { reason } => Err(reason.clone()),
+        }
+    }
+}
+
 /// A pod of this node, for `status`.
 #[derive(Debug, Clone)]
 pub struct PodStatus {
@@ -58,18 +73,62 @@ pub struct Applied {
     pub error: Option<String>,
 }
 
+/// Device and inode number of a network namespace.
+pub type NetnsId = (u64, u64);
+
 /// Enrols and un-enrols pods as snapshots come.
 pub struct Reconciler {
     proxy: Arc<Proxy>,
     prepare: Box<dyn Fn(&Snapshot) + Send + Sync>,
     states: Mutex<BTreeMap<WorkloadKey, PodStatus>>,
     applied: Mutex<Applied>,
+    /// Told whenever the state of a pod is another one.
+    changes: watch::Sender<()>,
+    /// Held while the node is being changed.
+    turn: tokio::sync::Mutex<()>,
+    /// Pods and maps are another agent's.
+    retired: AtomicBool,
 }
 
 impl Reconciler {
     /// `prepare` sees every snapshot before its pods are enrolled: issuers that are configured per workload hook in there.
     pub fn new(proxy: Arc<Proxy>, prepare: Box<dyn Fn(&Snapshot) + Send + Sync>) -> Arc<Self> {
-        Arc::new(Self { proxy, prepare, states: Mutex::default(), applied: Mutex::default() })
+        Arc::new(Self {
+            proxy,
+            prepare,
+            states: Mutex::default(),
+            applied: Mutex::default(),
+            changes: watch::Sender::new(()),
+            turn: tokio::sync::Mutex::default(),
+            retired: AtomicBool::new(false),
+        })
+    }
+
+    /// From now on another agent enrols pods: only policies and identities are followed, for the connections that are still here.
+    /// Waits for what is under way.
+    pub async fn retire(&self) {
+        self.retired.store(true, Relaxed);
+        drop(self.turn.lock().await);
+    }
+
+    /// How a pod stands: enrolled, or why not. `None` when it is not tried.
+    pub fn state(&self, key: &WorkloadKey) -> Option<Result<(), String>> {
+        self.states().get(key).map(|pod| pod.state.result())
+    }
+
+    /// Waits until the pod with this namespace is enrolled, or until that has failed.
+    pub async fn settled(&self, key: &WorkloadKey, netns: NetnsId) -> Result<(), String> {
+        let mut changes = self.changes.subscribe();
+        loop {
+            changes.borrow_and_update();
+            let pod = self.states().get(key).cloned();
+            let is = |pod: &PodStatus| fs::metadata(&pod.netns).is_ok_and(|m| (m.dev(), m.ino()) == netns);
+            if let Some(pod) = pod.filter(is) {
+                return pod.state.result();
+            }
+            // The sender is part of self.
+            let _ = changes.changed().await;
+        }
     }
 
     /// How every pod of this node stands.
@@ -101,12 +160,16 @@ impl Reconciler {
 
     /// Makes the node what the current snapshot says. A pod that cannot be enrolled does not keep others from it.
     pub async fn reconcile(&self) {
+        let _turn = self.turn.lock().await;
         let snapshot = self.proxy.mesh.load();
         (self.prepare)(&snapshot);
         self.proxy.certificates.want(snapshot.local_identities());
         // Tighter policies first of all: nothing below may hold them up.
         self.proxy.policies.set(&snapshot);
         self.proxy.end_forbidden();
+        if self.retired.load(Relaxed) {
+            return;
+        }
         // Addresses before pods: a pod must not be enrolled with its peers' addresses still uncaptured.
         if let Err(e) = self.proxy.capture.apply(&snapshot) {
             error!(error = %e, "the configuration cannot be put into the BPF maps; the previous one stays in force");
@@ -161,6 +224,7 @@ impl Reconciler {
             state: state.clone(),
         };
         let before = self.states().insert(workload.key.clone(), status);
+        self.changes.send_replace(());
         // Said once per change, not once per retry.
         if before.is_none_or(|b| b.state != state) {
             match &state {

@@ -42,17 +42,21 @@ impl Compiler {
         Self { enrolments: Enrolments::default(), made: Made::default(), finder, pass: 0, domain: domain.into() }
     }
 
+    /// Where this node's pods are.
+    pub(super) fn finder(&mut self) -> &mut Finder {
+        &mut self.finder
+    }
+
     /// Builds a snapshot over `base`, which has the node's name, trust domain and settings. Blocks on the file system.
     pub(super) fn compile(&mut self, cluster: &Cluster, base: &Snapshot) -> Compiled {
         self.pass += 1;
         let mut problems = Vec::new();
         let (placed, due) = pods::place(cluster, &base.node, &mut self.enrolments, self.pass);
         let here: Vec<&Placed<'_>> = placed.iter().filter(|p| p.captured_here).collect();
-        let uids: Vec<_> = here.iter().filter(|p| !p.record.terminating).map(|p| Arc::clone(&p.record.uid)).collect();
-        let ending = here.iter().filter(|p| p.record.terminating).map(|p| Arc::clone(&p.record.uid));
-        let all: Vec<_> = uids.iter().cloned().chain(ending).collect();
+        let all: Vec<_> = here.iter().map(|p| (p.key, Arc::clone(&p.record.uid))).collect();
         self.finder.find(&all);
-        let complete = uids.iter().all(|uid| self.finder.place(uid).is_some());
+        let found = |p: &Placed<'_>| p.record.terminating || self.finder.place(p.key, &p.record.uid).is_some();
+        let complete = here.iter().all(|p| found(p));
 
         let settings = &base.settings;
         let modes = Modes::new(cluster, settings.mode, &settings.root_namespace, &mut problems);

@@ -9,17 +9,20 @@
 //! `docs/kubernetes.md` says what it means for users.
 
 mod annotations;
+mod attachments;
 mod budget;
 mod cluster;
 mod compile;
 mod enrolment;
 mod finder;
+mod leaving;
 pub mod manifests;
 mod modes;
 mod names;
 mod objects;
 mod pods;
 mod policies;
+mod projection;
 mod read;
 mod records;
 mod saved;
@@ -33,6 +36,8 @@ mod watch;
 
 use std::path::PathBuf;
 
+pub use attachments::{Attachment, Attachments, Verdict};
+pub use leaving::Leaving;
 pub use source::{KubernetesSource, SourceError};
 pub use status::{Kind, KindStatus, Problem, SourceStatus, Statuses};
 

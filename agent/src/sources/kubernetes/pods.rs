@@ -46,7 +46,7 @@ pub(super) fn place<'a>(
             _ => cluster.namespaces.get(&cluster_scoped(&key.namespace)),
         };
         namespace = Some((&key.namespace, of));
-        let phase = pass.phase(key, record, wanted(record, of.map(Arc::as_ref)));
+        let phase = pass.phase(key, record, !cluster.leaving && wanted(record, of.map(Arc::as_ref)));
         let captured_here = phase != Phase::Out && record.node.as_deref() == Some(node) && !record.addresses.is_empty();
         placed.push(Placed { key, record, phase, captured_here });
     }
@@ -175,9 +175,9 @@ pub(super) fn local(
     let of_namespace = context.cluster.namespaces.get(&cluster_scoped(&key.namespace));
     let said = record.problems.iter().cloned().map(|problem| Problem { object: format!("Pod {key}"), problem });
     problems.extend(said);
-    let local = context.finder.place(&record.uid).map(|place| LocalPod {
+    let local = context.finder.place(key, &record.uid).map(|place| LocalPod {
         netns: place.netns.clone(),
-        cgroup: Some(place.cgroup.clone()),
+        cgroup: place.cgroup.clone(),
         exclude: exclusions(&record.exclude, of_namespace.map(|n| &n.exclude)),
         capture_all: false,
         probe_ports: record.probe_ports.clone(),
