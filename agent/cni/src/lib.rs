@@ -7,7 +7,10 @@
 
 pub mod conflist;
 pub mod install;
+pub mod plugin;
 pub mod projection;
 pub mod protocol;
 
 mod files;
+
+pub use plugin::main;

@@ -66,9 +66,9 @@ struct Plugin<'a> {
 }
 
 /// The entries of a list: where each stands, and whether it is ours.
-struct Entries<'a> {
+struct Plugins<'a> {
     text: &'a str,
-    entries: Vec<Entry<'a>>,
+    all: Vec<Entry<'a>>,
     /// The contents of the brackets around them.
     inside: Range<usize>,
 }
@@ -79,7 +79,7 @@ struct Entry<'a> {
     ours: bool,
 }
 
-impl<'a> Entries<'a> {
+impl<'a> Plugins<'a> {
     fn of(text: &'a str) -> Result<(List<'a>, Self), ConflistError> {
         let list: List<'a> = parse(text)?;
         let Some(plugins) = list.plugins else {
@@ -93,12 +93,12 @@ impl<'a> Entries<'a> {
             let plugin: Plugin<'_> = parse_field(&format!("plugins[{index}]"), raw)?;
             entries.push(Entry { raw, at: range_of(text, raw), ours: plugin.kind == TYPE });
         }
-        Ok((list, Self { text, entries, inside: brackets.start + 1..brackets.end - 1 }))
+        Ok((list, Self { text, all: entries, inside: brackets.start + 1..brackets.end - 1 }))
     }
 
     /// The text with other entries in it. They keep what stands between them.
     fn without_ours(&self) -> String {
-        edit::retain(self.text, &self.inside, &self.entries.iter().map(|e| (e.at.clone(), !e.ours)).collect::<Vec<_>>())
+        edit::retain(self.text, &self.inside, &self.all.iter().map(|e| (e.at.clone(), !e.ours)).collect::<Vec<_>>())
     }
 }
 
@@ -107,33 +107,33 @@ impl<'a> Entries<'a> {
 /// # Errors
 /// The text is no list, a list without any network, or one of a version that the plugin does not speak.
 pub fn chain(text: &str, fields: &Fields<'_>) -> Result<Option<String>, ConflistError> {
-    let (list, entries) = Entries::of(text)?;
+    let (list, plugins) = Plugins::of(text)?;
     if list.name.is_none_or(|name| name.is_empty()) {
         return Err(ConflistError::Malformed("field \"name\" is missing".into()));
     }
     version::check(list.version.as_deref(), &list.versions)?;
-    if entries.entries.iter().all(|entry| entry.ours) {
+    if plugins.all.iter().all(|entry| entry.ours) {
         let reason = "field \"plugins\" has no plugin that makes a network: there is nothing to chain to";
         return Err(ConflistError::NoNetwork(reason));
     }
     let entry = entry(fields);
-    let ours = entries.entries.iter().filter(|entry| entry.ours).count();
-    if let (1, Some(last)) = (ours, entries.entries.last().filter(|last| last.ours)) {
+    let ours = plugins.all.iter().filter(|entry| entry.ours).count();
+    if let (1, Some(last)) = (ours, plugins.all.last().filter(|last| last.ours)) {
         if same(last.raw, &entry) {
             return Ok(None);
         }
         return Ok(Some(edit::replace(text, &last.at, &entry)));
     }
-    let without = entries.without_ours();
-    let (_, others) = Entries::of(&without)?;
+    let without = plugins.without_ours();
+    let (_, others) = Plugins::of(&without)?;
     // As far from the entry before as that one from its own.
-    let gap = match &others.entries[..] {
+    let gap = match &others.all[..] {
         [.., before, last] => &without[before.at.end..last.at.start],
         [only] => &without[others.inside.start..only.at.start],
         [] => unreachable!("one is not ours"),
     };
     let gap = gap.rsplit(',').next().unwrap_or_default();
-    let end = others.entries.last().map_or(others.inside.start, |last| last.at.end);
+    let end = others.all.last().map_or(others.inside.start, |last| last.at.end);
     Ok(Some(edit::insert(&without, end, &format!(",{gap}{entry}"))))
 }
 
@@ -142,8 +142,8 @@ pub fn chain(text: &str, fields: &Fields<'_>) -> Result<Option<String>, Conflist
 /// # Errors
 /// The text is no list.
 pub fn unchain(text: &str) -> Result<Option<String>, ConflistError> {
-    let (_, entries) = Entries::of(text)?;
-    Ok(entries.entries.iter().any(|entry| entry.ours).then(|| entries.without_ours()))
+    let (_, plugins) = Plugins::of(text)?;
+    Ok(plugins.all.iter().any(|entry| entry.ours).then(|| plugins.without_ours()))
 }
 
 /// A list of a configuration with a single plugin, and our entry.

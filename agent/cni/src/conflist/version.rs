@@ -13,6 +13,9 @@ pub const SUPPORTED: [SpecVersion; 5] =
 pub struct SpecVersion(pub u16, pub u16, pub u16);
 
 impl SpecVersion {
+    /// The newest that the plugin speaks.
+    pub const NEWEST: Self = SUPPORTED[SUPPORTED.len() - 1];
+
     /// Reads `1.0.0`. Nothing else that a semantic version may have was ever used.
     pub fn parse(text: &str) -> Option<Self> {
         let mut parts = text.split('.').map(|part| {

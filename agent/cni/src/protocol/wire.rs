@@ -4,7 +4,7 @@ use std::{
     io::{self, IoSlice, IoSliceMut},
     net::Shutdown,
     os::{
-        fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+        fd::{AsFd as _, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
         unix::net::UnixStream,
     },
     time::{Duration, Instant},
@@ -21,7 +21,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use super::LIMIT;
 
 /// `SCM_MAX_FD` of `net/scm.h`: the kernel passes no more with one message.
-const MOST_DESCRIPTORS: usize = 253;
+pub(super) const MOST_DESCRIPTORS: usize = 253;
 
 pub(super) fn encode(value: &impl Serialize) -> io::Result<Vec<u8>> {
     let bytes = serde_json::to_vec(value)?;
@@ -49,7 +49,7 @@ pub(super) fn decode<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> io::Resul
 /// Sends all bytes, the descriptor with the first, then shuts down the direction.
 pub(super) fn send(stream: &UnixStream, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let deadline = Deadline::after(stream.write_timeout()?);
-    let descriptors: Vec<RawFd> = descriptor.iter().map(|descriptor| descriptor.as_raw_fd()).collect();
+    let descriptors: Vec<RawFd> = descriptor.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&descriptors)];
     let mut sent = 0;
     while sent < bytes.len() {
