@@ -28,9 +28,12 @@ pub(crate) struct Options {
 enum Command {
     /// Make the programs that the tests need, if they are not there.
     Parts {
-        /// Those of the playground as well: kubelet, scheduler, containerd, Helm.
+        /// Those of the playground as well: kubelet, scheduler, containerd.
         #[arg(long)]
         all: bool,
+        /// Only those that the tests of the Helm chart need, of which none has to be built.
+        #[arg(long, conflicts_with = "all")]
+        chart: bool,
     },
     /// Run the tests that need a Kubernetes control plane (root).
     Test {
@@ -98,10 +101,19 @@ enum Command {
     Dns(playground::Dns),
 }
 
+/// Gets what the tests of the Helm chart need. Quick and silent when it is there.
+pub(crate) fn ensure_for_chart(ui: &Ui) -> Result<()> {
+    parts::ensure(ui, &[Group::Chart]).map(drop)
+}
+
 pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
     match &options.command {
-        Command::Parts { all } => {
-            let groups = if *all { &[Group::Tests, Group::Playground][..] } else { &[Group::Tests] };
+        Command::Parts { all, chart } => {
+            let groups = match (all, chart) {
+                (true, _) => &[Group::Tests, Group::Chart, Group::Playground][..],
+                (_, true) => &[Group::Chart],
+                _ => &[Group::Tests, Group::Chart],
+            };
             let parts = parts::ensure(ui, groups)?;
             ui.say(&format!("The programs of Kubernetes are in {}.", parts.display()));
             Ok(())

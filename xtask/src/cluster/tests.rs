@@ -25,7 +25,7 @@ pub(super) fn run(ui: &Ui, filter: Option<&str>) -> Result<()> {
 
 /// Makes what the tests need and runs them; `full`: also those marked ignored. The programs under test are built.
 pub(crate) fn run_all(ui: &Ui, filter: Option<&str>, full: bool) -> Result<Tally> {
-    parts::ensure(ui, &[Group::Tests])?;
+    parts::ensure(ui, &[Group::Tests, Group::Chart])?;
     // The same selection as `cargo xtask test` makes: another one has other features, and builds everything again.
     ui.step("building the tests on Kubernetes", |step| {
         exec::quietly(&mut test::cargo(&["test", "--locked", "--no-run"]), step)

@@ -10,13 +10,15 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::{exec, places, setup, ui::Ui, vm};
 use oci::{Image, Layer};
 
 /// Where the program is in the image.
 const PROGRAM: &str = "/usr/bin/underpass";
+/// The CNI plugin, which the agent copies to its node.
+const PLUGIN: &str = "underpass-cni";
 /// What a container runtime mounts something on, and what programs expect.
 const DIRECTORIES: [&str; 5] = ["/etc", "/proc", "/run", "/sys", "/tmp"];
 
@@ -31,7 +33,7 @@ pub(crate) struct Options {
     /// Where to put the file; by default `target/image/underpass.tar`.
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Use this program instead of building one for release.
+    /// Use this program, and the `underpass-cni` beside it, instead of building them for release.
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
 }
@@ -55,30 +57,44 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
         agent.clone()
     } else {
         setup::ensure(ui)?;
+        let package = ["--locked", "--release", "--package", "underpass", "--bin"];
         ui.step("building underpass for release", |step| {
             let mut cargo = Command::new("cargo");
-            cargo.args(["build", "--locked", "--release", "--package", "underpass", "--bins"]);
-            exec::quietly(cargo.current_dir(places::repository()), step)
+            exec::quietly(cargo.arg("build").args(package).arg("underpass").current_dir(places::repository()), step)
+        })?;
+        ui.step(&format!("building {PLUGIN} for release"), |step| {
+            let mut cargo = Command::new("cargo");
+            cargo.arg("rustc").args(package).arg(PLUGIN).current_dir(places::repository());
+            // It runs on the node, whose C library may be older or another one: it brings its own.
+            exec::quietly(cargo.args(["--", "-C", "target-feature=+crt-static"]), step)
         })?;
         places::target().join("release/underpass")
     };
-    let digest = ui.step("the image", |_| write(&agent, &options.name, &output))?;
+    let plugin = agent.with_file_name(PLUGIN);
+    ensure!(
+        plugin.is_file(),
+        "there is no {}, which has to be in the image: build it with the agent (cargo build --package underpass --bins)",
+        plugin.display()
+    );
+    let digest = ui.step("the image", |_| write(&agent, &plugin, &options.name, &output))?;
     ui.say(&format!("{} is {} with digest {digest}; containerd takes it with", output.display(), options.name));
     ui.say(&format!("  ctr --namespace k8s.io images import {}", output.display()));
     Ok(())
 }
 
-/// Writes the image of a program, all of it or nothing; its digest.
-fn write(agent: &Path, name: &str, output: &Path) -> Result<String> {
+/// Writes the image of agent and plugin, all of it or nothing; its digest.
+fn write(agent: &Path, plugin: &Path, name: &str, output: &Path) -> Result<String> {
     let directory = output.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
-    let stripped = tempfile::NamedTempFile::new_in(directory).context("creating a file")?;
-    exec::output(Command::new("strip").arg("--strip-debug").arg("-o").arg(stripped.path()).arg(agent))?;
     let mut layer = Layer::new();
     for directory in DIRECTORIES {
         layer.directory(Path::new(directory))?;
     }
-    layer.file(stripped.path(), Path::new(PROGRAM))?;
+    for (program, place) in [(agent, Path::new(PROGRAM)), (plugin, &Path::new(PROGRAM).with_file_name(PLUGIN))] {
+        let stripped = tempfile::NamedTempFile::new_in(directory).context("creating a file")?;
+        exec::output(Command::new("strip").arg("--strip-debug").arg("-o").arg(stripped.path()).arg(program))?;
+        layer.file(stripped.path(), place)?;
+    }
     // At the paths where the loader found them here: it looks there before it asks a cache, which the image has none of.
     for library in vm::libraries(&BTreeSet::from([agent.to_path_buf()]))? {
         layer.file(&library, &library)?;

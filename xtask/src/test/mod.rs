@@ -50,6 +50,7 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
         "the tests make network namespaces and load BPF programs: run them as root (sudo -E cargo xtask test)"
     );
     setup::ensure(ui)?;
+    cluster::ensure_for_chart(ui)?;
     Testbed::sweep()?;
     build_programs(ui)?;
     ui.step("building the tests", |step| exec::quietly(&mut cargo(&["test", "--locked", "--no-run"]), step))?;

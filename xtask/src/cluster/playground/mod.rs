@@ -35,7 +35,7 @@ use control::Control;
 pub(super) use dns::{Dns, run as dns};
 pub(super) use install::{Install, run as install};
 use node::Node;
-use place::{NODES, Place};
+use place::Place;
 use programs::{Stage, making};
 use record::Record;
 pub(super) use running::{exec, load, reboot};
@@ -63,7 +63,7 @@ impl Which {
 /// Starts a playground, without a deployment when it is `bare`; says so when it is there already.
 pub(super) fn up(ui: &Ui, which: &Which, bare: bool) -> Result<()> {
     let place = which.place()?;
-    let parts = parts::ensure(ui, &[Group::Tests, Group::Playground])?;
+    let parts = parts::ensure(ui, &[Group::Tests, Group::Chart, Group::Playground])?;
     for path in [place.directory(), &parts] {
         ensure!(path.to_str().is_some(), "the directory {} has a name that is no UTF-8", path.display());
     }

@@ -20,6 +20,6 @@ mod pki;
 mod relay;
 
 pub use control_plane::{ControlPlane, ControlPlaneOptions};
-pub use parts::{PARTS_VARIABLE, Parts, VERSION};
+pub use parts::{PARTS_VARIABLE, Parts, VALIDATOR, VERSION};
 pub use pki::{Pki, User};
 pub use relay::carry;

@@ -13,6 +13,9 @@ pub const PARTS_VARIABLE: &str = "UNDERPASS_KUBE_PARTS";
 /// Version of Kubernetes, and the edition of how it is built: the name of the directory with the programs.
 pub const VERSION: &str = "1.20.2-1";
 
+/// The Python package kubernetes-validate with what it needs, below the directory of the programs.
+pub const VALIDATOR: &str = "python/kubernetes-validate-1.37.0";
+
 /// Programs that a control plane is made of.
 const CONTROL_PLANE: &[&str] = &["etcd", "etcdctl", "kube-apiserver", "kube-controller-manager", "kubectl"];
 
@@ -46,6 +49,18 @@ impl Parts {
     /// Programs that a control plane is made of.
     pub fn of_control_plane() -> &'static [&'static str] {
         CONTROL_PLANE
+    }
+
+    /// The directory as [`find`](Self::find) has it, for tests that need other programs.
+    pub fn unchecked() -> Result<Self> {
+        Ok(Self { directory: Self::directory()? })
+    }
+
+    /// The directory for `PYTHONPATH` in which kubernetes-validate is.
+    pub fn validator(&self) -> Result<PathBuf> {
+        let path = self.directory.join(VALIDATOR);
+        ensure!(path.is_dir(), "no {}: `cargo xtask cluster parts --chart` makes it, once", path.display());
+        Ok(path)
     }
 
     /// The path of a program, which is there.
