@@ -56,9 +56,10 @@ pub async fn listen(netns: &Netns, mark: &Arc<Mark>) -> Result<PodListeners, Enr
 pub fn inherit(sockets: Vec<(Purpose, OwnedFd)>, mark: &Arc<Mark>) -> Result<PodListeners, EnrollError> {
     // The map with the flags may be another one than the earlier agent's.
     let marked = sockets.into_iter().map(|(purpose, socket)| mark(socket.as_fd()).map(|()| (purpose, socket.into())));
-    let marked = marked
-        .collect::<io::Result<_>>()
-        .map_err(|error| EnrollError::Setup { action: "flag a listener of an earlier agent", reason: error.to_string() })?;
+    let marked = marked.collect::<io::Result<_>>().map_err(|error| EnrollError::Setup {
+        action: "flag a listener of an earlier agent",
+        reason: error.to_string(),
+    })?;
     polled(marked)
 }
 

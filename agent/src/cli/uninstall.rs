@@ -109,11 +109,7 @@ async fn ask_and_wait(args: &UninstallArgs) -> anyhow::Result<()> {
 }
 
 /// The nodes with an agent that is ready, for people.
-async fn nodes(
-    client: Client,
-    namespace: &str,
-    labels: &std::collections::BTreeMap<String, String>,
-) -> String {
+async fn nodes(client: Client, namespace: &str, labels: &std::collections::BTreeMap<String, String>) -> String {
     let selector: Vec<String> = labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
     let pods = Api::<Pod>::namespaced(client, namespace);
     let pods = match pods.list(&ListParams::default().labels(&selector.join(","))).await {
@@ -124,8 +120,7 @@ async fn nodes(
         let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
         conditions.is_some_and(|all| all.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
     };
-    let mut names: Vec<String> =
-        pods.items.into_iter().filter(ready).filter_map(|pod| pod.spec?.node_name).collect();
+    let mut names: Vec<String> = pods.items.into_iter().filter(ready).filter_map(|pod| pod.spec?.node_name).collect();
     names.sort_unstable();
     names.join(", ")
 }

@@ -76,6 +76,8 @@ fn watch(directories: &[PathBuf], wake: mpsc::Sender<()>) -> Option<RecommendedW
         Ok(watcher)
     });
     watcher
-        .inspect_err(|error| warn!(%error, seconds = LOOK.as_secs(), "the CNI directories are looked at now and then only"))
+        .inspect_err(
+            |error| warn!(%error, seconds = LOOK.as_secs(), "the CNI directories are looked at now and then only"),
+        )
         .ok()
 }

@@ -157,8 +157,7 @@ impl Desk {
             Err(error) => return refused(&format!("the pod cannot be remembered: {error}"), true),
         };
         let protocol::Attachment { pod: PodName { uid, .. }, addresses, .. } = attachment;
-        let handed =
-            Attachment { pod: pod.clone(), uid, container: container.clone(), namespace, addresses };
+        let handed = Attachment { pod: pod.clone(), uid, container: container.clone(), namespace, addresses };
         let answer = if self.attachments.add(handed).await {
             self.hold(&pod, &container, id, deadline).await
         } else {

@@ -13,7 +13,8 @@ const LIMIT: usize = 64 * 1024;
 
 pub(super) fn send(mut stream: &UnixStream, message: &Message, descriptors: &[OwnedFd]) -> io::Result<()> {
     let text = serde_json::to_vec(message)?;
-    let length = u32::try_from(text.len()).ok().filter(|_| text.len() <= LIMIT && descriptors.len() <= descriptors::MOST);
+    let length =
+        u32::try_from(text.len()).ok().filter(|_| text.len() <= LIMIT && descriptors.len() <= descriptors::MOST);
     let length = length.ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "too much for one message"))?;
     let bytes: Vec<u8> = length.to_be_bytes().into_iter().chain(text).collect();
     let sent = descriptors::send(stream, &bytes, descriptors)?;

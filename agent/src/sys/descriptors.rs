@@ -28,8 +28,7 @@ pub fn send(stream: &UnixStream, bytes: &[u8], descriptors: &[OwnedFd]) -> io::R
 pub fn receive(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut control = cmsg_space!([RawFd; MOST]);
     let mut part = [IoSliceMut::new(buffer)];
-    let message =
-        recvmsg::<()>(stream.as_raw_fd(), &mut part, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let message = recvmsg::<()>(stream.as_raw_fd(), &mut part, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
     let mut descriptors = Vec::new();
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(numbers) = control {

@@ -6,9 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use testbed::{Agent, AgentOptions, Process, underpass_path};
 
-use crate::world::{
-    MARKER, Stage, World, app, app_error, assert_encrypted, at, serve, sniff, start_agent,
-};
+use crate::world::{MARKER, Stage, World, app, app_error, assert_encrypted, at, serve, sniff, start_agent};
 
 const SOON: Duration = Duration::from_secs(30);
 

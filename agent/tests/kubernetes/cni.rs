@@ -146,7 +146,10 @@ impl Nodes {
         plugin.args(["-c", &format!("exec {} < {}", program.display(), config.display())]).stdin(Stdio::null());
         plugin.env("CNI_COMMAND", command).env("CNI_CONTAINERID", container).env("CNI_IFNAME", "eth0");
         plugin.env("CNI_NETNS", netns(pod)).env("CNI_PATH", self.directory(node)?.join("bin"));
-        let args = format!("IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={};K8S_POD_INFRA_CONTAINER_ID={container};K8S_POD_UID={uid}", pod.name());
+        let args = format!(
+            "IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={};K8S_POD_INFRA_CONTAINER_ID={container};K8S_POD_UID={uid}",
+            pod.name()
+        );
         Process::spawn(plugin.env("CNI_ARGS", args))
     }
 

@@ -45,8 +45,7 @@ fn everything() -> Result<()> {
 #[test]
 fn oldest_kubernetes() -> Result<()> {
     let values = format!("{}{}", cases::HARDENED, cases::MONITORING);
-    let kinds =
-        ["agent/daemonset.yaml", "ca/deployment.yaml", "monitoring/monitors.yaml", "monitoring/rules.yaml"];
+    let kinds = ["agent/daemonset.yaml", "ca/deployment.yaml", "monitoring/monitors.yaml", "monitoring/rules.yaml"];
     let only = kinds.map(|file| format!("--show-only=templates/{file}"));
     let mut arguments = vec!["--kube-version=1.20.2"];
     arguments.extend(only.iter().map(String::as_str));

@@ -58,7 +58,8 @@ fn rights_are_those_that_the_agents_tests_prove() -> Result<()> {
         proven.extend(objects.into_iter().filter(|object| object["rules"].is_array()));
     }
     let same = |role: &Value| {
-        let same = |other: &&Value| other["kind"] == role["kind"] && other["metadata"]["name"] == role["metadata"]["name"];
+        let same =
+            |other: &&Value| other["kind"] == role["kind"] && other["metadata"]["name"] == role["metadata"]["name"];
         proven.iter().find(same).with_context(|| format!("no file has {}", role["metadata"]["name"]))
     };
     let mut seen = BTreeSet::new();
@@ -149,7 +150,10 @@ fn only_the_agent_has_rights_on_the_node() -> Result<()> {
             ensure!(spec["hostNetwork"].is_null() && spec["hostPID"].is_null(), "{object}");
             ensure!(spec["securityContext"]["runAsNonRoot"] == true, "{object}");
             ensure!(spec["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault", "{object}");
-            ensure!(context["allowPrivilegeEscalation"] == false && context["readOnlyRootFilesystem"] == true, "{object}");
+            ensure!(
+                context["allowPrivilegeEscalation"] == false && context["readOnlyRootFilesystem"] == true,
+                "{object}"
+            );
             ensure!(context["capabilities"] == json!({ "drop": ["ALL"] }), "{object}");
             let volumes = spec["volumes"].as_array().into_iter().flatten();
             ensure!(volumes.clone().all(|volume| volume["hostPath"].is_null()), "{object}");

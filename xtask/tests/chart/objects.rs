@@ -40,7 +40,8 @@ impl Objects {
 
     /// The agents' configuration.
     pub fn config(&self) -> Result<Value> {
-        let text = self.get("ConfigMap", "underpass-config")?["data"]["config.yaml"].as_str().context("no config.yaml")?;
+        let text =
+            self.get("ConfigMap", "underpass-config")?["data"]["config.yaml"].as_str().context("no config.yaml")?;
         serde_saphyr::from_str(text).context("config.yaml is no YAML")
     }
 }

@@ -71,12 +71,9 @@ fn agents_roll_when_their_configuration_needs_it_and_not_otherwise() -> Result<(
     for live in ["mesh: { mode: strict }", "probes: { cgroups: [/k] }", "accessLog: { enabled: false }"] {
         ensure!(template(live)? == first, "{live} restarts agents");
     }
-    for fixed in [
-        "trustDomain: example.org",
-        "clusterDomain: example.org",
-        "certificates: { lifetime: 1h }",
-        cases::EXTERNAL,
-    ] {
+    for fixed in
+        ["trustDomain: example.org", "clusterDomain: example.org", "certificates: { lifetime: 1h }", cases::EXTERNAL]
+    {
         let annotations = |template: &serde_json::Value| template["metadata"]["annotations"].clone();
         ensure!(annotations(&template(fixed)?) != annotations(&first), "{fixed} does not restart agents");
     }

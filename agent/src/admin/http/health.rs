@@ -105,7 +105,8 @@ async fn ready(State(health): State<Arc<Health>>) -> Response {
 }
 
 async fn alive(State(health): State<Arc<Health>>) -> Response {
-    let (live, text) = health.view.get().filter(|_| health.left.get().is_none()).map_or((true, "starting\n".to_owned()), live);
+    let (live, text) =
+        health.view.get().filter(|_| health.left.get().is_none()).map_or((true, "starting\n".to_owned()), live);
     (if live { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, text).into_response()
 }
 

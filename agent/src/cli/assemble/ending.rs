@@ -108,7 +108,9 @@ impl Ending {
             let report = cleanup::cleanup(&args.pin_root, &[], true).await.context("removing pins")?;
             info!(?report, "pods have plain traffic again");
         } else {
-            info!("pods stay captured: their connections are refused until an agent runs again (see `underpass cleanup`)");
+            info!(
+                "pods stay captured: their connections are refused until an agent runs again (see `underpass cleanup`)"
+            );
         }
         Ok(())
     }
@@ -151,7 +153,9 @@ impl Ending {
             let removed = spawn_blocking(move || installer.remove()).await.context("removing the CNI plugin")?;
             match removed {
                 Ok(removed) => info!(?removed, "the CNI plugin is removed"),
-                Err(error) => warn!(%error, "the CNI plugin is not removed; take it out of the node's configuration by hand"),
+                Err(error) => {
+                    warn!(%error, "the CNI plugin is not removed; take it out of the node's configuration by hand")
+                }
             }
         }
         parts.tasks.shutdown().await;

@@ -15,10 +15,7 @@ use nix::sys::{
     resource::{Resource, getrlimit, setrlimit},
     signal::{SigSet, Signal},
 };
-use tokio::{
-    sync::Notify,
-    task::JoinSet,
-};
+use tokio::{sync::Notify, task::JoinSet};
 use tracing::{info, warn};
 
 use self::{
@@ -233,7 +230,19 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
     ending
         .run(
             &args,
-            Parts { front, cni, tasks, successors: Some(successors), capture, reconciler, table, relay, quit, leaving, health },
+            Parts {
+                front,
+                cni,
+                tasks,
+                successors: Some(successors),
+                capture,
+                reconciler,
+                table,
+                relay,
+                quit,
+                leaving,
+                health,
+            },
         )
         .await
 }

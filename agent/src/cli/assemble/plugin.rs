@@ -35,7 +35,9 @@ pub(super) fn refuse_without_kubernetes(args: &RunArgs) -> anyhow::Result<()> {
         ("--node-taint", args.node_taint.is_some()),
     ];
     match given.iter().find(|(_, given)| *given) {
-        Some((option, _)) => bail!("{option} needs a configuration with `kubernetes`: the file's pods are known by their namespaces"),
+        Some((option, _)) => {
+            bail!("{option} needs a configuration with `kubernetes`: the file's pods are known by their namespaces")
+        }
         None => Ok(()),
     }
 }

@@ -7,11 +7,7 @@ use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
 use crate::{
-    capture::inheritance::Inheritance,
-    cli::RunArgs,
-    handover::Predecessor,
-    identity::CertificateStore,
-    mesh::MeshStore,
+    capture::inheritance::Inheritance, cli::RunArgs, handover::Predecessor, identity::CertificateStore, mesh::MeshStore,
 };
 
 /// How long this agent may take to know the mesh, with another one that goes on meanwhile.

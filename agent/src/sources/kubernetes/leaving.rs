@@ -60,9 +60,7 @@ pub(super) async fn follow(client: Client, namespace: String, name: String, news
     let mut said = None;
     loop {
         let asked = match events.try_next().await {
-            Ok(Some(Event::Apply(map) | Event::InitApply(map))) => {
-                map.data.is_some_and(|data| data.contains_key(KEY))
-            }
+            Ok(Some(Event::Apply(map) | Event::InitApply(map))) => map.data.is_some_and(|data| data.contains_key(KEY)),
             Ok(Some(Event::Delete(_))) => false,
             Ok(Some(Event::Init | Event::InitDone)) => continue,
             Ok(None) => return,

@@ -401,9 +401,10 @@ impl Owner {
             return;
         }
         let verdicts = self.cluster.attached.iter();
-        self.outside.board.say(verdicts.map(|(key, attached)| {
-            (attached.container.clone(), verdict(&self.cluster, snapshot, key, attached))
-        }));
+        self.outside.board.say(
+            verdicts
+                .map(|(key, attached)| (attached.container.clone(), verdict(&self.cluster, snapshot, key, attached))),
+        );
     }
 
     async fn compile(mut self, base: &Arc<MeshStore>, store: &Arc<MeshStore>) -> Self {
@@ -484,9 +485,9 @@ fn verdict(cluster: &Cluster, snapshot: &Snapshot, key: &Key, attached: &Attache
     }
     match snapshot.workload(&workload_key(key)) {
         Some(workload) if workload.local.is_some() => Verdict::Inside,
-        _ if record.addresses.is_empty() => {
-            Verdict::Impossible("it has no address; is a plugin before underpass-cni in the chain that gives it one?".to_owned())
-        }
+        _ if record.addresses.is_empty() => Verdict::Impossible(
+            "it has no address; is a plugin before underpass-cni in the chain that gives it one?".to_owned(),
+        ),
         _ => Verdict::Impossible(format!(
             "it cannot be taken into the mesh; `underpass status` on node {} says why",
             snapshot.node
