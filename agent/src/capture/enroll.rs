@@ -125,7 +125,14 @@ struct Candidate<'a> {
 
 /// See [`super::Capture::enroll`].
 pub async fn enroll(inner: Arc<Inner>, wanted: Wanted) -> Result<Arc<Pod>, EnrollError> {
-    let result = enroll_in_slot(&inner, &wanted).await;
+    let (result, new) = {
+        let before = inner.registry().claimed();
+        let result = enroll_in_slot(&inner, &wanted).await;
+        (result, inner.registry().claimed() != before)
+    };
+    if new {
+        inner.prepare();
+    }
     inner.prune_slots();
     result
 }

@@ -278,7 +278,11 @@ impl Capture {
     /// was applied.
     pub async fn collect_garbage(&self) {
         let inner = Arc::clone(&self.inner);
-        run(async move { garbage::collect(&inner).await }).await;
+        run(async move {
+            garbage::collect(&inner).await;
+            inner.prepare();
+        })
+        .await;
     }
 
     /// Consumes the original destination of a connection accepted on an outbound listener.
@@ -330,6 +334,15 @@ impl Inner {
 
     fn slot(&self, key: &WorkloadKey) -> Slot {
         Arc::clone(self.slots.lock().unwrap_or_else(PoisonError::into_inner).entry(key.clone()).or_default())
+    }
+
+    /// Loads programs for the pods that come next.
+    fn prepare(self: &Arc<Self>) {
+        let inner = Arc::clone(self);
+        tokio::task::spawn_blocking(move || {
+            let numbers = inner.registry().next_ids(loader::SPARES);
+            inner.objects.prepare(&numbers);
+        });
     }
 
     /// Drops the slots of workloads that are neither enrolled nor being worked on.
