@@ -9,10 +9,13 @@ mod parts;
 mod playground;
 mod tests;
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 
 use crate::ui::Ui;
 use parts::Group;
+use playground::{Install, Which};
 pub(crate) use tests::run_all;
 
 #[derive(clap::Args)]
@@ -40,16 +43,62 @@ enum Command {
     },
     /// Start a cluster of two nodes, which goes on until `down` (root).
     ///
-    /// Kubernetes 1.20.2 with containerd and a bridge for pods, each node in a network namespace of its own. It has no DNS for services and no way
-    /// out of the machine: images come from files, `localhost/busybox:1` is there.
-    Up,
-    /// Remove the cluster, also one that is not whole (root).
-    Down,
-    /// Say what of the cluster runs (root).
-    Status,
+    /// Kubernetes 1.20.2 with containerd, a bridge for pods and names for services, each node in a network namespace of its own. There is no
+    /// way out of the machine: images come from files (`load`), `localhost/busybox:1` is there.
+    Up {
+        #[command(flatten)]
+        which: Which,
+        /// Install Underpass, of a release build.
+        #[arg(long)]
+        underpass: bool,
+        /// Without the deployment that shows that it works.
+        #[arg(long)]
+        bare: bool,
+    },
+    /// Remove a cluster, also one that is not whole (root).
+    Down(Which),
+    /// Say what of a cluster runs (root).
+    Status {
+        #[command(flatten)]
+        which: Which,
+        /// One JSON object: how to use the cluster.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Give the nodes images from files, as `cargo xtask image` makes them (root).
+    Load {
+        #[command(flatten)]
+        which: Which,
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+    /// Install or upgrade Underpass, with the chart of this checkout (root).
+    Install {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        options: playground::Install,
+    },
+    /// Run a program on a node: in its network, with its mounts (root).
+    Exec {
+        #[command(flatten)]
+        which: Which,
+        node: String,
+        #[arg(last = true, required = true)]
+        program: Vec<String>,
+    },
+    /// Stop everything on a node, forget what a machine forgets, and start it again (root).
+    Reboot {
+        #[command(flatten)]
+        which: Which,
+        node: String,
+    },
     /// What `up` leaves running beside the cluster.
     #[command(hide = true)]
     Attend(playground::Attend),
+    /// Answers questions for services' names.
+    #[command(hide = true)]
+    Dns(playground::Dns),
 }
 
 /// Gets what the tests of the Helm chart need. Quick and silent when it is there.
@@ -70,9 +119,17 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
             Ok(())
         }
         Command::Test { filter } => tests::run(ui, filter.as_deref()),
-        Command::Up => playground::up(ui),
-        Command::Down => playground::down(ui),
-        Command::Status => playground::status(ui),
+        Command::Up { which, underpass, bare } => {
+            playground::up(ui, which, *bare)?;
+            if *underpass { playground::install(ui, which, &Install::usual()) } else { Ok(()) }
+        }
+        Command::Down(which) => playground::down(ui, which),
+        Command::Status { which, json } => playground::status(ui, which, *json),
+        Command::Load { which, files } => playground::load(ui, which, files),
+        Command::Install { which, options } => playground::install(ui, which, options),
+        Command::Exec { which, node, program } => playground::exec(which, node, program),
+        Command::Reboot { which, node } => playground::reboot(ui, which, node),
         Command::Attend(options) => playground::attend(options),
+        Command::Dns(options) => playground::dns(options),
     }
 }

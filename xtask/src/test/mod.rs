@@ -116,7 +116,17 @@ pub(crate) fn close(ui: &Ui, mut total: Tally, filter: Option<&str>) -> Result<(
 pub(crate) fn build_programs(ui: &Ui) -> Result<()> {
     ui.step("building the programs under test", |step| {
         exec::quietly(
-            &mut cargo(&["build", "--locked", "--package", "underpass", "--package", "testbed", "--bins"]),
+            &mut cargo(&[
+                "build",
+                "--locked",
+                "--package",
+                "underpass",
+                "--package",
+                "underpass-cni",
+                "--package",
+                "testbed",
+                "--bins",
+            ]),
             step,
         )
     })

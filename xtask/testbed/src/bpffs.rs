@@ -11,8 +11,9 @@ use nix::mount::{MsFlags, mount};
 /// Where it is mounted by convention.
 const MOUNT_POINT: &str = "/sys/fs/bpf";
 
-/// Runs `f` while holding the lock that all testbeds of this machine share.
-pub(crate) fn locked<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Runs `f` while holding the lock that all testbeds of this machine share, for short steps that race between processes: making a network
+/// namespace (iproute2 prepares its directory on first use), or directories that several use.
+pub fn locked<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     let path = std::env::temp_dir().join("underpass-testbed.lock");
     let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
     let file = file.with_context(|| format!("opening the lock file {}", path.display()))?;

@@ -38,6 +38,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 pub use agent::{Agent, AgentOptions};
+pub use bpffs::locked;
 pub use cgroup::{mount_point as cgroup_mount_point, remove as remove_cgroup};
 pub use mesh::{CertificateFiles, Enroll, Exclude, MeshConfig, Mode, PortMode, Probes, Protocol, Service, Workload};
 pub use namespace::Namespace;

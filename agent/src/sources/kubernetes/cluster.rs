@@ -1,11 +1,14 @@
 //! Everything the API server has said.
 
+use std::{collections::HashMap, sync::Arc};
+
 use super::{
+    attachments::{Attached, Attachment},
     objects,
     read::Reader,
     records::{ConfiguredRecord, Key, NamespaceRecord, NodeRecord, PodRecord, ServiceRecord, SliceRecord},
     status::Kind,
-    table::{Delta, Table},
+    table::{self, Delta, Table},
     watch::Seen,
 };
 
@@ -20,6 +23,18 @@ pub(super) enum Change {
     Authentication(Seen<objects::Configured>),
 }
 
+/// What the owner of the state hears.
+pub(super) enum News {
+    /// Of a watch.
+    Change(Change),
+    /// The CNI plugin has handed a pod's namespace over.
+    Attached(Attachment),
+    /// The sandbox of this number is gone.
+    Detached(String),
+    /// Whether everything is to be un-enrolled, for good.
+    Leaving(bool),
+}
+
 /// The records of every kind.
 #[derive(Debug, Default)]
 pub(super) struct Cluster {
@@ -32,14 +47,58 @@ pub(super) struct Cluster {
     pub(super) slices: Table<Key, SliceRecord>,
     pub(super) policies: Table<Key, ConfiguredRecord>,
     pub(super) authentications: Table<Key, ConfiguredRecord>,
+    /// Pods that the CNI plugin handed over.
+    pub(super) attached: HashMap<Key, Attached>,
+    /// Nobody takes part any more: Underpass is being removed.
+    pub(super) leaving: bool,
+}
+
+/// What has become different.
+#[derive(Debug)]
+pub(super) struct Changes {
+    pub(super) pods: table::Changes<Key, PodRecord>,
+    pub(super) namespaces: table::Changes<Key, NamespaceRecord>,
+    pub(super) services: table::Changes<Key, ServiceRecord>,
+    pub(super) slices: table::Changes<Key, SliceRecord>,
+    pub(super) node: bool,
+    pub(super) policies: bool,
+    pub(super) authentications: bool,
+}
+
+impl Changes {
+    /// As if there had been nothing before.
+    pub(super) fn everything(cluster: &Cluster) -> Self {
+        fn all<R: PartialEq>(table: &Table<Key, R>) -> table::Changes<Key, R> {
+            table.iter().map(|(key, _)| (key.clone(), None)).collect()
+        }
+        Self {
+            pods: all(&cluster.pods),
+            namespaces: all(&cluster.namespaces),
+            services: all(&cluster.services),
+            slices: all(&cluster.slices),
+            node: true,
+            policies: true,
+            authentications: true,
+        }
+    }
 }
 
 impl Cluster {
     /// Takes in an event; `true` when something is different now.
     pub(super) fn take(&mut self, reader: &mut Reader, change: Change) -> bool {
         let listed = matches!(change, Change::Pod(Seen::ListEnds) | Change::Slice(Seen::ListEnds));
+        let attached = &self.attached;
         let changed = match change {
-            Change::Pod(seen) => take(&mut self.pods, reader, seen, |o| &o.metadata, Reader::pod),
+            Change::Pod(seen) => {
+                let read = |reader: &mut Reader, pod: &objects::Pod| {
+                    let mut record = reader.pod(pod)?;
+                    if !attached.is_empty() {
+                        complete(&mut record, attached.get(&reader.key(&pod.metadata)));
+                    }
+                    Some(record)
+                };
+                take(&mut self.pods, reader, seen, |o| &o.metadata, read)
+            }
             Change::Namespace(seen) => {
                 take(&mut self.namespaces, reader, seen, |o| &o.metadata, |_, o| Some(Reader::namespace(o)))
             }
@@ -59,6 +118,46 @@ impl Cluster {
         changed
     }
 
+    /// A pod was handed over: its addresses are known before the API server tells them.
+    pub(super) fn attach(&mut self, key: Key, attached: Attached) {
+        if let Some(record) = self.pods.get(&key) {
+            let mut completed = PodRecord::clone(record);
+            complete(&mut completed, Some(&attached));
+            self.pods.take(Delta::Apply(key.clone(), Some(completed)));
+        }
+        self.attached.insert(key, attached);
+    }
+
+    /// Forgets the pod with this sandbox; its key.
+    pub(super) fn detach(&mut self, container: &str) -> Option<Key> {
+        let key = self.attached.iter().find(|(_, a)| a.container == container).map(|(key, _)| key.clone())?;
+        self.attached.remove(&key);
+        Some(key)
+    }
+
+    /// What has changed since this was last called. `None` the first time: everything.
+    pub(super) fn changes(&mut self) -> Option<Changes> {
+        // All of them, so that each begins to note from now on.
+        let (pods, services, slices) = (self.pods.changes(), self.services.changes(), self.slices.changes());
+        let (namespaces, nodes) = (self.namespaces.changes(), self.nodes.changes());
+        let (policies, authentications) = (self.policies.changes(), self.authentications.changes());
+        Some(Changes {
+            pods: pods?,
+            services: services?,
+            slices: slices?,
+            namespaces: namespaces?,
+            node: !nodes?.is_empty(),
+            policies: !policies?.is_empty(),
+            authentications: !authentications?.is_empty(),
+        })
+    }
+
+    /// The pods of a namespace.
+    pub(super) fn pods_in<'a>(&'a self, namespace: &'a Arc<str>) -> impl Iterator<Item = &'a Key> {
+        let first = Key { namespace: Arc::clone(namespace), name: "".into() };
+        self.pods.keys_from(first).take_while(move |key| key.namespace == *namespace)
+    }
+
     /// Has every kind been listed?
     pub(super) fn synced(&self) -> bool {
         self.counts().into_iter().all(|(_, _, synced)| synced)
@@ -75,6 +174,13 @@ impl Cluster {
             (Kind::AuthorizationPolicy, self.policies.len(), self.policies.synced()),
             (Kind::PeerAuthentication, self.authentications.len(), self.authentications.synced()),
         ]
+    }
+}
+
+/// The addresses of a pod that the API server has not told yet.
+fn complete(record: &mut PodRecord, attached: Option<&Attached>) {
+    if let Some(attached) = attached.filter(|a| record.addresses.is_empty() && a.is(&record.uid)) {
+        record.addresses.clone_from(&attached.addresses);
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, OpenOptions},
     io::{self, Write},
-    net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -14,17 +14,16 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use testbed::Namespace;
-
-use super::control::API_PORT;
+use testbed::{
+    Namespace,
+    kube::{arguments::API_PORT, carry},
+};
 
 /// A log that is larger than this is emptied.
 const LOG: u64 = 32 << 20;
 const LOOK: Duration = Duration::from_secs(10);
 /// Connections at once. More are closed.
 const CONNECTIONS: usize = 1024;
-/// How long the API server may take to accept one.
-const CONNECT: Duration = Duration::from_secs(10);
 
 #[derive(clap::Args)]
 pub(in crate::cluster) struct Attend {
@@ -60,7 +59,7 @@ pub(in crate::cluster) fn run(options: &Attend) -> Result<()> {
         }
         let (namespace, open) = (Namespace::existing(&options.namespace), Arc::clone(&open));
         thread::spawn(move || {
-            carry(&namespace, &client);
+            carry(&namespace, SocketAddr::from((Ipv4Addr::LOCALHOST, API_PORT)), &client);
             open.fetch_sub(1, Ordering::AcqRel);
         });
     }
@@ -77,28 +76,6 @@ fn cut(logs: &Path, limit: u64) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Carries one connection to its end.
-fn carry(namespace: &Namespace, client: &TcpStream) {
-    let to = SocketAddr::from((Ipv4Addr::LOCALHOST, API_PORT));
-    if let Ok(Ok(server)) = namespace.enter(|| TcpStream::connect_timeout(&to, CONNECT)) {
-        thread::scope(|scope| {
-            scope.spawn(|| copy(client, &server));
-            copy(&server, client);
-        });
-    }
-    // Errors: the other side was faster.
-    let _ = client.shutdown(Shutdown::Both);
-}
-
-/// Carries one direction; its end, also a bad one, is passed on.
-fn copy(mut from: &TcpStream, mut to: &TcpStream) {
-    let clean = io::copy(&mut from, &mut to).is_ok();
-    let _ = to.shutdown(if clean { Shutdown::Write } else { Shutdown::Both });
-    if !clean {
-        let _ = from.shutdown(Shutdown::Both);
-    }
 }
 
 #[cfg(test)]

@@ -25,19 +25,10 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Makes the directories that the kubelets and the programs need.
 pub(super) fn create(place: &Place) -> Result<()> {
     for hierarchy in version_1()? {
-        for directory in std::iter::once(hierarchy.join(place.cgroup()))
-            .chain(NODES.map(|node| hierarchy.join(place.cgroup()).join(node)))
-        {
-            make(&directory)?;
-            for file in CPUSET.iter().filter(|file| hierarchy.join(file).exists()) {
-                let value = fs::read_to_string(hierarchy.join(file)).context("reading a cpuset")?;
-                let path = directory.join(file);
-                fs::write(&path, value.trim()).with_context(|| format!("writing {}", path.display()))?;
-            }
-        }
+        make_version_1(&hierarchy, &hierarchy.join(place.cgroup()))?;
     }
     let root = version_2(place)?;
-    for directory in [root.clone(), root.join(PROGRAMS)].into_iter().chain(NODES.map(|node| root.join(node))) {
+    for directory in [root.clone(), root.join(PROGRAMS)] {
         make(&directory)?;
     }
     // Where version 2 has controllers at all, a kubelet wants them in its own directory.
@@ -49,12 +40,44 @@ pub(super) fn create(place: &Place) -> Result<()> {
             fs::write(&path, format!("+{controller}")).with_context(|| format!("writing {}", path.display()))?;
         }
     }
+    NODES.iter().try_for_each(|node| create_node(place, node))
+}
+
+/// Makes the directories of one node: for its pods in all hierarchies, for its programs in that of version 2.
+pub(super) fn create_node(place: &Place, node: &str) -> Result<()> {
+    for hierarchy in version_1()? {
+        make_version_1(&hierarchy, &hierarchy.join(place.cgroup()).join(node))?;
+    }
+    let root = version_2(place)?;
+    make(&root.join(node))?;
+    make(&root.join(PROGRAMS).join(node))
+}
+
+/// Kills every process of a node and removes its directories.
+pub(super) fn remove_node(place: &Place, node: &str) -> Result<()> {
+    let root = version_2(place)?;
+    // Programs first: they would start containers again.
+    testbed::remove_cgroup(&root.join(PROGRAMS).join(node))?;
+    testbed::remove_cgroup(&root.join(node))?;
+    for hierarchy in version_1()? {
+        remove_version_1(&hierarchy.join(place.cgroup()).join(node))?;
+    }
     Ok(())
 }
 
-/// The file that a program writes its number to.
-pub(super) fn entrance(place: &Place) -> Result<PathBuf> {
-    Ok(version_2(place)?.join(PROGRAMS).join("cgroup.procs"))
+/// The file that a program writes its number to: one of a node, or of none.
+pub(super) fn entrance(place: &Place, node: Option<&str>) -> Result<PathBuf> {
+    Ok(version_2(place)?.join(PROGRAMS).join(node.unwrap_or_default()).join("cgroup.procs"))
+}
+
+/// Where the programs that are not in containers are, as `/proc/PID/cgroup` has it.
+pub(super) fn programs(place: &Place) -> PathBuf {
+    Path::new("/").join(place.cgroup()).join(PROGRAMS)
+}
+
+/// Where a node's pods are in the hierarchy of version 2.
+pub(super) fn pods(place: &Place, node: &str) -> Result<PathBuf> {
+    Ok(version_2(place)?.join(node).join("kubepods"))
 }
 
 /// Kills every process of the playground and removes its directories.
@@ -65,6 +88,17 @@ pub(super) fn remove(place: &Place) -> Result<()> {
         removed = removed.and(remove_version_1(&hierarchy.join(place.cgroup())));
     }
     removed
+}
+
+/// Makes a directory in a hierarchy of version 1 that processes can be in.
+fn make_version_1(hierarchy: &Path, directory: &Path) -> Result<()> {
+    make(directory)?;
+    for file in CPUSET.iter().filter(|file| hierarchy.join(file).exists()) {
+        let value = fs::read_to_string(hierarchy.join(file)).context("reading a cpuset")?;
+        let path = directory.join(file);
+        fs::write(&path, value.trim()).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(())
 }
 
 fn make(directory: &Path) -> Result<()> {

@@ -2,41 +2,35 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use testbed::{
-    addresses::{PODS_V4, VIPS_V4},
-    kube::{Pki, User},
+    addresses::PODS_V4,
+    kube::{Pki, User, arguments},
 };
 
 use super::{
-    network,
+    place::Place,
     programs::{Inside, Stage},
 };
 
-/// Where the API server listens.
-pub(super) const API_PORT: u16 = 6443;
-/// Where etcd listens, in the control plane's namespace only.
-const ETCD: &str = "http://127.0.0.1:2379";
-/// Issuer of service accounts' tokens.
-const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
 /// How long each program may take to be of use, on a machine that is busy.
 const START: Duration = Duration::from_mins(2);
-
-/// The API's address for nodes and pods.
-pub(super) fn url() -> String {
-    format!("https://{}:{API_PORT}", network::api())
-}
 
 /// A running control plane.
 pub(super) struct Control {
     pub(super) pki: Pki,
-    kubectl: PathBuf,
+    pub(super) kubectl: Kubectl,
+}
+
+/// kubectl as the administrator.
+pub(super) struct Kubectl {
+    program: PathBuf,
     kubeconfig: PathBuf,
 }
 
@@ -46,85 +40,96 @@ impl Control {
         let pki = Pki::create(&stage.place.file("pki"))?;
         let port = attend(stage)?;
         let config = pki.kubeconfig(&User::admin(), &format!("https://127.0.0.1:{port}"), "here")?;
-        let control = Self { pki, kubectl: stage.part("kubectl"), kubeconfig: stage.place.file("kubeconfig") };
+        let kubectl = Kubectl::of(stage.place, stage.parts);
         // With the mode of the original: only root reads it.
-        fs::copy(&config, &control.kubeconfig).context("copying the administrator's kubeconfig")?;
+        fs::copy(&config, &kubectl.kubeconfig).context("copying the administrator's kubeconfig")?;
+        let control = Self { pki, kubectl };
 
         let namespace = stage.place.namespace("api");
         let inside = Inside::Network(&namespace);
-        let data = format!("--data-dir={}", stage.place.file("etcd").display());
-        let (listen, advertise) = (format!("--listen-client-urls={ETCD}"), format!("--advertise-client-urls={ETCD}"));
-        let etcd = stage.part("etcd");
-        let mut arguments = vec![text(&etcd), &data, &listen, &advertise, "--listen-peer-urls=http://127.0.0.1:2380"];
-        // Nothing has to survive this machine.
-        arguments.extend(["--unsafe-no-fsync", "--logger=zap", "--log-level=warn"]);
-        stage.start("etcd", inside, &arguments)?;
-
+        let etcd = arguments::etcd(&stage.place.file("etcd"));
+        stage.start("etcd", inside, &words(&stage.part("etcd"), &etcd))?;
         let api = control.api_arguments()?;
         stage.start("kube-apiserver", inside, &words(&stage.part("kube-apiserver"), &api))?;
-        let ready = || Ok((control.kubectl(&["get", "--raw=/readyz"])?.trim() == "ok").then_some(()));
+        let ready = || Ok((control.kubectl.run(&["get", "--raw=/readyz"])?.trim() == "ok").then_some(()));
         stage.wait("the API server's readiness", START, ready)?;
-        for (name, more) in [
-            ("kube-controller-manager", control.controller_arguments()),
-            ("kube-scheduler", vec!["--leader-elect=false".to_owned(), "--bind-address=127.0.0.1".into()]),
-        ] {
-            let config = control.pki.kubeconfig(&User::new(&format!("system:{name}")), &url(), "api")?;
-            let options = ["kubeconfig", "authentication-kubeconfig", "authorization-kubeconfig"];
-            let configs = options.iter().map(|option| format!("--{option}={}", config.display()));
-            let arguments: Vec<_> = configs.chain(more).collect();
+        for (name, more) in
+            [("kube-controller-manager", control.controller_arguments()), ("kube-scheduler", Vec::new())]
+        {
+            let mut arguments = arguments::component(&control.pki, name, "api")?;
+            arguments.extend(more);
             stage.start(name, inside, &words(&stage.part(name), &arguments))?;
         }
+        control.start_dns(stage, inside)?;
         Ok(control)
     }
 
-    /// kubectl as the administrator.
-    pub(super) fn kubectl(&self, arguments: &[&str]) -> Result<String> {
-        let mut command = Command::new(&self.kubectl);
-        command.arg("--kubeconfig").arg(&self.kubeconfig).arg("--request-timeout=30s").args(arguments);
-        crate::exec::output(&mut command)
+    fn start_dns(&self, stage: &mut Stage<'_>, inside: Inside<'_>) -> Result<()> {
+        let this = std::env::current_exe().context("finding the running executable")?;
+        let config = self.pki.kubeconfig(&User::admin(), &arguments::url(), "api")?;
+        let kubectl = stage.part("kubectl");
+        let arguments = ["cluster", "dns", "--kubectl", text(&kubectl), "--kubeconfig", text(&config)];
+        let program: Vec<_> = [text(&this)].into_iter().chain(arguments).collect();
+        stage.start("dns", inside, &program).map(drop)
     }
 
     fn api_arguments(&self) -> Result<Vec<String>> {
-        let file = |name: &str| self.pki.file(name).display().to_string();
         let [certificate, key] = self.pki.certificate(&User::admin())?;
-        Ok(vec![
-            format!("--etcd-servers={ETCD}"),
-            "--bind-address=0.0.0.0".into(),
-            format!("--advertise-address={}", network::api()),
-            format!("--secure-port={API_PORT}"),
-            format!("--service-cluster-ip-range={VIPS_V4}"),
-            format!("--client-ca-file={}", file("ca.crt")),
-            format!("--tls-cert-file={}", file("apiserver.crt")),
-            format!("--tls-private-key-file={}", file("apiserver.key")),
-            "--authorization-mode=Node,RBAC".into(),
-            "--enable-admission-plugins=NodeRestriction".into(),
-            "--allow-privileged=true".into(),
-            format!("--service-account-issuer={ISSUER}"),
-            format!("--api-audiences={ISSUER}"),
-            format!("--service-account-key-file={}", file("service-accounts.pub")),
-            format!("--service-account-signing-key-file={}", file("service-accounts.key")),
-            // For `kubectl logs` and `exec`. Kubelets have certificates that they made themselves.
+        let mut arguments = arguments::api_server(&self.pki);
+        // For `kubectl logs` and `exec`. Kubelets have certificates that they made themselves.
+        arguments.extend([
             format!("--kubelet-client-certificate={}", certificate.display()),
             format!("--kubelet-client-key={}", key.display()),
             "--kubelet-preferred-address-types=InternalIP".into(),
-            format!("--cert-dir={}", file("")),
-        ])
+        ]);
+        Ok(arguments)
     }
 
     fn controller_arguments(&self) -> Vec<String> {
         let file = |name: &str| self.pki.file(name).display().to_string();
-        vec![
-            format!("--root-ca-file={}", file("ca.crt")),
-            format!("--service-account-private-key-file={}", file("service-accounts.key")),
+        let mut arguments = arguments::controller_manager(&self.pki);
+        arguments.extend([
             format!("--cluster-signing-cert-file={}", file("ca.crt")),
             format!("--cluster-signing-key-file={}", file("ca.key")),
-            format!("--cert-dir={}", file("")),
             format!("--cluster-cidr={PODS_V4}"),
             "--allocate-node-cidrs=false".into(),
-            "--use-service-account-credentials=true".into(),
-            "--leader-elect=false".into(),
-            "--bind-address=127.0.0.1".into(),
-        ]
+        ]);
+        arguments
+    }
+}
+
+impl Kubectl {
+    /// For the playground at `place`, with the programs in `parts`.
+    pub(super) fn of(place: &Place, parts: &Path) -> Self {
+        Self { program: parts.join("bin/kubectl"), kubeconfig: place.kubeconfig() }
+    }
+
+    /// What it prints, when it succeeds.
+    pub(super) fn run(&self, arguments: &[&str]) -> Result<String> {
+        crate::exec::output(&mut self.command(arguments))
+    }
+
+    /// Creates or changes what `manifests` describe.
+    pub(super) fn apply(&self, manifests: &str) -> Result<()> {
+        let mut command = self.command(&["apply", "--filename=-"]);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("starting kubectl")?;
+        // Why it failed is in its output, not in a broken pipe.
+        let _ = child.stdin.take().context("its input is piped")?.write_all(manifests.as_bytes());
+        let output = child.wait_with_output().context("waiting for kubectl")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "kubectl apply failed ({}): {}", output.status, said.trim());
+        Ok(())
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.arg("--kubeconfig").arg(&self.kubeconfig).arg("--request-timeout=30s").args(arguments);
+        command
     }
 }
 

@@ -37,38 +37,53 @@ pub(super) fn pods(index: u8) -> String {
 
 /// Makes the namespaces and connects them.
 pub(super) fn create(place: &Place) -> Result<()> {
-    for name in place.namespaces() {
-        exec::output(Command::new("ip").args(["netns", "add", &name]))?;
-        let namespace = Namespace::existing(&name);
-        namespace.sysctl(&[
-            ("net.ipv4.ip_forward", "1"),
-            ("net.ipv4.conf.all.rp_filter", "0"),
-            ("net.ipv4.conf.default.rp_filter", "0"),
-        ])?;
-        namespace.ip("link set lo up\n")?;
-        // Where bridges can call iptables, each namespace has a switch of its own: a reply within a node has to be translated, too.
-        if std::path::Path::new("/proc/sys/net/bridge").exists() {
-            namespace.sysctl(&[("net.bridge.bridge-nf-call-iptables", "1")])?;
-        }
-    }
-    let hub = Namespace::existing(&place.namespace("api"));
+    let hub = namespace(&place.namespace("api"))?;
     // Frames between the nodes pass this bridge on their way, and are no concern of the control plane's iptables.
     hub.ip(&format!("link add br0 type bridge mcast_snooping 0\naddress add {}/24 dev br0\nlink set br0 up\n", api()))?;
-    for (index, name) in (0..).zip(NODES) {
-        let namespace = place.namespace(name);
-        hub.ip(&format!(
-            "link add {name} type veth peer name eth0 netns {namespace}\nlink set {name} master br0 up\nroute add {} via {}\n",
-            pods(index),
-            node(index)
-        ))?;
-        let mut batch =
-            format!("address add {}/24 dev eth0\nlink set eth0 up\nroute add default via {}\n", node(index), api());
-        for (other, _) in (0..).zip(NODES).filter(|(other, _)| *other != index) {
-            writeln!(batch, "route add {} via {}", pods(other), node(other))?;
-        }
-        Namespace::existing(&namespace).ip(&batch)?;
+    (0..).zip(NODES).try_for_each(|(index, name)| create_node(place, name, index))
+}
+
+/// Makes the namespace of node number `index` and connects it with the others.
+pub(super) fn create_node(place: &Place, name: &str, index: u8) -> Result<()> {
+    let node_namespace = namespace(&place.namespace(name))?;
+    Namespace::existing(&place.namespace("api")).ip(&format!(
+        "link add {name} type veth peer name eth0 netns {}\nlink set {name} master br0 up\nroute replace {} via {}\n",
+        node_namespace.name(),
+        pods(index),
+        node(index)
+    ))?;
+    let mut batch =
+        format!("address add {}/24 dev eth0\nlink set eth0 up\nroute add default via {}\n", node(index), api());
+    // Where clouds tell machines who they are: the kubelet asks when it starts, and would wait for an answer.
+    batch.push_str("route add unreachable 169.254.169.254\n");
+    for (other, _) in (0..).zip(NODES).filter(|(other, _)| *other != index) {
+        writeln!(batch, "route add {} via {}", pods(other), node(other))?;
     }
-    Ok(())
+    node_namespace.ip(&batch).map(drop)
+}
+
+/// Removes the namespace of a node, and what connected it.
+pub(super) fn remove_node(place: &Place, name: &str) -> Result<()> {
+    // First: with the namespace it would end, but not at once.
+    Namespace::existing(&place.namespace("api")).ip(&format!("link del {name}\n"))?;
+    exec::output(Command::new("ip").args(["netns", "del", &place.namespace(name)])).map(drop)
+}
+
+/// Makes a namespace that forwards.
+fn namespace(name: &str) -> Result<Namespace> {
+    testbed::locked(|| exec::output(Command::new("ip").args(["netns", "add", name])))?;
+    let namespace = Namespace::existing(name);
+    namespace.sysctl(&[
+        ("net.ipv4.ip_forward", "1"),
+        ("net.ipv4.conf.all.rp_filter", "0"),
+        ("net.ipv4.conf.default.rp_filter", "0"),
+    ])?;
+    namespace.ip("link set lo up\n")?;
+    // Where bridges can call iptables, each namespace has a switch of its own: a reply within a node has to be translated, too.
+    if std::path::Path::new("/proc/sys/net/bridge").exists() {
+        namespace.sysctl(&[("net.bridge.bridge-nf-call-iptables", "1")])?;
+    }
+    Ok(namespace)
 }
 
 /// Removes the namespaces that are there.

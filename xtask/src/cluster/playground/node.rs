@@ -10,18 +10,25 @@ use std::{
 
 use anyhow::{Context, Result};
 use serde_json::json;
-use testbed::{addresses::PODS_V4, kube::User};
-
-use super::{
-    control::{Control, text, url, words},
-    images, network,
-    place::Place,
-    programs::{Inside, Stage, making},
+use testbed::{
+    addresses::PODS_V4,
+    kube::{User, arguments},
 };
 
-/// Where the programs of a node expect their files, as on a real one, and where those are below the node's directory.
-const PLACES: [(&str, &str); 6] = [
+use super::{
+    cgroups,
+    control::{Control, Kubectl, text, words},
+    dns, images, mount_points, network,
+    place::{NODES, Place},
+    programs::{Inside, Stage, making},
+    record::Record,
+};
+
+/// Where the programs of a node expect their files, as on a real one, and where those are below the node's directory. What is in `/run` is each
+/// node's own, too, and gone when the node starts anew.
+const PLACES: [(&str, &str); 7] = [
     ("/var/lib/kubelet", "kubelet"),
+    ("/var/lib/underpass", "underpass"),
     ("/var/lib/cni", "cni-state"),
     ("/var/log/pods", "log-pods"),
     ("/var/log/containers", "log-containers"),
@@ -45,32 +52,25 @@ const PLUGINS: [&str; 4] = ["bridge", "host-local", "loopback", "portmap"];
 /// Names under which the one program for iptables is called.
 const IPTABLES: [&str; 6] =
     ["iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore"];
+/// Who is asked for names, on the node itself and in pods that have the node's.
+const RESOLVER: &str = "resolv.conf";
+const POD_RESOLVER: &str = "pods.resolv.conf";
+/// Who the kubelet and kube-proxy are.
+const KUBELET_CONFIG: &str = "kubelet.kubeconfig";
+const PROXY_CONFIG: &str = "kube-proxy.kubeconfig";
 const START: Duration = Duration::from_mins(2);
 
-/// A node that is being started.
+/// A node.
 pub(super) struct Node {
     name: &'static str,
     index: u8,
     directory: PathBuf,
-    namespace: String,
 }
 
-/// Makes the machine's directories that nodes mount theirs on, and remembers which; links for all nodes.
+/// Makes the machine's directories that nodes mount theirs on, and links for all nodes.
 pub(super) fn prepare(stage: &mut Stage<'_>) -> Result<()> {
     let _making = making();
-    let wanted = PLACES.iter().map(|(place, _)| Path::new(place)).chain([Path::new(RUN)]);
-    stage.record.mount_points = wanted
-        .flat_map(|place| place.ancestors().collect::<Vec<_>>().into_iter().rev())
-        .map(Path::to_path_buf)
-        .collect();
-    stage.record.mount_points.retain(|path| !path.exists());
-    stage.record.mount_points.dedup();
-    // First: what is made has to be known.
-    stage.record.write(stage.place)?;
-    for path in &stage.record.mount_points {
-        // `/var/lib/cni` and the like may have been made for another one of them.
-        fs::create_dir_all(path).with_context(|| format!("creating {}", path.display()))?;
-    }
+    mount_points::claim(stage, &PLACES.map(|(place, _)| place))?;
     let bin = stage.place.file("bin");
     fs::create_dir_all(&bin).with_context(|| format!("creating {}", bin.display()))?;
     let xtables = stage.parts.join("xtables");
@@ -82,54 +82,72 @@ pub(super) fn prepare(stage: &mut Stage<'_>) -> Result<()> {
 }
 
 impl Node {
-    /// Makes the files of node number `index`.
-    pub(super) fn create(
-        place: &Place,
-        parts: &Path,
-        control: &Control,
-        name: &'static str,
-        index: u8,
-    ) -> Result<Self> {
-        let directory = place.file(name);
-        let node = Self { name, index, namespace: place.namespace(name), directory };
-        for name in PLACES.iter().map(|(_, name)| *name).chain(["containerd", "parameters"]) {
-            fs::create_dir_all(node.file(name)).with_context(|| format!("creating {}", node.file(name).display()))?;
-        }
-        for plugin in PLUGINS {
-            let to = node.file("cni-bin").join(plugin);
-            fs::copy(parts.join("cni").join(plugin), &to).with_context(|| format!("copying to {}", to.display()))?;
-        }
-        let authority = control.pki.file("ca.crt");
-        let kubeconfig = control.pki.kubeconfig(&User::new("system:kube-proxy"), &url(), "nodes")?;
-        for (file, content) in [
-            ("containerd.toml", node.containerd(&parts.join("bin/runc"))),
-            ("kubelet.yaml", node.kubelet(place, &authority)),
-            ("proxy.yaml", node.proxy(&kubeconfig)),
-            ("cni/10-bridge.conflist", node.network()),
-            ("mounts", node.mounts()?),
-        ] {
-            fs::write(node.file(file), content).with_context(|| format!("writing {}", node.file(file).display()))?;
-        }
-        Ok(node)
+    /// All nodes, whether they are there or not.
+    pub(super) fn all(place: &Place) -> impl Iterator<Item = Self> {
+        (0..).zip(NODES).map(|(index, name)| Self { name, index, directory: place.file(name) })
     }
 
-    /// Starts containerd with images, then kubelet and kube-proxy.
-    pub(super) fn start(&self, stage: &mut Stage<'_>, control: &Control, images: &[PathBuf]) -> Result<()> {
+    /// The node with this name.
+    pub(super) fn named(place: &Place, name: &str) -> Result<Self> {
+        let found = Self::all(place).find(|node| node.name == name);
+        found.with_context(|| format!("there is no node {name:?}, but {}", NODES.join(" and ")))
+    }
+
+    pub(super) fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// From 0.
+    pub(super) fn index(&self) -> u8 {
+        self.index
+    }
+
+    /// Makes its files.
+    pub(super) fn create(&self, place: &Place, parts: &Path, control: &Control) -> Result<()> {
+        for name in PLACES.iter().map(|(_, name)| *name).chain(["containerd", "parameters"]) {
+            fs::create_dir_all(self.file(name)).with_context(|| format!("creating {}", self.file(name).display()))?;
+        }
+        for plugin in PLUGINS {
+            let to = self.file("cni-bin").join(plugin);
+            fs::copy(parts.join("cni").join(plugin), &to).with_context(|| format!("copying to {}", to.display()))?;
+        }
+        for (user, file) in [(User::node(self.name), KUBELET_CONFIG), (User::new("system:kube-proxy"), PROXY_CONFIG)] {
+            // With the mode of the original: only root reads it.
+            let config = control.pki.kubeconfig(&user, &arguments::url(), "nodes")?;
+            fs::copy(config, self.file(file)).with_context(|| format!("writing {}", self.file(file).display()))?;
+        }
+        for (file, content) in [
+            ("containerd.toml", self.containerd(&parts.join("bin/runc"))),
+            ("kubelet.yaml", self.kubelet(place, &control.pki.file("ca.crt"))),
+            ("proxy.yaml", self.proxy(&self.file(PROXY_CONFIG))),
+            ("cni/10-bridge.conflist", self.network()),
+            // The machine's own servers cannot be reached, and the kubelet asks for those of clouds when it starts.
+            (RESOLVER, format!("nameserver {}\n", network::api())),
+            // For pods that do not want the cluster's names.
+            (POD_RESOLVER, String::new()),
+            ("mounts", self.mounts()?),
+        ] {
+            fs::write(self.file(file), content).with_context(|| format!("writing {}", self.file(file).display()))?;
+        }
+        Ok(())
+    }
+
+    /// Starts containerd, then kubelet and kube-proxy.
+    pub(super) fn start(&self, stage: &mut Stage<'_>, images: &[PathBuf]) -> Result<()> {
         let (containerd, config, mounts) =
             (stage.part("containerd"), self.file("containerd.toml"), self.file("mounts"));
         let command = ["unshare", "--mount", "sh", text(&mounts), text(&containerd), "--config", text(&config)];
-        let pid = stage.start(&format!("{}-containerd", self.name), Inside::Network(&self.namespace), &command)?;
-        let inside = Inside::Node(&self.namespace, pid);
+        let pid = stage.start(&self.program("containerd"), Inside::NewNode(self.name), &command)?;
+        let inside = Inside::Node(self.name, pid);
         let ctr = stage.part("ctr");
-        let answers = || stage.output(inside, &[text(&ctr), "version"]).map(Some);
+        // Without the socket, `ctr` waits for ten seconds before it looks again.
+        let socket = PathBuf::from(format!("/proc/{pid}/root{RUN}/containerd.sock"));
+        let answers = || socket.exists().then(|| stage.output(inside, &[text(&ctr), "version"])).transpose();
         stage.wait(&format!("containerd of {}", self.name), START, answers)?;
-        for image in images {
-            stage.output(inside, &[text(&ctr), "--namespace", "k8s.io", "images", "import", text(image)])?;
-        }
-        let kubeconfig = control.pki.kubeconfig(&User::node(self.name), &url(), "nodes")?;
+        self.import(stage, images)?;
         let arguments = [
             format!("--config={}", self.file("kubelet.yaml").display()),
-            format!("--kubeconfig={}", kubeconfig.display()),
+            format!("--kubeconfig={}", self.file(KUBELET_CONFIG).display()),
             "--root-dir=/var/lib/kubelet".into(),
             "--cert-dir=/var/lib/kubelet/pki".into(),
             format!("--hostname-override={}", self.name),
@@ -139,17 +157,56 @@ impl Node {
             format!("--image-service-endpoint={SOCKET}"),
             format!("--pod-infra-container-image={}", images::PAUSE),
         ];
-        stage.start(&format!("{}-kubelet", self.name), inside, &words(&stage.part("kubelet"), &arguments))?;
+        stage.start(&self.program("kubelet"), inside, &words(&stage.part("kubelet"), &arguments))?;
         let proxy = [format!("--config={}", self.file("proxy.yaml").display())];
-        stage.start(&format!("{}-kube-proxy", self.name), inside, &words(&stage.part("kube-proxy"), &proxy))?;
+        stage.start(&self.program("kube-proxy"), inside, &words(&stage.part("kube-proxy"), &proxy))?;
         Ok(())
     }
 
+    /// Gives containerd images from files.
+    pub(super) fn import(&self, stage: &Stage<'_>, images: &[PathBuf]) -> Result<()> {
+        let (inside, ctr) = (self.inside(&stage.record)?, stage.part("ctr"));
+        for image in images {
+            stage.output(inside, &[text(&ctr), "--namespace", "k8s.io", "images", "import", text(image)])?;
+        }
+        Ok(())
+    }
+
+    /// Kills everything on it, and takes its network and what it had in `/run` away.
+    pub(super) fn stop(&self, stage: &mut Stage<'_>) -> Result<()> {
+        let _making = making();
+        let ours = format!("{}-", self.name);
+        stage.record.processes.retain(|process| {
+            let other = !process.name.starts_with(&ours);
+            if !other {
+                process.kill();
+            }
+            other
+        });
+        stage.record.write(stage.place)?;
+        cgroups::remove_node(stage.place, self.name)?;
+        network::remove_node(stage.place, self.name)
+    }
+
+    /// Where its programs run.
+    pub(super) fn inside(&self, record: &Record) -> Result<Inside<'static>> {
+        Ok(Inside::Node(self.name, self.process(record)?))
+    }
+
+    /// A process that has its mounts.
+    pub(super) fn process(&self, record: &Record) -> Result<i32> {
+        Ok(record.process(&self.program("containerd"))?.pid)
+    }
+
+    fn program(&self, name: &str) -> String {
+        format!("{}-{name}", self.name)
+    }
+
     /// Waits until the kubelet has made its object in the API, and says there which network the node's pods have.
-    pub(super) fn register(&self, stage: &Stage<'_>, control: &Control) -> Result<()> {
+    pub(super) fn register(&self, stage: &Stage<'_>, kubectl: &Kubectl) -> Result<()> {
         let get = ["get", "node", self.name, "--output=name"];
-        stage.wait(&format!("the kubelet of {}", self.name), START, || control.kubectl(&get).map(Some))?;
-        control.kubectl(&["patch", "node", self.name, "--patch", &self.patch()]).map(drop)
+        stage.wait(&format!("the kubelet of {}", self.name), START, || kubectl.run(&get).map(Some))?;
+        kubectl.run(&["patch", "node", self.name, "--patch", &self.patch()]).map(drop)
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -179,8 +236,12 @@ impl Node {
             "oomScoreAdj": 0,
             "protectKernelDefaults": true,
             "failSwapOn": false,
-            "clusterDomain": "cluster.local",
-            "resolvConf": "/etc/resolv.conf",
+            "clusterDomain": dns::DOMAIN,
+            "clusterDNS": [network::api()],
+            "resolvConf": self.file(POD_RESOLVER),
+            // Pods come and go faster than the usual five requests a second allow.
+            "kubeAPIQPS": 50,
+            "kubeAPIBurst": 100,
             "volumePluginDir": "/var/lib/kubelet/volume-plugins",
             // A developer's disk is often nearly full.
             "imageGCHighThresholdPercent": 100,
@@ -243,7 +304,6 @@ state = "{RUN}"
   sandbox_image = "{pause}"
   disable_apparmor = true
   restrict_oom_score_adj = true
-  netns_mounts_under_state_dir = true
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/opt/cni/bin"
     conf_dir = "/etc/cni/net.d"
@@ -268,10 +328,16 @@ state = "{RUN}"
     fn mounts(&self) -> Result<String> {
         let mut script = "set -e\nmount --make-rshared /\n".to_owned();
         let quoted = |path: &Path| format!("'{}'", text(path).replace('\'', r"'\''"));
-        writeln!(script, "mount -t tmpfs -o mode=0711 tmpfs {RUN}")?;
+        writeln!(script, "mount -t tmpfs -o mode=0755 tmpfs /run\nmkdir -m 0711 {RUN}\nmkdir /run/netns /run/lock")?;
         for (place, name) in PLACES {
             writeln!(script, "mount --bind {} {place}", quoted(&self.file(name)))?;
         }
+        // It may be a link into the old `/run`; without a file, nobody is asked.
+        writeln!(
+            script,
+            "if [ -e /etc/resolv.conf ]; then mount --bind {} /etc/resolv.conf; fi",
+            quoted(&self.file(RESOLVER))
+        )?;
         // What programs pin on one node is not on the other.
         writeln!(script, "if [ -d /sys/fs/bpf ]; then mount -t bpf bpf /sys/fs/bpf; fi")?;
         for (name, value) in PARAMETERS {
@@ -291,7 +357,7 @@ mod tests {
     use super::{Node, PLACES};
 
     fn node(directory: &str) -> Node {
-        Node { name: "node-b", index: 1, directory: directory.into(), namespace: "cluster-1-node-b".into() }
+        Node { name: "node-b", index: 1, directory: directory.into() }
     }
 
     #[test]

@@ -45,7 +45,9 @@ pub(super) enum Inside<'a> {
     Machine,
     /// A network namespace.
     Network(&'a str),
-    /// A network namespace, with the mounts of this process.
+    /// A node without mounts of its own yet.
+    NewNode(&'a str),
+    /// A node, with the mounts of this process.
     Node(&'a str, i32),
 }
 
@@ -81,23 +83,42 @@ impl Stage<'_> {
     /// A command whose process becomes the program itself: everything on the way replaces itself by the next.
     fn detached(&self, inside: Inside<'_>, program: &[&str]) -> Result<Command> {
         let mut command = Command::new("sh");
-        command.args(["-c", r#"echo $$ > "$0" && exec setsid "$@""#]).arg(cgroups::entrance(self.place)?);
-        command.args(enter(inside)).args(program);
+        let node = match inside {
+            Inside::Machine | Inside::Network(_) => None,
+            Inside::NewNode(node) | Inside::Node(node, _) => Some(node),
+        };
+        command.args(["-c", r#"echo $$ > "$0" && exec setsid "$@""#]).arg(cgroups::entrance(self.place, node)?);
+        command.args(self.enter(inside)).args(program);
         self.environment(&mut command);
         Ok(command)
     }
 
     /// A short program in the same place; its output, when it succeeds.
     pub(super) fn output(&self, inside: Inside<'_>, program: &[&str]) -> Result<String> {
-        let words: Vec<_> = enter(inside).into_iter().chain(program.iter().map(|word| (*word).to_owned())).collect();
+        let words: Vec<_> =
+            self.enter(inside).into_iter().chain(program.iter().map(|word| (*word).to_owned())).collect();
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]);
         self.environment(&mut command);
         crate::exec::output(&mut command)
     }
 
+    /// What goes before a program so that it runs there.
+    pub(super) fn enter(&self, inside: Inside<'_>) -> Vec<String> {
+        let network = |name: &str| format!("--net=/run/netns/{name}");
+        match inside {
+            Inside::Machine => vec!["env".into()],
+            Inside::Network(name) => vec!["nsenter".into(), network(name), "--".into()],
+            Inside::NewNode(node) => vec!["nsenter".into(), network(&self.place.namespace(node)), "--".into()],
+            Inside::Node(node, pid) => {
+                let mounts = format!("--mount=/proc/{pid}/ns/mnt");
+                vec!["nsenter".into(), mounts, network(&self.place.namespace(node)), "--".into()]
+            }
+        }
+    }
+
     /// The programs find each other and their libraries.
-    fn environment(&self, command: &mut Command) {
+    pub(super) fn environment(&self, command: &mut Command) {
         let path = std::env::var("PATH").unwrap_or_default();
         let bin = self.place.file("bin");
         command.env("PATH", format!("{}:{}:{path}:/usr/sbin:/sbin", bin.display(), self.parts.join("bin").display()));
@@ -144,18 +165,6 @@ impl Stage<'_> {
     }
 }
 
-/// What goes before a program so that it runs there.
-fn enter(inside: Inside<'_>) -> Vec<String> {
-    let network = |name: &str| format!("--net=/run/netns/{name}");
-    match inside {
-        Inside::Machine => vec!["env".into()],
-        Inside::Network(name) => vec!["nsenter".into(), network(name), "--".into()],
-        Inside::Node(name, pid) => {
-            vec!["nsenter".into(), format!("--mount=/proc/{pid}/ns/mnt"), network(name), "--".into()]
-        }
-    }
-}
-
 fn last_lines(text: &str) -> String {
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(SHOWN)..].join("\n")
@@ -163,7 +172,7 @@ fn last_lines(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Inside, SHOWN, enter, last_lines};
+    use super::{SHOWN, last_lines};
 
     #[test]
     fn the_end_of_a_log() {
@@ -171,11 +180,5 @@ mod tests {
         let shown = last_lines(&text);
         assert_eq!((shown.lines().count(), shown.lines().last()), (SHOWN, Some("99")));
         assert_eq!(last_lines("one"), "one");
-    }
-
-    #[test]
-    fn programs_of_a_node_have_its_mounts() {
-        assert_eq!(enter(Inside::Network("n")), ["nsenter", "--net=/run/netns/n", "--"]);
-        assert!(enter(Inside::Node("n", 7)).contains(&"--mount=/proc/7/ns/mnt".to_owned()));
     }
 }

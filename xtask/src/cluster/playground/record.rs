@@ -2,7 +2,7 @@
 
 use std::{fs, path::PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -40,8 +40,7 @@ impl Record {
         let path = place.file(FILE);
         match fs::read_to_string(&path) {
             Ok(text) => {
-                let remedy =
-                    || format!("reading {}: `cargo xtask cluster down` removes the playground", path.display());
+                let remedy = || format!("reading {}: {} removes the playground", path.display(), place.command("down"));
                 serde_json::from_str(&text).map(Some).with_context(remedy)
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -54,6 +53,19 @@ impl Record {
         fs::write(&new, serde_json::to_string_pretty(self).context("writing the record")?)
             .and_then(|()| fs::rename(&new, &path))
             .with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// An error when a program of it has ended, or was never started.
+    pub(super) fn ensure_whole(&self, place: &Place) -> Result<()> {
+        let (ended, remedy) = (self.ended(), place.command("down"));
+        ensure!(ended.is_empty(), "the playground is not whole, {} ended: {remedy} first", ended.join(", "));
+        ensure!(self.complete, "an earlier command for the playground was not finished: {remedy} first");
+        Ok(())
+    }
+
+    /// The process of a program.
+    pub(super) fn process(&self, name: &str) -> Result<&Running> {
+        self.processes.iter().find(|process| process.name == name).with_context(|| format!("there is no {name}"))
     }
 
     /// Names of programs that do not run any more.

@@ -4,7 +4,7 @@ use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context, Result};
 
-use super::{cgroups, network, place::Place, record::Record};
+use super::{cgroups, mount_points, network, place::Place, record::Record};
 
 /// Removes everything; the number of recorded programs that still ran. What is not there is no error, so it can be done again.
 pub(super) fn remove(place: &Place) -> Result<usize> {
@@ -22,14 +22,7 @@ pub(super) fn remove(place: &Place) -> Result<usize> {
     for mount in below(&mounts, place.directory()) {
         crate::exec::output(Command::new("umount").arg("--lazy").arg(mount))?;
     }
-    for directory in record.mount_points.iter().rev() {
-        // Somebody else may have put something into it since.
-        if let Err(error) = fs::remove_dir(directory)
-            && !matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::DirectoryNotEmpty)
-        {
-            return Err(error).with_context(|| format!("removing {}", directory.display()));
-        }
-    }
+    mount_points::release(place, &record.mount_points)?;
     match fs::remove_dir_all(place.directory()) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("removing {}", place.directory().display()))

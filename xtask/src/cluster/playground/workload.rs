@@ -1,7 +1,6 @@
 //! The first deployment, which shows that the playground works.
 
 use std::{
-    fs,
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
     time::Duration,
@@ -10,11 +9,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use testbed::Namespace;
 
-use super::{
-    control::{Control, text},
-    place::NODES,
-    programs::Stage,
-};
+use super::{control::Kubectl, place::NODES, programs::Stage};
 
 const MANIFEST: &str = include_str!("hello.yaml");
 /// What the deployment's answers start with: a pod's name.
@@ -29,25 +24,23 @@ const TRY: Duration = Duration::from_secs(3);
 const PORT: u16 = 80;
 
 /// Waits until all nodes are ready.
-pub(super) fn nodes_ready(stage: &Stage<'_>, control: &Control) -> Result<()> {
+pub(super) fn nodes_ready(stage: &Stage<'_>, kubectl: &Kubectl) -> Result<()> {
     let mut arguments = vec!["wait", "--for=condition=Ready", TURN, "node"];
     arguments.extend(NODES);
-    stage.wait("the nodes' readiness", READY, || control.kubectl(&arguments).map(|_| Some(())))
+    stage.wait("the nodes' readiness", READY, || kubectl.run(&arguments).map(|_| Some(())))
 }
 
 /// Starts the deployment and waits until it runs.
-pub(super) fn deploy(stage: &Stage<'_>, control: &Control) -> Result<()> {
-    let path = stage.place.file("hello.yaml");
-    fs::write(&path, MANIFEST).with_context(|| format!("writing {}", path.display()))?;
-    control.kubectl(&["apply", "--filename", text(&path)])?;
+pub(super) fn deploy(stage: &Stage<'_>, kubectl: &Kubectl) -> Result<()> {
+    kubectl.apply(MANIFEST)?;
     let rollout = ["--namespace=playground", "rollout", "status", "deployment/hello", TURN];
-    stage.wait("the deployment hello", READY, || control.kubectl(&rollout).map(|_| Some(())))
+    stage.wait("the deployment hello", READY, || kubectl.run(&rollout).map(|_| Some(())))
 }
 
 /// Asks the service at its virtual address from every node and from every pod; the address.
-pub(super) fn check(stage: &Stage<'_>, control: &Control) -> Result<String> {
+pub(super) fn check(stage: &Stage<'_>, kubectl: &Kubectl) -> Result<String> {
     let get = ["--namespace=playground", "get", "service", "hello", "--output=jsonpath={.spec.clusterIP}"];
-    let address = control.kubectl(&get)?;
+    let address = kubectl.run(&get)?;
     let url = format!("http://{address}/");
     let target =
         SocketAddr::new(address.parse().with_context(|| format!("the service has no address but {address:?}"))?, PORT);
@@ -59,12 +52,11 @@ pub(super) fn check(stage: &Stage<'_>, control: &Control) -> Result<String> {
     // A program of its own for the limit: with the option for it, this version of wget crashes.
     let wget = ["timeout", "3", "wget", "-q", "-O", "-", &url];
     let get = ["--namespace=playground", "get", "pods", "--selector=app=hello", "--output=name"];
-    let pods = control.kubectl(&get)?;
+    let pods = kubectl.run(&get)?;
     ensure!(pods.lines().count() == NODES.len(), "expected {} pods of hello, found: {pods}", NODES.len());
     for pod in pods.lines() {
         let exec: Vec<_> = ["--namespace=playground", "exec", pod, "--"].into_iter().chain(wget).collect();
-        stage
-            .wait(&format!("an answer of {url} in {pod}"), REACHABLE, || answer(&control.kubectl(&exec)?).map(Some))?;
+        stage.wait(&format!("an answer of {url} in {pod}"), REACHABLE, || answer(&kubectl.run(&exec)?).map(Some))?;
     }
     Ok(address)
 }

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
 use super::{
+    arguments::{self, API_PORT, ETCD, url},
     keeper::Keeper,
     network,
     parts::Parts,
@@ -20,19 +21,12 @@ use super::{
 };
 use crate::{
     Testbed,
-    addresses::{VIPS_V4, control_plane_v4},
     namespace::Namespace,
     pace::patience,
     pod::command_in,
     process::{Process, Stream},
 };
 
-/// Where the API server listens.
-const API_PORT: u16 = 6443;
-/// Where etcd listens, in the control plane's namespace only.
-const ETCD: &str = "http://127.0.0.1:2379";
-/// Issuer of service accounts' tokens, and the audience of tokens that name none.
-const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
 /// How long each program may take to be of use.
 const START: Duration = Duration::from_mins(2);
 /// How long the API server may take to end politely: its watches would keep it for a minute.
@@ -85,11 +79,7 @@ impl ControlPlane {
         let admin = pki.kubeconfig(&User::admin(), &url(), "nodes")?;
 
         let mut command = contained(&cgroup, &namespace, &parts.program("etcd")?);
-        command.arg("--data-dir").arg(directory.join("etcd"));
-        // Nothing has to survive this machine, and other tests are waiting for the disk.
-        command.args(["--unsafe-no-fsync", "--logger=zap", "--log-level=warn"]);
-        command.args([format!("--listen-client-urls={ETCD}"), format!("--advertise-client-urls={ETCD}")]);
-        command.args(["--listen-peer-urls=http://127.0.0.1:2380"]);
+        command.args(arguments::etcd(&directory.join("etcd")));
         let etcd = keeper.spawn(command)?;
         let mut plane = Self {
             relay,
@@ -150,26 +140,8 @@ impl ControlPlane {
     /// Starts the API server, with the same data and address as before, and waits until it is ready.
     pub fn start_api(&mut self) -> Result<()> {
         ensure!(self.api.as_ref().is_none_or(|api| api.status().is_some()), "the API server runs already");
-        let file = |name: &str| self.pki.file(name).display().to_string();
         let mut command = contained(&self.cgroup, &self.namespace, &self.parts.program("kube-apiserver")?);
-        command.args([
-            format!("--etcd-servers={ETCD}"),
-            "--bind-address=0.0.0.0".into(),
-            format!("--advertise-address={}", control_plane_v4(network::HOST)),
-            format!("--secure-port={API_PORT}"),
-            format!("--service-cluster-ip-range={VIPS_V4}"),
-            format!("--client-ca-file={}", file("ca.crt")),
-            format!("--tls-cert-file={}", file("apiserver.crt")),
-            format!("--tls-private-key-file={}", file("apiserver.key")),
-            "--authorization-mode=Node,RBAC".into(),
-            "--enable-admission-plugins=NodeRestriction".into(),
-            "--allow-privileged=true".into(),
-            format!("--service-account-issuer={ISSUER}"),
-            format!("--api-audiences={ISSUER}"),
-            format!("--service-account-key-file={}", file("service-accounts.pub")),
-            format!("--service-account-signing-key-file={}", file("service-accounts.key")),
-        ]);
-        command.arg(format!("--cert-dir={}", file(""))).args(&self.options.api_arguments);
+        command.args(arguments::api_server(&self.pki)).args(&self.options.api_arguments);
         self.api = Some(self.keeper.spawn(command)?);
         self.wait_ready()
     }
@@ -221,22 +193,10 @@ impl ControlPlane {
     }
 
     fn start_controllers(&mut self) -> Result<()> {
-        let user = User::new("system:kube-controller-manager");
-        let (config, file) =
-            (self.kubeconfig(&user)?.display().to_string(), |name: &str| self.pki.file(name).display().to_string());
-        let mut command = contained(&self.cgroup, &self.namespace, &self.parts.program("kube-controller-manager")?);
-        for option in ["kubeconfig", "authentication-kubeconfig", "authorization-kubeconfig"] {
-            command.arg(format!("--{option}={config}"));
-        }
-        command.args([
-            format!("--root-ca-file={}", file("ca.crt")),
-            format!("--service-account-private-key-file={}", file("service-accounts.key")),
-            format!("--cert-dir={}", file("")),
-            format!("--controllers={WITHOUT}"),
-            "--use-service-account-credentials=true".into(),
-            "--leader-elect=false".into(),
-            "--bind-address=127.0.0.1".into(),
-        ]);
+        let name = "kube-controller-manager";
+        let mut command = contained(&self.cgroup, &self.namespace, &self.parts.program(name)?);
+        command.args(arguments::component(&self.pki, name, "nodes")?).args(arguments::controller_manager(&self.pki));
+        command.arg(format!("--controllers={WITHOUT}"));
         command.args(&self.options.controller_arguments);
         self.controllers = Some(self.keeper.spawn(command)?);
         // Its first work that can be seen. A watch ends early where the API server was told to end them.
@@ -294,10 +254,6 @@ impl ControlPlane {
     pub(super) fn admin(&self) -> &Path {
         &self.admin
     }
-}
-
-fn url() -> String {
-    format!("https://{}:{API_PORT}", control_plane_v4(network::HOST))
 }
 
 /// A command that moves itself into the cgroup and the namespace and dies with the thread that starts it.

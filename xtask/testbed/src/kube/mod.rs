@@ -10,6 +10,7 @@
 //! a free port of 127.0.0.1. There is no kubelet: a pod that the controllers create is what the test says it is
 //! ([`ControlPlane::set_pod_running`]).
 
+pub mod arguments;
 mod control_plane;
 mod keeper;
 mod kubectl;
@@ -21,3 +22,4 @@ mod relay;
 pub use control_plane::{ControlPlane, ControlPlaneOptions};
 pub use parts::{PARTS_VARIABLE, Parts, VALIDATOR, VERSION};
 pub use pki::{Pki, User};
+pub use relay::carry;

@@ -79,10 +79,9 @@ impl Drop for Relay {
     }
 }
 
-/// Carries one connection to its end.
-fn carry(namespace: &Namespace, to: SocketAddr, client: &TcpStream) {
-    let server = namespace.enter(|| TcpStream::connect_timeout(&to, CONNECT));
-    if let Ok(Ok(server)) = server {
+/// Carries one connection to a server in a namespace, until both ends have had enough.
+pub fn carry(namespace: &Namespace, to: SocketAddr, client: &TcpStream) {
+    if let Ok(Ok(server)) = namespace.enter(|| TcpStream::connect_timeout(&to, CONNECT)) {
         thread::scope(|scope| {
             scope.spawn(|| copy(client, &server));
             copy(&server, client);
@@ -96,4 +95,7 @@ fn carry(namespace: &Namespace, to: SocketAddr, client: &TcpStream) {
 fn copy(mut from: &TcpStream, mut to: &TcpStream) {
     let clean = io::copy(&mut from, &mut to).is_ok();
     let _ = to.shutdown(if clean { Shutdown::Write } else { Shutdown::Both });
+    if !clean {
+        let _ = from.shutdown(Shutdown::Both);
+    }
 }

@@ -1,0 +1,31 @@
+//! Installing Underpass on a real Kubernetes: `cargo xtask cluster test`.
+//!
+//! Scenarios share one cluster of two nodes ([`cluster`]) and happen in order, as an administrator's year would; each leaves what the next one
+//! expects ([`world`]). `install FILTER` runs those that set things up, and those whose name contains the filter.
+//!
+//! Needs root, the programs that `cargo xtask cluster parts --all` makes, and in the environment `UNDERPASS_BIN` (with `underpass-cni` beside it)
+//! and `TESTBED_APP`, or both where cargo builds them.
+
+mod cluster;
+mod harness;
+mod manifests;
+mod scenarios;
+mod traffic;
+mod wait;
+mod world;
+
+use std::process::ExitCode;
+
+use harness::Scenario;
+use scenarios as s;
+
+/// What happens, in order.
+const SCENARIOS: &[Scenario] = &[
+    Scenario { name: "installed_by_helm", needed: true, run: s::install::by_helm },
+    Scenario { name: "tested_by_helm", needed: false, run: s::install::helm_test },
+    Scenario { name: "a_label_encrypts_running_pods", needed: true, run: s::label::encrypts },
+];
+
+fn main() -> ExitCode {
+    harness::main(SCENARIOS)
+}

@@ -1,0 +1,41 @@
+//! Helm installs Underpass, and says whether it works.
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    traffic::{Traffic, ensure_plaintext, sniff},
+    world::{CLIENT, RELEASE, SYSTEM, World, path},
+};
+
+/// Values for tests beside those of the playground: two replicas of the authority, as in clusters that people rely on.
+pub(crate) const VALUES: [&str; 3] = ["--set=image.tag=one", "--set=ca.replicas=2", "--set=mesh.mode=permissive"];
+
+/// Nothing changes for pods when it is installed, and both nodes get an agent and the plugin.
+pub(crate) fn by_helm(world: &mut World) -> Result<()> {
+    let far = world.address("shop/far")?;
+    let traffic = Traffic::start(&world.cluster, CLIENT, &far, 50)?;
+    let image = world.underpass("one")?;
+    let arguments = [&["--image", path(&image)?, "--"][..], &VALUES[..]].concat();
+    world.cluster.xtask("install", &arguments)?;
+    world.wait_agents()?;
+    let sniffers = world.cluster.nodes().iter().map(sniff).collect::<Result<Vec<_>>>()?;
+    for node in world.cluster.nodes() {
+        let plugins = world.cluster.on(node, "ls /opt/cni/bin")?;
+        ensure!(plugins.lines().any(|plugin| plugin == "underpass-cni"), "{}: {plugins}", node.name);
+        ensure!(crate::scenarios::chained(world, node)?, "{} does not call the plugin", node.name);
+    }
+    world.notes.push(traffic.stop()?.all_worked()?.to_string());
+    // The control for all captures that follow: the marker is found where it is.
+    for sniffer in sniffers {
+        ensure_plaintext(sniffer)?;
+    }
+    Ok(())
+}
+
+/// `helm test`.
+pub(crate) fn helm_test(world: &mut World) -> Result<()> {
+    let output = world.cluster.helm(&["test", RELEASE, "--namespace", SYSTEM, "--logs", "--timeout=2m"])?;
+    let said = output.success().context("helm test")?;
+    ensure!(said.contains("Phase:          Succeeded"), "{said}");
+    Ok(())
+}
