@@ -5,6 +5,7 @@
 mod cases;
 
 use std::{
+    collections::BTreeSet,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -175,17 +176,17 @@ fn accounts_may_do_what_they_need_and_no_more() -> Result<()> {
 #[test]
 fn an_old_api_server_takes_everything() -> Result<()> {
     let cluster = Cluster::new("chold")?;
-    for (name, values) in cases::all() {
+    // kubectl asks five times a second, and most objects are the same in every case.
+    let mut different = BTreeSet::new();
+    for (_, values) in cases::all() {
         let file = cluster.home.path().join("values.yaml");
         std::fs::write(&file, values)?;
         let template = ["template", "underpass", ".", "--kube-version=1.20.2", "--values"];
         let rendered = cluster.helm(&[&template[..], &[&file.display().to_string()]].concat())?.success()?;
-        let apply = ["apply", "--dry-run=server", "--validate=true", "--filename=-"];
-        cluster
-            .plane
-            .kubectl_as(&User::admin(), &apply, &rendered)?
-            .success()
-            .with_context(|| format!("case {name}"))?;
+        different.extend(rendered.split("\n---\n").map(str::to_owned));
     }
-    Ok(())
+    ensure!(different.len() > 50, "only {} objects", different.len());
+    let all = different.into_iter().collect::<Vec<_>>().join("\n---\n");
+    let create = ["create", "--dry-run=server", "--validate=true", "--filename=-"];
+    cluster.plane.kubectl_as(&User::admin(), &create, &all)?.success().map(drop)
 }
