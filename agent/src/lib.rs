@@ -2,17 +2,21 @@
 //!
 //! The modules read in the order a connection meets them: [`capture`] redirects it to the agent, [`proxy`]
 //! decides, [`tunnel`] authenticates, [`relay`] moves the bytes. [`mesh`], [`policy`] and [`identity`] are
-//! what those decisions are based on, [`sources`] fills them, [`cli`] and [`admin`] are what operators touch.
+//! what those decisions are based on, [`sources`] fills them, [`cli`] and [`admin`] are what operators touch,
+//! [`cni`] is what holds a new pod's start until it is captured.
 
 pub mod admin;
 pub mod ca;
 pub mod capture;
 pub mod cli;
+pub mod cni;
+pub mod handover;
 pub mod identity;
 pub mod mesh;
 pub mod policy;
 pub mod proxy;
 pub mod relay;
+mod socket_file;
 pub mod sources;
 pub mod sys;
 pub mod telemetry;

@@ -20,6 +20,5 @@ pub mod http;
 pub mod inventory;
 pub mod query;
 pub mod server;
-mod socket;
 #[cfg(test)]
 mod tests;

@@ -33,12 +33,12 @@ use super::{
     api::{AllCounters, Closed, Connections, DEFAULT_LIMIT, ExplainParameters, MAX_LIMIT, Problem, Status},
     inventory::{self, CertificateDetails, Certificates, Services, Workloads},
     query::ConnectionQuery,
-    socket::AdminSocket,
 };
 use crate::{
     mesh::{MeshStore, SpiffeId},
     policy::{self, Explanations, PolicyList, Query as PolicyQuery, QueryError},
     relay::{CloseReason, ConnectionId, ConnectionTable},
+    socket_file::SocketFile,
     telemetry::Counters,
 };
 
@@ -165,11 +165,11 @@ pub(super) fn serve_source(
     path: &Path,
     source: Arc<dyn Source>,
 ) -> io::Result<impl Future<Output = ()> + Send + use<>> {
-    let socket = AdminSocket::bind(path)?;
+    let socket = SocketFile::bind(path)?;
     Ok(accept(socket, router(source)))
 }
 
-async fn accept(socket: AdminSocket, router: Router) {
+async fn accept(socket: SocketFile, router: Router) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Dropped with this future, and every connection with it.
     let mut connections = JoinSet::new();

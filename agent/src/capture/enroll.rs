@@ -86,9 +86,19 @@ pub enum EnrollError {
 pub struct Enrolled {
     pod: Arc<Pod>,
     netns: Arc<Netns>,
-    watcher: JoinHandle<()>,
-    /// Dropped, it ends the watcher.
-    stop: oneshot::Sender<()>,
+    /// Ends when the other is dropped. None when another agent watches.
+    watcher: Option<(JoinHandle<()>, oneshot::Sender<()>)>,
+}
+
+impl Enrolled {
+    /// Leaves the interfaces to another agent.
+    pub async fn stop_watching(&mut self) {
+        let Some((watcher, stop)) = self.watcher.take() else { return };
+        drop(stop);
+        if let Err(e) = watcher.await {
+            tracing::error!(workload = %self.pod.key, error = %e, "interface watcher failed");
+        }
+    }
 }
 
 /// What an enrolment is to bring about.
@@ -172,7 +182,10 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
     let &Candidate { workload, plaintext, local, ref netns, id, adopted, .. } = candidate;
     processes::check_below(netns, &inner.options.cgroup).await?;
     let mark = inner.marker();
-    let listeners = listen(candidate, &mark).await?;
+    let listeners = match inner.options.inheritance.take(netns.cookie()) {
+        Some(inherited) => sockets::inherit(inherited, &mark)?,
+        None => listen(candidate, &mark).await?,
+    };
     routes::install(netns).await?;
     // From here on the route goes with the pod.
     let pod = Pod::new(NewPod {
@@ -208,7 +221,7 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
     })?;
     let (stop, stopped) = oneshot::channel();
     let watcher = tokio::spawn(watcher::run(inner.attacher(netns, id), watch, stopped));
-    Ok(Enrolled { pod, netns: Arc::clone(netns), watcher, stop })
+    Ok(Enrolled { pod, netns: Arc::clone(netns), watcher: Some((watcher, stop)) })
 }
 
 /// Attaches to the interfaces of a pod. One that goes away meanwhile does not fail the others.
@@ -290,18 +303,15 @@ async fn unenroll_slot(inner: &Inner, key: &WorkloadKey) {
 
 /// Ends an enrolment: capture off first, guard and inbound program last. With `stay_captured` only the agent's side
 /// ends, and connections are refused until the namespace is enrolled again.
-async fn release(inner: &Inner, key: &WorkloadKey, enrolled: Enrolled, stay_captured: bool) {
-    let Enrolled { pod, netns, watcher, stop } = enrolled;
+async fn release(inner: &Inner, key: &WorkloadKey, mut enrolled: Enrolled, stay_captured: bool) {
+    let (pod, netns) = (Arc::clone(&enrolled.pod), Arc::clone(&enrolled.netns));
     let failed = |what, e: &CaptureError| tracing::error!(workload = %key, error = %e, "{what}");
     inner.registry().entries.remove(key);
     if !stay_captured && let Err(e) = inner.maps.tables().release(netns.cookie()) {
         failed("cannot turn capture off", &e);
     }
     pod.signal_unenrolled();
-    drop(stop);
-    if let Err(e) = watcher.await {
-        tracing::error!(workload = %key, error = %e, "interface watcher failed");
-    }
+    enrolled.stop_watching().await;
     if !stay_captured {
         match detach(inner, &netns, pod.id).await {
             Ok(()) => inner.registry().free(pod.id),

@@ -91,7 +91,10 @@ fn start_in(options: &CaptureOptions, layout: &Layout) -> Result<Parts, CaptureE
     let mut loader = loader(layout, options.bpf_log);
     let mut bpf = loader.load(bytes).map_err(|e| load_failed(&e))?;
     check_pinned(&bpf, layout)?;
-    forget_flows(&mut bpf)?;
+    // Of an agent that is still here, they wait in the listeners that it has handed over.
+    if options.inheritance.is_empty() {
+        forget_flows(&mut bpf)?;
+    }
     let map_ids = PINNED.iter().map(|(name, ..)| Ok((*name, map_id(&bpf, name)?))).collect::<Result<_, _>>()?;
     let log = options
         .bpf_log

@@ -10,6 +10,7 @@ mod enroll;
 pub mod events;
 mod garbage;
 mod hierarchy;
+pub mod inheritance;
 pub mod inspect;
 mod interfaces;
 mod loader;
@@ -51,6 +52,7 @@ use self::{
     desired::Strictness,
     enroll::Enrolled,
     enroll::Wanted,
+    inheritance::{Inheritance, Listening},
     netns::Netns,
     probes::Probes,
     registry::{Entry, Registry},
@@ -72,6 +74,8 @@ pub struct CaptureOptions {
     pub tc: TcMode,
     /// Load the object with aya-log and forward its lines to `tracing`.
     pub bpf_log: bool,
+    /// Listeners that an agent which is still here has handed over.
+    pub inheritance: Inheritance,
 }
 
 /// How tc programs attach.
@@ -144,7 +148,8 @@ struct Inner {
     slots: Mutex<HashMap<WorkloadKey, Slot>>,
     /// Failures to attach to interfaces that came later.
     bare_interfaces: Arc<AtomicU64>,
-    lock: lock::PinLock,
+    /// None when another agent has taken over.
+    lock: Mutex<Option<lock::PinLock>>,
 }
 
 type Slot = Arc<tokio::sync::Mutex<Option<Enrolled>>>;
@@ -174,7 +179,7 @@ impl Capture {
             registry: Mutex::new(registry),
             slots: Mutex::default(),
             bare_interfaces: Arc::default(),
-            lock,
+            lock: Mutex::new(Some(lock)),
         };
         Ok(Arc::new(Self { inner: Arc::new(inner), readers }))
     }
@@ -227,7 +232,36 @@ impl Capture {
 
     /// Before [`cleanup::cleanup`] at a planned end: the lock file goes too, also when the last connection's task still holds this.
     pub fn leave_nothing(&self) {
-        self.inner.lock.remove_with_drop();
+        if let Some(lock) = &*self.inner.lock() {
+            lock.remove_with_drop();
+        }
+    }
+
+    /// Gives everything but the live connections up to another agent, which is about to start: maps, pins, interfaces. The listeners
+    /// go on here, too, until [`Self::stop_accepting`]. Nothing may be applied or enrolled any more.
+    pub async fn retire(&self) -> io::Result<Vec<Listening>> {
+        // What this process does to the pods' namespaces from now on would be done to the other agent's.
+        routes::leave_all();
+        for reader in &self.readers {
+            reader.abort();
+        }
+        let slots: Vec<Slot> =
+            self.inner.slots.lock().unwrap_or_else(PoisonError::into_inner).values().map(Arc::clone).collect();
+        for slot in slots {
+            if let Some(enrolled) = &mut *slot.lock().await {
+                enrolled.stop_watching().await;
+            }
+        }
+        let listening = self.pods().iter().map(|pod| pod.listening()).collect();
+        drop(self.inner.lock().take());
+        listening
+    }
+
+    /// Ends all accept loops: another agent accepts. Connections go on.
+    pub fn stop_accepting(&self) {
+        for pod in self.pods() {
+            pod.signal_unenrolled();
+        }
     }
 
     /// The pods enrolled now.
@@ -285,6 +319,10 @@ impl Drop for Capture {
 }
 
 impl Inner {
+    fn lock(&self) -> MutexGuard<'_, Option<lock::PinLock>> {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Never held across an await, and taken before [`maps::Maps::tables`].
     fn registry(&self) -> MutexGuard<'_, Registry> {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)

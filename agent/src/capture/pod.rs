@@ -5,6 +5,7 @@ mod pool;
 use std::{
     fmt, io,
     net::IpAddr,
+    os::fd::AsFd as _,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -14,6 +15,7 @@ use tokio::{net::TcpListener, sync::watch};
 
 use self::pool::Pool;
 use super::{
+    inheritance::{Listening, Purpose},
     netns::Netns,
     routes,
     sockets::{self, Mark},
@@ -21,14 +23,25 @@ use super::{
 use crate::mesh::{SpiffeId, WorkloadKey};
 
 /// The agent's listeners inside a pod's namespace, non-blocking. Accepted sockets of `outbound` carry `SO_LINGER {1,0}` from birth.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct PodListeners {
     /// Port 15001: `0.0.0.0` and, with IPv6, `[::1]` on every port of [`underpass_abi::OUTBOUND_PORTS_V6`].
-    pub outbound: Vec<TcpListener>,
+    pub outbound: Vec<Arc<TcpListener>>,
     /// Port 15008 on every address, both families.
-    pub tunnel: Vec<TcpListener>,
+    pub tunnel: Vec<Arc<TcpListener>>,
     /// Port 15006 (transparent), for plaintext that a policy has to see.
-    pub plaintext: Vec<TcpListener>,
+    pub plaintext: Vec<Arc<TcpListener>>,
+}
+
+impl PodListeners {
+    /// Those for one purpose.
+    pub(super) fn of(&mut self, purpose: Purpose) -> &mut Vec<Arc<TcpListener>> {
+        match purpose {
+            Purpose::Outbound => &mut self.outbound,
+            Purpose::Tunnel => &mut self.tunnel,
+            Purpose::Plaintext => &mut self.plaintext,
+        }
+    }
 }
 
 /// What a [`Pod`] is made of.
@@ -60,7 +73,10 @@ pub struct Pod {
     /// Path of its namespace.
     pub netns: PathBuf,
     namespace: Arc<Netns>,
+    /// Until they are taken.
     listeners: Mutex<Option<PodListeners>>,
+    /// As long as the pod is enrolled.
+    open: Mutex<PodListeners>,
     unenrolled: watch::Sender<bool>,
     upstream: Pools,
     application: Pools,
@@ -98,6 +114,7 @@ impl Pod {
             netns_cookie: new.netns.cookie(),
             netns: new.netns.path().to_owned(),
             namespace: new.netns,
+            open: Mutex::new(new.listeners.clone()),
             listeners: Mutex::new(Some(new.listeners)),
             unenrolled: watch::Sender::new(false),
         })
@@ -108,9 +125,22 @@ impl Pod {
         self.listeners.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
+    /// The open listeners once more, for another agent to take up.
+    pub(super) fn listening(&self) -> io::Result<Listening> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut sockets = Vec::new();
+        for purpose in [Purpose::Outbound, Purpose::Tunnel, Purpose::Plaintext] {
+            for listener in open.of(purpose) {
+                sockets.push((purpose, listener.as_fd().try_clone_to_owned()?));
+            }
+        }
+        Ok(Listening { netns: self.netns_cookie, sockets })
+    }
+
     /// Ends the accept loops. Connections, and the sockets they need, go on. Listeners nobody took are closed.
     pub fn signal_unenrolled(&self) {
         drop(self.take_listeners());
+        *self.open.lock().unwrap_or_else(PoisonError::into_inner) = PodListeners::default();
         self.unenrolled.send_replace(true);
     }
 

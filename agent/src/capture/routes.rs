@@ -12,7 +12,10 @@ use std::{
     fs, io,
     net::{Ipv4Addr, Ipv6Addr},
     path::Path,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
@@ -48,6 +51,14 @@ const SYSCTLS_V6: [&str; 1] = ["ipv6/fwmark_reflect"];
 /// Who needs the way back in each namespace, by cookie. Connections of an un-enrolled pod live on while the same namespace may
 /// be enrolled again, so the last to leave removes it. Held while a namespace is changed, which orders the changes.
 static INSTALLED: Mutex<BTreeMap<u64, Installed>> = Mutex::new(BTreeMap::new());
+
+/// Another agent keeps the ways back now.
+static LEFT: AtomicBool = AtomicBool::new(false);
+
+/// From now on no way back is removed by this process: another agent needs them.
+pub(super) fn leave_all() {
+    LEFT.store(true, Relaxed);
+}
 
 /// What has to be undone in a namespace.
 #[derive(Default)]
@@ -136,6 +147,9 @@ fn put(installed: &mut Installed) -> Result<(), EnrollError> {
 }
 
 fn remove_here(cookie: u64, path: &Path) {
+    if LEFT.load(Relaxed) {
+        return;
+    }
     let mut all = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(installed) = all.get_mut(&cookie)
         && installed.users > 1

@@ -3,7 +3,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
     time::Duration,
 };
@@ -16,6 +16,7 @@ use underpass_abi::{AGENT_MARK, OUTBOUND_PORT, OUTBOUND_PORTS_V6, PLAINTEXT_PORT
 
 use super::{
     EnrollError,
+    inheritance::Purpose,
     netns::{Netns, has_ipv6_here},
     pod::PodListeners,
     processes, routes, sockdiag,
@@ -33,14 +34,6 @@ const USER_TIMEOUT: Duration = Duration::from_secs(25);
 /// Flags a socket as the agent's own.
 pub(super) type Mark = dyn Fn(BorrowedFd<'_>) -> io::Result<()> + Send + Sync;
 
-/// What a listener is for.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Purpose {
-    Outbound,
-    Tunnel,
-    Plaintext,
-}
-
 /// Opens the agent's listeners inside the namespace.
 pub async fn listen(netns: &Netns, mark: &Arc<Mark>) -> Result<PodListeners, EnrollError> {
     let mark = Arc::clone(mark);
@@ -56,15 +49,26 @@ pub async fn listen(netns: &Netns, mark: &Arc<Mark>) -> Result<PodListeners, Enr
             return Err(EnrollError::PortTaken { port: address.port(), holder: holder(netns, address).await });
         }
     };
+    polled(sockets)
+}
+
+/// Takes up listeners that an earlier agent has opened inside the namespace.
+pub fn inherit(sockets: Vec<(Purpose, OwnedFd)>, mark: &Arc<Mark>) -> Result<PodListeners, EnrollError> {
+    // The map with the flags may be another one than the earlier agent's.
+    let marked = sockets.into_iter().map(|(purpose, socket)| mark(socket.as_fd()).map(|()| (purpose, socket.into())));
+    let marked = marked.collect::<io::Result<_>>().map_err(|error| EnrollError::Setup {
+        action: "flag a listener of an earlier agent",
+        reason: error.to_string(),
+    })?;
+    polled(marked)
+}
+
+fn polled(sockets: Vec<(Purpose, Socket)>) -> Result<PodListeners, EnrollError> {
     let mut listeners = PodListeners::default();
     for (purpose, socket) in sockets {
         let listener = TcpListener::from_std(socket.into())
             .map_err(|error| EnrollError::Setup { action: "poll a listener", reason: error.to_string() })?;
-        match purpose {
-            Purpose::Outbound => listeners.outbound.push(listener),
-            Purpose::Tunnel => listeners.tunnel.push(listener),
-            Purpose::Plaintext => listeners.plaintext.push(listener),
-        }
+        listeners.of(purpose).push(Arc::new(listener));
     }
     Ok(listeners)
 }

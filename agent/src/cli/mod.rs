@@ -23,6 +23,7 @@ mod status;
 #[cfg(test)]
 mod tests;
 mod top;
+mod uninstall;
 mod workloads;
 
 use std::{
@@ -111,6 +112,8 @@ enum Command {
     Debug(debug::DebugArgs),
     /// Remove what a stopped agent left: programs, pins, rules. Gives the pods plain traffic back.
     Cleanup(cleanup::CleanupArgs),
+    /// Ask the agents of a cluster to give their nodes back, and wait until they have.
+    Uninstall(uninstall::UninstallArgs),
     /// Print a script that completes commands and options in a shell.
     Completions(generate::CompletionsArgs),
     /// Write man pages.
@@ -143,6 +146,7 @@ pub fn main() -> ExitCode {
         Command::Bpf(args) => bpf::bpf(&args),
         Command::Debug(args) => debug::debug(&args),
         Command::Cleanup(args) => cleanup::cleanup(&args).map(done),
+        Command::Uninstall(args) => uninstall::uninstall(&args).map(done),
         Command::Completions(args) => generate::completions(&args).map(done),
         Command::Man(args) => generate::man(&args).map(done),
     };

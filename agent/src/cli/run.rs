@@ -57,6 +57,47 @@ pub struct RunArgs {
     /// no ticket is sent or used. Policies are evaluated on every connection in either case.
     #[arg(long, value_enum, value_name = "MODE", default_value_t)]
     pub resumption: Resumption,
+    /// Follow an agent that runs with the same --run-dir and --pin-root: take its pods over without a moment in which nobody accepts.
+    /// Its live connections stay with it until they end.
+    #[arg(long)]
+    pub take_over: bool,
+    /// On SIGTERM or SIGINT, how long live connections may go on, e.g. 30s; a second signal ends them at once. Without another agent
+    /// that takes over, new connections are served meanwhile, too.
+    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = pause)]
+    pub drain_timeout: Duration,
+    /// Install the CNI plugin on the node, keep it there, and answer it: a pod of the mesh starts when it is captured.
+    #[arg(long, help_heading = "Kubernetes")]
+    pub cni: bool,
+    /// The node's directory for CNI plugins.
+    #[arg(long, value_name = "PATH", default_value = "/opt/cni/bin", help_heading = "Kubernetes")]
+    pub cni_bin_dir: PathBuf,
+    /// The node's directory for CNI configurations.
+    #[arg(long, value_name = "PATH", default_value = "/etc/cni/net.d", help_heading = "Kubernetes")]
+    pub cni_conf_dir: PathBuf,
+    /// The configuration to chain the plugin into [default: the one that the runtime uses, which is the first by name].
+    #[arg(long, value_name = "FILE", help_heading = "Kubernetes")]
+    pub cni_conf_name: Option<String>,
+    /// Namespaces whose pods start also when no agent answers; the agent's own is always one of them.
+    #[arg(
+        long,
+        value_name = "NAMESPACE",
+        value_delimiter = ',',
+        default_value = "kube-system",
+        help_heading = "Kubernetes"
+    )]
+    pub cni_exempt: Vec<String>,
+    /// The plugin to install [default: underpass-cni beside this program].
+    #[arg(long, value_name = "PATH", help_heading = "Kubernetes")]
+    pub cni_plugin: Option<PathBuf>,
+    /// The agent's own namespace.
+    #[arg(long, value_name = "NAMESPACE", env = "UNDERPASS_NAMESPACE", help_heading = "Kubernetes")]
+    pub namespace: Option<String>,
+    /// Taint to remove from this node once the agent serves, e.g. underpass.io/agent-not-ready.
+    #[arg(long, value_name = "KEY", help_heading = "Kubernetes")]
+    pub node_taint: Option<String>,
+    /// A ConfigMap whose key `uninstall` asks the agent to give everything back (see `underpass uninstall`).
+    #[arg(long, value_name = "NAMESPACE/NAME", help_heading = "Kubernetes")]
+    pub uninstall_configmap: Option<ObjectName>,
     /// Give the pods plain traffic back on SIGTERM or SIGINT, instead of keeping capture in place (fail closed).
     #[arg(long)]
     pub cleanup_on_exit: bool,
@@ -149,6 +190,37 @@ pub enum Resumption {
     On,
     /// Every handshake is a full one.
     Off,
+}
+
+/// `namespace/name` of an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObjectName {
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+}
+
+impl FromStr for ObjectName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('/') {
+            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+                Ok(Self { namespace: namespace.to_owned(), name: name.to_owned() })
+            }
+            _ => Err("write NAMESPACE/NAME, like underpass-system/underpass-uninstall".to_owned()),
+        }
+    }
+}
+
+/// A time that may be none, and at most an hour.
+fn pause(text: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(text).map_err(|e| format!("{e}; write a number and a unit, like 30s"))?;
+    if duration > Duration::from_hours(1) {
+        return Err("must be at most 1h".to_owned());
+    }
+    Ok(duration)
 }
 
 /// A deadline: positive and at most an hour.

@@ -27,14 +27,14 @@ pub(super) enum Kind {
 
 /// One loop per listener. All loops of a kind share the pod's bound on pending connections, so the kernel's backlog is
 /// where a flood waits, not the agent's memory.
-pub(super) fn run(context: &Arc<PodContext>, listeners: Vec<TcpListener>, kind: Kind) {
+pub(super) fn run(context: &Arc<PodContext>, listeners: Vec<Arc<TcpListener>>, kind: Kind) {
     let pending = Arc::new(Semaphore::new(context.proxy.limits.pending_per_pod));
     for listener in listeners {
         tokio::spawn(accept_loop(Arc::clone(context), listener, kind, Arc::clone(&pending)));
     }
 }
 
-async fn accept_loop(context: Arc<PodContext>, listener: TcpListener, kind: Kind, pending: Arc<Semaphore>) {
+async fn accept_loop(context: Arc<PodContext>, listener: Arc<TcpListener>, kind: Kind, pending: Arc<Semaphore>) {
     let unenrolled = context.pod.unenrolled();
     tokio::pin!(unenrolled);
     loop {

@@ -25,7 +25,7 @@ use tokio::{
 use tracing::debug;
 
 pub use policy::Enforcement;
-pub use reconcile::{Applied, PodState, PodStatus, Reconciler};
+pub use reconcile::{Applied, NetnsId, PodState, PodStatus, Reconciler};
 
 use crate::{
     capture::{Capture, Pod},

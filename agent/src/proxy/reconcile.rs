@@ -4,12 +4,16 @@ use std::{
     collections::BTreeMap,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
 use futures_util::{StreamExt as _, stream};
 use serde::Serialize;
+use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use super::{Proxy, policy::judges_alike};
@@ -40,6 +44,15 @@ pub enum PodState {
     },
 }
 
+impl PodState {
+    fn result(&self) -> Result<(), String> {
+        match self {
+            Self::Enrolled { .. } => Ok(()),
+            Self::Refused { reason } => Err(reason.clone()),
+        }
+    }
+}
+
 /// A pod of this node, for `status`.
 #[derive(Debug, Clone)]
 pub struct PodStatus {
@@ -62,6 +75,9 @@ pub struct Applied {
     pub error: Option<String>,
 }
 
+/// Device and inode number of a network namespace.
+pub type NetnsId = (u64, u64);
+
 /// Enrols and un-enrols pods as snapshots come.
 pub struct Reconciler {
     proxy: Arc<Proxy>,
@@ -70,6 +86,12 @@ pub struct Reconciler {
     applied: Mutex<Applied>,
     /// The last snapshot of which every pod is enrolled; `None` while there is something to be tried again.
     done: Mutex<Option<Arc<Snapshot>>>,
+    /// Told whenever the state of a pod is another one.
+    changes: watch::Sender<()>,
+    /// Held while the node is being changed.
+    turn: tokio::sync::Mutex<()>,
+    /// Pods and maps are another agent's.
+    retired: AtomicBool,
 }
 
 /// A pod of this node, and what it was enrolled with.
@@ -86,7 +108,7 @@ struct Enrolled {
     /// Ports that the mesh excludes.
     excluded: Vec<u16>,
     /// Device and inode of the namespace: another one may have the same path.
-    namespace: (u64, u64),
+    namespace: NetnsId,
 }
 
 /// Equal when it is the same allocation.
@@ -107,7 +129,43 @@ impl Standing {
 impl Reconciler {
     /// `prepare` sees every snapshot before its pods are enrolled: issuers that are configured per workload hook in there.
     pub fn new(proxy: Arc<Proxy>, prepare: Box<dyn Fn(&Snapshot) + Send + Sync>) -> Arc<Self> {
-        Arc::new(Self { proxy, prepare, states: Mutex::default(), applied: Mutex::default(), done: Mutex::default() })
+        Arc::new(Self {
+            proxy,
+            prepare,
+            states: Mutex::default(),
+            applied: Mutex::default(),
+            done: Mutex::default(),
+            changes: watch::Sender::new(()),
+            turn: tokio::sync::Mutex::default(),
+            retired: AtomicBool::new(false),
+        })
+    }
+
+    /// From now on another agent enrols pods: only policies and identities are followed, for the connections that are still here.
+    /// Waits for what is under way.
+    pub async fn retire(&self) {
+        self.retired.store(true, Relaxed);
+        drop(self.turn.lock().await);
+    }
+
+    /// How a pod stands: enrolled, or why not. `None` when it is not tried.
+    pub fn state(&self, key: &WorkloadKey) -> Option<Result<(), String>> {
+        self.states().get(key).map(|pod| pod.status.state.result())
+    }
+
+    /// Waits until the pod with this namespace is enrolled, or until that has failed.
+    pub async fn settled(&self, key: &WorkloadKey, netns: NetnsId) -> Result<(), String> {
+        let mut changes = self.changes.subscribe();
+        loop {
+            changes.borrow_and_update();
+            let pod = self.states().get(key).map(|pod| pod.status.clone());
+            let is = |pod: &PodStatus| identity(&pod.netns) == Some(netns);
+            if let Some(pod) = pod.filter(is) {
+                return pod.state.result();
+            }
+            // The sender is part of self.
+            let _ = changes.changed().await;
+        }
     }
 
     /// How every pod of this node stands.
@@ -140,6 +198,7 @@ impl Reconciler {
     /// Makes the node what the current snapshot says. A pod that cannot be enrolled does not keep others from it. What is of other nodes
     /// costs nothing here but their addresses.
     pub async fn reconcile(&self) {
+        let _turn = self.turn.lock().await;
         let snapshot = self.proxy.mesh.load();
         // Put back when all is done.
         let done = self.done.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -151,6 +210,9 @@ impl Reconciler {
         // Tighter policies first of all: nothing below may hold them up.
         if self.proxy.policies.set(&snapshot) {
             self.proxy.end_forbidden();
+        }
+        if self.retired.load(Relaxed) {
+            return;
         }
         // Addresses before pods: a pod must not be enrolled with its peers' addresses still uncaptured.
         if let Err(e) = self.proxy.capture.apply(&snapshot) {
@@ -227,6 +289,7 @@ impl Reconciler {
         };
         let enrolled = wanted.filter(|_| matches!(state, PodState::Enrolled { .. }));
         let before = self.states().insert(workload.key.clone(), Standing { status, enrolled });
+        self.changes.send_replace(());
         // Said once per change, not once per retry.
         if before.is_none_or(|before| before.status.state != state) {
             match &state {
@@ -246,7 +309,7 @@ impl Reconciler {
 }
 
 /// What tells a namespace from others that have had its path.
-fn identity(namespace: &Path) -> Option<(u64, u64)> {
+fn identity(namespace: &Path) -> Option<NetnsId> {
     let meta = std::fs::metadata(namespace).ok()?;
     Some((meta.dev(), meta.ino()))
 }

@@ -3,6 +3,7 @@
 
 pub mod bpf;
 pub mod bpf_probe;
+pub mod descriptors;
 pub mod heap;
 pub mod net;
 pub mod tcp;

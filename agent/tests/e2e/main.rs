@@ -17,4 +17,5 @@ mod refusals;
 mod telemetry;
 mod traffic;
 mod untouched;
+mod upgrade;
 mod world;

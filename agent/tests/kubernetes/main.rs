@@ -4,6 +4,7 @@
 //! [`throttled`] have an API of their own.
 
 mod ca;
+mod cni;
 mod control_plane;
 mod mesh;
 mod scale;

@@ -47,6 +47,15 @@ impl Mesh {
 
     /// With the `issuer` of each node.
     pub fn with_issuer(world: World, issuer: impl Fn(&str) -> Result<Value>) -> Result<Self> {
+        Self::with(world, issuer, |_| Ok(Vec::new()))
+    }
+
+    /// With further arguments of each node's agent, too.
+    pub fn with(
+        world: World,
+        issuer: impl Fn(&str) -> Result<Value>,
+        arguments: impl Fn(&str) -> Result<Vec<String>>,
+    ) -> Result<Self> {
         world.plane.install_crds()?;
         world.plane.apply(RULES)?;
         let user = format!("--user={AGENT}");
@@ -55,8 +64,8 @@ impl Mesh {
         for node in ["a", "b"] {
             world.plane.register(world.bed.node(node))?;
         }
-        let a = start_agent(&world, "a", &issuer("a")?)?;
-        let b = start_agent(&world, "b", &issuer("b")?)?;
+        let a = start_agent(&world, "a", &issuer("a")?, arguments("a")?)?;
+        let b = start_agent(&world, "b", &issuer("b")?, arguments("b")?)?;
         for agent in [&a, &b] {
             agent.wait_status(SOON, in_sync)?;
         }
@@ -138,8 +147,8 @@ impl Mesh {
 }
 
 /// Starts the agent of a node. It need not be ready.
-fn start_agent(world: &World, node: &str, issuer: &Value) -> Result<Agent> {
-    let options = AgentOptions { ready_within: None, ..AgentOptions::default() };
+fn start_agent(world: &World, node: &str, issuer: &Value, arguments: Vec<String>) -> Result<Agent> {
+    let options = AgentOptions { ready_within: None, arguments, ..AgentOptions::default() };
     let agent = Agent::start(world.bed.node(node), &underpass_path()?, &document(world, node, issuer)?, options)?;
     agent.wait_status(SOON, |_| Ok(true))?;
     Ok(agent)
@@ -162,7 +171,7 @@ pub fn in_sync(status: &Value) -> Result<bool> {
 }
 
 /// A process in the pod's cgroup as the kubelet names it.
-fn sandbox(pod: &Pod, uid: &str) -> Result<Process> {
+pub fn sandbox(pod: &Pod, uid: &str) -> Result<Process> {
     let cgroup = pod.cgroup().join(format!("pod{uid}"));
     std::fs::create_dir(&cgroup).with_context(|| format!("creating {}", cgroup.display()))?;
     let script = format!("echo $$ > {}/cgroup.procs && echo there && exec sleep infinity", cgroup.display());

@@ -70,6 +70,25 @@ impl Agent {
     /// Starts the agent again after [`stop`](Self::stop) or [`kill`](Self::kill), with the same directories and pins.
     pub fn restart(&mut self) -> Result<()> {
         anyhow::ensure!(self.process.as_ref().is_none_or(|p| p.status().is_some()), "the agent still runs");
+        self.process = Some(self.spawn(&[])?);
+        match self.options.ready_within {
+            Some(within) => self.wait_ready(within),
+            None => Ok(()),
+        }
+    }
+
+    /// Starts another agent that takes over from the running one (`--take-over`), and waits until it has. This value is the new one
+    /// then; the old one is returned and goes on until it is told to end.
+    pub fn replace(&mut self) -> Result<Process> {
+        let new = self.spawn(&["--take-over"])?;
+        let old = self.process.replace(new).context("no agent runs")?;
+        let log = || format!("the old agent's log:\n{}", old.text(Stream::Stderr));
+        self.wait_log("took over", STOP).with_context(log)?;
+        self.wait_ready(STOP).with_context(log)?;
+        Ok(old)
+    }
+
+    fn spawn(&self, further: &[&str]) -> Result<Process> {
         let mut command = self.node.command(&self.binary);
         command.arg("run").arg("--config").arg(&self.config).arg("--cgroup").arg(self.node.pods_cgroup());
         command
@@ -82,12 +101,8 @@ impl Agent {
         if self.options.cleanup_on_exit {
             command.arg("--cleanup-on-exit");
         }
-        command.args(&self.options.arguments).envs(self.options.environment.iter().cloned());
-        self.process = Some(Process::spawn(&mut command)?);
-        match self.options.ready_within {
-            Some(within) => self.wait_ready(within),
-            None => Ok(()),
-        }
+        command.args(&self.options.arguments).args(further).envs(self.options.environment.iter().cloned());
+        Process::spawn(&mut command)
     }
 
     /// Replaces the configuration file, atomically. The agent notices by itself.

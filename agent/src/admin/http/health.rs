@@ -31,7 +31,11 @@ const NAMED: usize = 5;
 
 /// Whether the agent can serve, from the moment on when it can be asked.
 #[derive(Default)]
-pub struct Health(OnceLock<View>);
+pub struct Health {
+    view: OnceLock<View>,
+    /// Why it does not serve any more, for good.
+    left: OnceLock<&'static str>,
+}
 
 /// One thing that has to be there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,9 +47,33 @@ pub(super) struct Condition {
 }
 
 impl Health {
+    /// Not ready from now on, whatever the conditions.
+    pub fn leave(&self, why: &'static str) {
+        // The first reason stays.
+        let _ = self.left.set(why);
+    }
+
+    /// Whether new pods may rely on this agent, with how everything stands.
+    pub fn readiness(&self) -> Result<String, String> {
+        if let Some(why) = self.left.get() {
+            return Err((*why).to_owned());
+        }
+        let Some(view) = self.view.get() else {
+            return Err("bpf: not ready: the agent is starting".to_owned());
+        };
+        let mut text = String::new();
+        let mut ready = true;
+        for condition in conditions(view) {
+            let state = if condition.ready { "ok" } else { "not ready" };
+            ready &= condition.ready;
+            let _ = writeln!(text, "{}: {state}: {}", condition.name, printable(&condition.detail));
+        }
+        if ready { Ok(text) } else { Err(text) }
+    }
+
     /// Everything is in place: conditions are judged from now on. Runs until it is dropped.
     pub async fn watch(self: Arc<Self>, view: View) {
-        let view = self.0.get_or_init(|| view);
+        let view = self.view.get_or_init(|| view);
         let mut ticks = interval(LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut said = false;
@@ -70,21 +98,15 @@ pub fn router(health: Arc<Health>) -> Router {
 }
 
 async fn ready(State(health): State<Arc<Health>>) -> Response {
-    let Some(view) = health.0.get() else {
-        return refuse(StatusCode::SERVICE_UNAVAILABLE, "bpf: not ready: the agent is starting");
-    };
-    let mut text = String::new();
-    let mut ready = true;
-    for condition in conditions(view) {
-        let state = if condition.ready { "ok" } else { "not ready" };
-        ready &= condition.ready;
-        let _ = writeln!(text, "{}: {state}: {}", condition.name, printable(&condition.detail));
+    match health.readiness() {
+        Ok(text) => text.into_response(),
+        Err(text) => refuse(StatusCode::SERVICE_UNAVAILABLE, text.trim_end()),
     }
-    (if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, text).into_response()
 }
 
 async fn alive(State(health): State<Arc<Health>>) -> Response {
-    let (live, text) = health.0.get().map_or((true, "starting\n".to_owned()), live);
+    let (live, text) =
+        health.view.get().filter(|_| health.left.get().is_none()).map_or((true, "starting\n".to_owned()), live);
     (if live { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, text).into_response()
 }
 

@@ -31,7 +31,7 @@ fn assert_notices_vanished_peer(socket: &SockRef<'_>) {
     assert_eq!(socket.tcp_user_timeout().expect("timeout"), Some(Duration::from_secs(25)));
 }
 
-fn addresses(listeners: &[TcpListener]) -> Vec<String> {
+fn addresses(listeners: &[Arc<TcpListener>]) -> Vec<String> {
     listeners.iter().map(|listener| listener.local_addr().expect("address").to_string()).collect()
 }
 

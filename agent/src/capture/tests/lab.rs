@@ -18,6 +18,7 @@ use tokio::time::{sleep, timeout};
 
 use super::super::{
     Capture, CaptureOptions, TcMode, cleanup,
+    inheritance::Inheritance,
     lock::PinLock,
     object,
     pins::{self, Layout},
@@ -83,7 +84,13 @@ impl Lab {
     }
 
     pub fn options(&self) -> CaptureOptions {
-        CaptureOptions { cgroup: self.cgroup.clone(), pin_root: self.pins.clone(), tc: TcMode::Auto, bpf_log: false }
+        CaptureOptions {
+            cgroup: self.cgroup.clone(),
+            pin_root: self.pins.clone(),
+            tc: TcMode::Auto,
+            bpf_log: false,
+            inheritance: Inheritance::default(),
+        }
     }
 
     pub async fn start(&self) -> Arc<Capture> {

@@ -1,8 +1,9 @@
 //! Everything the API server has said.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use super::{
+    attachments::{Attached, Attachment},
     objects,
     read::Reader,
     records::{ConfiguredRecord, Key, NamespaceRecord, NodeRecord, PodRecord, ServiceRecord, SliceRecord},
@@ -22,6 +23,18 @@ pub(super) enum Change {
     Authentication(Seen<objects::Configured>),
 }
 
+/// What the owner of the state hears.
+pub(super) enum News {
+    /// Of a watch.
+    Change(Change),
+    /// The CNI plugin has handed a pod's namespace over.
+    Attached(Attachment),
+    /// The sandbox of this number is gone.
+    Detached(String),
+    /// Whether everything is to be un-enrolled, for good.
+    Leaving(bool),
+}
+
 /// The records of every kind.
 #[derive(Debug, Default)]
 pub(super) struct Cluster {
@@ -34,6 +47,10 @@ pub(super) struct Cluster {
     pub(super) slices: Table<Key, SliceRecord>,
     pub(super) policies: Table<Key, ConfiguredRecord>,
     pub(super) authentications: Table<Key, ConfiguredRecord>,
+    /// Pods that the CNI plugin handed over.
+    pub(super) attached: HashMap<Key, Attached>,
+    /// Nobody takes part any more: Underpass is being removed.
+    pub(super) leaving: bool,
 }
 
 /// What has become different.
@@ -70,8 +87,18 @@ impl Cluster {
     /// Takes in an event; `true` when something is different now.
     pub(super) fn take(&mut self, reader: &mut Reader, change: Change) -> bool {
         let listed = matches!(change, Change::Pod(Seen::ListEnds) | Change::Slice(Seen::ListEnds));
+        let attached = &self.attached;
         let changed = match change {
-            Change::Pod(seen) => take(&mut self.pods, reader, seen, |o| &o.metadata, Reader::pod),
+            Change::Pod(seen) => {
+                let read = |reader: &mut Reader, pod: &objects::Pod| {
+                    let mut record = reader.pod(pod)?;
+                    if !attached.is_empty() {
+                        complete(&mut record, attached.get(&reader.key(&pod.metadata)));
+                    }
+                    Some(record)
+                };
+                take(&mut self.pods, reader, seen, |o| &o.metadata, read)
+            }
             Change::Namespace(seen) => {
                 take(&mut self.namespaces, reader, seen, |o| &o.metadata, |_, o| Some(Reader::namespace(o)))
             }
@@ -114,6 +141,23 @@ impl Cluster {
         self.pods.keys_from(first).take_while(move |key| key.namespace == *namespace)
     }
 
+    /// A pod was handed over: its addresses are known before the API server tells them.
+    pub(super) fn attach(&mut self, key: Key, attached: Attached) {
+        if let Some(record) = self.pods.get(&key) {
+            let mut completed = PodRecord::clone(record);
+            complete(&mut completed, Some(&attached));
+            self.pods.take(Delta::Apply(key.clone(), Some(completed)));
+        }
+        self.attached.insert(key, attached);
+    }
+
+    /// Forgets the pod with this sandbox; its key.
+    pub(super) fn detach(&mut self, container: &str) -> Option<Key> {
+        let key = self.attached.iter().find(|(_, a)| a.container == container).map(|(key, _)| key.clone())?;
+        self.attached.remove(&key);
+        Some(key)
+    }
+
     /// Has every kind been listed?
     pub(super) fn synced(&self) -> bool {
         self.counts().into_iter().all(|(_, _, synced)| synced)
@@ -130,6 +174,13 @@ impl Cluster {
             (Kind::AuthorizationPolicy, self.policies.len(), self.policies.synced()),
             (Kind::PeerAuthentication, self.authentications.len(), self.authentications.synced()),
         ]
+    }
+}
+
+/// The addresses of a pod that the API server has not told yet.
+fn complete(record: &mut PodRecord, attached: Option<&Attached>) {
+    if let Some(attached) = attached.filter(|a| record.addresses.is_empty() && a.is(&record.uid)) {
+        record.addresses.clone_from(&attached.addresses);
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
+    mem,
     sync::Arc,
     time::Instant,
 };
@@ -51,6 +52,8 @@ pub(super) struct Compiled {
 struct Made {
     /// Those of the base; the snapshot's have the node's addresses, too.
     settings: MeshSettings,
+    /// Of the cluster: nobody takes part any more.
+    leaving: bool,
     snapshot: Snapshot,
     modes: Modes,
     wiring: Wiring,
@@ -70,10 +73,11 @@ struct Here {
 }
 
 impl Made {
-    fn nothing(base: &Snapshot) -> Self {
+    fn nothing(base: &Snapshot, leaving: bool) -> Self {
         let builder = SnapshotBuilder::new(&base.node, base.trust_domain.clone(), base.settings.clone());
         Self {
             settings: base.settings.clone(),
+            leaving,
             snapshot: builder.build(),
             modes: Modes::default(),
             wiring: Wiring::default(),
@@ -95,6 +99,11 @@ impl Compiler {
         Self { enrolments: Enrolments::default(), finder, domain: domain.into(), made: None }
     }
 
+    /// Where this node's pods are.
+    pub(super) fn finder(&mut self) -> &mut Finder {
+        &mut self.finder
+    }
+
     /// Forgets what was made, so that everything is made anew.
     #[cfg(test)]
     pub(super) fn forget(&mut self) {
@@ -114,7 +123,7 @@ impl Compiler {
             (made, changes)
         } else {
             self.enrolments.retain(|key| cluster.pods.get(key).is_some());
-            (Made::nothing(base), Changes::everything(cluster))
+            (Made::nothing(base, cluster.leaving), Changes::everything(cluster))
         };
         if changes.authentications {
             let (settings, problems) = (&base.settings, &mut made.problems.modes);
@@ -158,6 +167,9 @@ impl Compiler {
         if changes.authentications {
             dirty.extend(made.here.keys().cloned());
         }
+        if mem::replace(&mut made.leaving, cluster.leaving) != cluster.leaving {
+            dirty.extend(cluster.pods.iter().map(|(key, _)| key.clone()));
+        }
         dirty.extend(self.enrolments.ended(now).cloned());
         for key in changes.pods.keys().filter(|key| cluster.pods.get(key).is_none()) {
             self.enrolments.forget(key);
@@ -193,21 +205,21 @@ impl Compiler {
             placed.push((key.clone(), pod));
         }
         let all_found = |made: &Made, finder: &Finder| {
-            made.here.values().all(|here| here.terminating || finder.place(&here.uid).is_some())
+            made.here.iter().all(|(key, here)| here.terminating || finder.place(key, &here.uid).is_some())
         };
         if others || !all_found(made, &self.finder) {
-            let all: Vec<_> = made.here.values().map(|here| Arc::clone(&here.uid)).collect();
+            let all: Vec<_> = made.here.iter().map(|(key, here)| (key, Arc::clone(&here.uid))).collect();
             self.finder.find(&all);
         }
         // A pod may be somewhere else than it was, or be found at last, although nothing was said about it.
         for (key, here) in &made.here {
             let local = made.snapshot.workload(&workload_key(key)).and_then(|workload| workload.local.as_ref());
-            let moved = match (local, self.finder.place(&here.uid)) {
+            let moved = match (local, self.finder.place(key, &here.uid)) {
                 (None, None) => false,
                 // As text: comparing paths by their components takes ten times as long.
                 (Some(was), Some(is)) => {
-                    let cgroup = was.cgroup.as_ref().map(|path| path.as_os_str());
-                    was.netns.as_os_str() != is.netns.as_os_str() || cgroup != Some(is.cgroup.as_os_str())
+                    let [old, new] = [was.cgroup.as_ref(), is.cgroup.as_ref()].map(|path| path.map(|p| p.as_os_str()));
+                    was.netns.as_os_str() != is.netns.as_os_str() || old != new
                 }
                 _ => true,
             };

@@ -3,10 +3,13 @@
 use std::{
     collections::HashMap,
     fs::{self, File},
+    io,
     os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     sync::Arc,
 };
+
+use super::records::Key;
 
 /// Levels between the attach point and a pod's cgroup: the class of service, and what lies above kubepods on nodes that are
 /// containers.
@@ -21,8 +24,8 @@ const NAMED: [&str; 2] = ["/run/netns", "/var/run/netns"];
 pub(super) struct Place {
     /// Its network namespace.
     pub(super) netns: PathBuf,
-    /// Its cgroup.
-    pub(super) cgroup: PathBuf,
+    /// Its cgroup, of a pod that was found by it.
+    pub(super) cgroup: Option<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -32,34 +35,59 @@ struct Known {
     _namespace: File,
 }
 
-/// Remembers where pods are, by uid.
+/// Remembers where pods are.
 #[derive(Debug)]
 pub(super) struct Finder {
     /// The cgroup above the pods'.
     root: PathBuf,
+    /// By uid.
     known: HashMap<Arc<str>, Known>,
+    /// Handed over before they had a process; these come first.
+    handed: HashMap<Key, Handed>,
+}
+
+#[derive(Debug)]
+struct Handed {
+    /// Without one, any pod of that name.
+    uid: Option<Arc<str>>,
+    known: Known,
 }
 
 impl Finder {
     /// Looks below the cgroup directory `root`.
     pub(super) fn new(root: &Path) -> Self {
-        Self { root: root.to_owned(), known: HashMap::new() }
+        Self { root: root.to_owned(), known: HashMap::new(), handed: HashMap::new() }
     }
 
     /// Where the pod is, if it was found.
-    pub(super) fn place(&self, uid: &str) -> Option<&Place> {
-        self.known.get(uid).map(|known| &known.place)
+    pub(super) fn place(&self, key: &Key, uid: &str) -> Option<&Place> {
+        let handed = self.handed.get(key).filter(|handed| handed.uid.as_deref().is_none_or(|of| of == uid));
+        handed.map(|handed| &handed.known).or_else(|| self.known.get(uid)).map(|known| &known.place)
     }
 
-    /// Forgets all others than `uids` and looks for those of them that are not known. Blocks on the file system.
-    pub(super) fn find(&mut self, uids: &[Arc<str>]) {
-        let wanted: std::collections::HashSet<_> = uids.iter().collect();
+    /// Takes over the namespace of a pod that has no process yet.
+    pub(super) fn hand(&mut self, key: &Key, uid: Option<&str>, namespace: File) -> io::Result<()> {
+        let meta = namespace.metadata()?;
+        let place = Place { netns: path_of((meta.dev(), meta.ino()), &namespace), cgroup: None };
+        let known = Known { place, _namespace: namespace };
+        self.handed.insert(key.clone(), Handed { uid: uid.map(Into::into), known });
+        Ok(())
+    }
+
+    /// Forgets a namespace that was handed over.
+    pub(super) fn take_back(&mut self, key: &Key) {
+        self.handed.remove(key);
+    }
+
+    /// Forgets all others than these pods and looks for those of them that are not known, by uid. Blocks on the file system.
+    pub(super) fn find(&mut self, pods: &[(&Key, Arc<str>)]) {
+        let wanted: std::collections::HashSet<_> = pods.iter().map(|(_, uid)| uid).collect();
         self.known.retain(|uid, _| wanted.contains(uid));
         // The systemd cgroup driver writes uids with underscores.
-        let mut missing: HashMap<String, Arc<str>> = uids
+        let mut missing: HashMap<String, Arc<str>> = pods
             .iter()
-            .filter(|uid| !uid.is_empty() && !self.known.contains_key(*uid))
-            .flat_map(|uid| [uid.to_string(), uid.replace('-', "_")].map(|name| (name, Arc::clone(uid))))
+            .filter(|(key, uid)| !uid.is_empty() && self.place(key, uid).is_none())
+            .flat_map(|(_, uid)| [uid.to_string(), uid.replace('-', "_")].map(|name| (name, Arc::clone(uid))))
             .collect();
         if !missing.is_empty() {
             let own = fs::metadata("/proc/self/ns/net").map(|m| (m.dev(), m.ino())).ok();
@@ -124,8 +152,8 @@ fn enter(cgroup: &Path, own: Option<(u64, u64)>) -> Option<Known> {
         if Some(id) == own {
             continue;
         }
-        let netns = named(id).unwrap_or_else(|| PathBuf::from(format!("/proc/self/fd/{}", namespace.as_raw_fd())));
-        return Some(Known { place: Place { netns, cgroup: cgroup.to_owned() }, _namespace: namespace });
+        let place = Place { netns: path_of(id, &namespace), cgroup: Some(cgroup.to_owned()) };
+        return Some(Known { place, _namespace: namespace });
     }
     None
 }
@@ -142,6 +170,11 @@ fn processes(cgroup: &Path, depth: usize, pids: &mut Vec<u32>) {
             processes(&entry.path(), depth - 1, pids);
         }
     }
+}
+
+/// How to reach the namespace for as long as it is held.
+fn path_of(id: (u64, u64), namespace: &File) -> PathBuf {
+    named(id).unwrap_or_else(|| PathBuf::from(format!("/proc/self/fd/{}", namespace.as_raw_fd())))
 }
 
 /// The name that the container runtime gave the namespace: it tells an operator more than a number.

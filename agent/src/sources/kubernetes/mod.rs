@@ -9,11 +9,13 @@
 //! `docs/kubernetes.md` says what it means for users.
 
 mod annotations;
+mod attachments;
 mod cluster;
 mod compile;
 mod enrolment;
 mod finder;
 mod index;
+mod leaving;
 pub mod manifests;
 mod modes;
 mod names;
@@ -21,6 +23,7 @@ mod objects;
 mod pods;
 mod policies;
 mod problems;
+mod projection;
 mod read;
 mod records;
 mod saved;
@@ -35,6 +38,8 @@ mod wiring;
 
 use std::path::PathBuf;
 
+pub use attachments::{Attachment, Attachments, Verdict};
+pub use leaving::Leaving;
 pub use source::{KubernetesSource, SourceError};
 pub use status::{Kind, KindStatus, Problem, SourceStatus, Statuses};
 

@@ -42,7 +42,7 @@ pub(super) fn place<'a>(
     now: Instant,
 ) -> Placed<'a> {
     let namespace = cluster.namespaces.get(&cluster_scoped(&key.namespace));
-    let phase = enrolments.phase(key, record, wanted(record, namespace.map(Arc::as_ref)), now);
+    let phase = enrolments.phase(key, record, !cluster.leaving && wanted(record, namespace.map(Arc::as_ref)), now);
     let captured_here = phase != Phase::Out && record.node.as_deref() == Some(node) && !record.addresses.is_empty();
     Placed { key, record, phase, captured_here }
 }
@@ -139,9 +139,9 @@ fn local(context: &Context<'_>, pod: &Placed<'_>, problems: &mut Vec<String>) ->
     };
     let of_namespace = context.cluster.namespaces.get(&cluster_scoped(&key.namespace));
     problems.extend(record.problems.iter().cloned());
-    let local = context.finder.place(&record.uid).map(|place| LocalPod {
+    let local = context.finder.place(key, &record.uid).map(|place| LocalPod {
         netns: place.netns.clone(),
-        cgroup: Some(place.cgroup.clone()),
+        cgroup: place.cgroup.clone(),
         exclude: exclusions(&record.exclude, of_namespace.map(|n| &n.exclude)),
         capture_all: false,
         probe_ports: record.probe_ports.clone(),

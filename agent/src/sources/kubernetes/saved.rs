@@ -84,5 +84,6 @@ pub(super) fn restore(state_dir: &Path, node: &str) -> io::Result<Cluster> {
         slices: Table::restored(saved.slices),
         policies: Table::restored(saved.policies),
         authentications: Table::restored(saved.authentications),
+        ..Cluster::default()
     })
 }

@@ -20,11 +20,17 @@ use tracing::{info, warn};
 
 use super::{
     KubernetesConfig,
-    cluster::{Change, Cluster},
+    attachments::{Attached, Attachments, Board, Verdict},
+    cluster::{Change, Cluster, News},
     compile::{Compiled, Compiler},
+    enrolment::wanted,
     finder::Finder,
+    leaving::{self, Leaving},
     names::NOT_HEADLESS,
+    pods::{cluster_scoped, workload_key},
+    projection::Projector,
     read::Reader,
+    records::Key,
     saved,
     status::{Kind, Statuses},
     watch::{QUEUE, Seen, Selection, follow},
@@ -68,6 +74,11 @@ pub struct KubernetesSource {
     state_dir: PathBuf,
     statuses: Statuses,
     compiler: Compiler,
+    news: (mpsc::Sender<News>, mpsc::Receiver<News>),
+    board: Board,
+    projector: Option<Projector>,
+    notice: Option<(String, String)>,
+    leaving: Arc<Leaving>,
 }
 
 impl KubernetesSource {
@@ -97,7 +108,41 @@ impl KubernetesSource {
             state_dir: state_dir.to_owned(),
             statuses: Statuses::default(),
             compiler: Compiler::new(Finder::new(pods), &config.cluster_domain),
+            news: mpsc::channel(QUEUE),
+            board: Board::default(),
+            projector: None,
+            notice: None,
+            leaving: Arc::default(),
         })
+    }
+
+    /// Keeps a file that tells the CNI plugin which namespaces' pods it must not let start without this agent.
+    #[must_use]
+    pub fn with_projection(mut self, file: PathBuf) -> Self {
+        self.projector = Some(Projector::new(file));
+        self
+    }
+
+    /// Un-enrols every pod, for good, when this `ConfigMap` (namespace, name) asks for it.
+    #[must_use]
+    pub fn with_notice(mut self, namespace: String, name: String) -> Self {
+        self.notice = Some((namespace, name));
+        self
+    }
+
+    /// For handing over pods that do not run yet.
+    pub fn attachments(&self) -> Attachments {
+        Attachments::new(self.news.0.clone(), self.board.clone())
+    }
+
+    /// The way to the API server.
+    pub fn client(&self) -> Client {
+        self.client.clone()
+    }
+
+    /// Whether everything is being un-enrolled.
+    pub fn leaving(&self) -> Arc<Leaving> {
+        Arc::clone(&self.leaving)
     }
 
     /// How it is doing.
@@ -108,22 +153,26 @@ impl KubernetesSource {
     /// Follows the API server and puts snapshots into `store` until dropped. Name, trust domain and settings are those of the
     /// snapshot in `base`, which may change.
     pub async fn run(self, base: Arc<MeshStore>, store: Arc<MeshStore>) {
-        let Self { client, node, state_dir, statuses, compiler } = self;
-        let mut owner = Owner::new(&node, state_dir, statuses.clone(), compiler).await;
-        let (sender, mut changes) = mpsc::channel(QUEUE);
+        let Self { client, node, state_dir, statuses, compiler, news, board, projector, notice, leaving } = self;
+        let outside = Outside { board, projector, leaving };
+        let mut owner = Owner::new(&node, state_dir, statuses.clone(), compiler, outside).await;
+        let (sender, mut news) = news;
         let mut watches = JoinSet::new();
         watch(&mut watches, &client, &node, &statuses, &sender);
+        if let Some((namespace, name)) = notice {
+            watches.spawn(leaving::follow(client.clone(), namespace, name, sender.clone()));
+        }
         drop(sender);
         let mut settings = base.subscribe();
         loop {
             let wake = owner.wake();
             tokio::select! {
-                change = changes.recv() => {
-                    let Some(change) = change else { return };
-                    owner.take(change);
+                first = news.recv() => {
+                    let Some(first) = first else { return };
+                    owner.take(first);
                     // What is there already belongs to the same moment.
-                    while let Ok(change) = changes.try_recv() {
-                        owner.take(change);
+                    while let Ok(next) = news.try_recv() {
+                        owner.take(next);
                     }
                 }
                 Ok(()) = settings.changed() => owner.changed(),
@@ -142,7 +191,7 @@ async fn until(wake: Option<Instant>) {
 }
 
 /// Starts a watch for every kind. Selectors keep from this node what it does not need.
-fn watch(watches: &mut JoinSet<()>, client: &Client, node: &str, statuses: &Statuses, changes: &mpsc::Sender<Change>) {
+fn watch(watches: &mut JoinSet<()>, client: &Client, node: &str, statuses: &Statuses, changes: &mpsc::Sender<News>) {
     let pods = Selection {
         // A pod that has ended has no address any more.
         fields: Some("status.phase!=Succeeded,status.phase!=Failed".into()),
@@ -165,7 +214,7 @@ fn follow_as<T>(
     client: &Client,
     selection: Selection,
     statuses: &Statuses,
-    changes: &mpsc::Sender<Change>,
+    changes: &mpsc::Sender<News>,
     change: fn(Seen<T>) -> Change,
 ) where
     T: kube::Resource<DynamicType = kube::api::ApiResource>
@@ -175,7 +224,8 @@ fn follow_as<T>(
         + Send
         + 'static,
 {
-    watches.spawn(follow(client.clone(), selection, statuses.clone(), changes.clone(), change));
+    let news = move |seen| News::Change(change(seen));
+    watches.spawn(follow(client.clone(), selection, statuses.clone(), changes.clone(), news));
 }
 
 /// What is known, and what is to be done about it.
@@ -198,10 +248,26 @@ struct Owner {
     look: Option<(Instant, Duration)>,
     saved: Option<Instant>,
     unsaved: bool,
+    /// A pod's start is held up: no waiting for further changes.
+    urgent: bool,
+    outside: Outside,
+}
+
+/// Who hears of what the owner does, beside the readers of snapshots.
+struct Outside {
+    board: Board,
+    projector: Option<Projector>,
+    leaving: Arc<Leaving>,
 }
 
 impl Owner {
-    async fn new(node: &Arc<str>, state_dir: PathBuf, statuses: Statuses, compiler: Compiler) -> Self {
+    async fn new(
+        node: &Arc<str>,
+        state_dir: PathBuf,
+        statuses: Statuses,
+        compiler: Compiler,
+        outside: Outside,
+    ) -> Self {
         let (of, directory) = (Arc::clone(node), state_dir.clone());
         let restored = spawn_blocking(move || saved::restore(&directory, &of)).await.expect("reading does not panic");
         let cluster = restored.inspect_err(|e| {
@@ -225,13 +291,48 @@ impl Owner {
             look: None,
             saved: None,
             unsaved: false,
+            urgent: false,
+            outside,
         }
     }
 
-    fn take(&mut self, change: Change) {
-        if self.cluster.take(&mut self.reader, change) {
-            self.changed();
-            self.unsaved = true;
+    fn take(&mut self, news: News) {
+        match news {
+            News::Change(change) => {
+                // Pods' labels and namespaces' are what it is made of.
+                let projected = matches!(change, Change::Pod(_) | Change::Namespace(_));
+                if self.cluster.take(&mut self.reader, change) {
+                    self.changed();
+                    self.unsaved = true;
+                    if let Some(projector) = self.outside.projector.as_mut().filter(|_| projected) {
+                        projector.changed();
+                    }
+                }
+            }
+            News::Attached(attachment) => {
+                let (key, attached, namespace) = Attached::of(attachment);
+                if let Err(error) = self.compiler.finder().hand(&key, attached.uid.as_deref(), namespace) {
+                    warn!(pod = %key, %error, "its network namespace was handed over and cannot be used");
+                }
+                self.cluster.attach(key, attached);
+                self.changed();
+                self.urgent = true;
+            }
+            News::Detached(container) => {
+                if let Some(key) = self.cluster.detach(&container) {
+                    self.compiler.finder().take_back(&key);
+                    self.changed();
+                }
+            }
+            News::Leaving(leaving) => {
+                if std::mem::replace(&mut self.cluster.leaving, leaving) != leaving {
+                    info!(leaving, "asked whether to un-enrol everything");
+                    self.changed();
+                    if let Some(projector) = &mut self.outside.projector {
+                        projector.changed();
+                    }
+                }
+            }
         }
     }
 
@@ -249,7 +350,10 @@ impl Owner {
 
     /// When the next snapshot is to be made.
     fn compile_at(&self) -> Option<Instant> {
-        let changed = self.dirty.map(|since| since + SETTLE);
+        let changed = self.dirty.map(|since| match self.urgent {
+            true => since,
+            false => since + SETTLE,
+        });
         let look = self.look.map(|(at, _)| at);
         let wanted = [changed, self.due, look].into_iter().flatten().min()?;
         Some(wanted.max(self.compilable()?))
@@ -261,7 +365,13 @@ impl Owner {
 
     /// When there is something to do although nothing happens.
     fn wake(&self) -> Option<Instant> {
-        [self.compile_at(), self.save_at()].into_iter().flatten().min()
+        [self.compile_at(), self.save_at(), self.project_at()].into_iter().flatten().min()
+    }
+
+    /// When the projection is to be written.
+    fn project_at(&self) -> Option<Instant> {
+        let synced = self.cluster.namespaces.synced() && self.cluster.pods.synced();
+        self.outside.projector.as_ref().filter(|_| synced).and_then(Projector::due)
     }
 
     /// Does what is due.
@@ -270,10 +380,27 @@ impl Owner {
         if self.compile_at().is_some_and(|at| at <= now) {
             self = self.compile(base, store).await;
         }
+        if self.project_at().is_some_and(|at| at <= now)
+            && let Some(projector) = &mut self.outside.projector
+        {
+            projector.write(&self.cluster);
+        }
         if self.save_at().is_some_and(|at| at <= now) {
             self = self.save().await;
         }
         self
+    }
+
+    /// Tells whoever holds up a pod how it stands now.
+    fn tell(&self, snapshot: &Snapshot) {
+        if self.cluster.attached.is_empty() {
+            return;
+        }
+        let verdicts = self.cluster.attached.iter();
+        self.outside.board.say(
+            verdicts
+                .map(|(key, attached)| (attached.container.clone(), verdict(&self.cluster, snapshot, key, attached))),
+        );
     }
 
     async fn compile(mut self, base: &Arc<MeshStore>, store: &Arc<MeshStore>) -> Self {
@@ -290,6 +417,7 @@ impl Owner {
         let synced = self.cluster.synced();
         self.statuses.compiled(self.cluster.counts(), !synced, problems);
         self.due = due;
+        self.urgent = false;
         self.look = (!complete).then(|| {
             // A pod that is new has its processes soon.
             let last = self.look.filter(|_| !news);
@@ -304,7 +432,10 @@ impl Owner {
                 "the cluster is known"
             );
         }
+        let left = self.cluster.leaving && self.due.is_none() && snapshot.local_workloads().next().is_none();
         publish(store, snapshot, self.published);
+        self.tell(&store.load());
+        self.outside.leaving.say(self.cluster.leaving, left);
         self.published = true;
         self
     }
@@ -331,5 +462,29 @@ impl Owner {
 fn publish(store: &MeshStore, snapshot: Snapshot, published: bool) {
     if !published || !store.load().says_the_same(&snapshot) {
         store.replace(snapshot);
+    }
+}
+
+/// How a pod that was handed over stands, now that there is a snapshot with it or without it.
+fn verdict(cluster: &Cluster, snapshot: &Snapshot, key: &Key, attached: &Attached) -> Verdict {
+    let Some(record) = cluster.pods.get(key).filter(|record| attached.is(&record.uid)) else {
+        return Verdict::Unknown;
+    };
+    let namespace = cluster.namespaces.get(&cluster_scoped(&key.namespace));
+    if namespace.is_none() && record.choice.is_none() {
+        return Verdict::Unknown;
+    }
+    if cluster.leaving || !wanted(record, namespace.map(Arc::as_ref)) {
+        return Verdict::Outside;
+    }
+    match snapshot.workload(&workload_key(key)) {
+        Some(workload) if workload.local.is_some() => Verdict::Inside,
+        _ if record.addresses.is_empty() => Verdict::Impossible(
+            "it has no address; is a plugin before underpass-cni in the chain that gives it one?".to_owned(),
+        ),
+        _ => Verdict::Impossible(format!(
+            "it cannot be taken into the mesh; `underpass status` on node {} says why",
+            snapshot.node
+        )),
     }
 }

@@ -9,6 +9,7 @@ mod client;
 mod many;
 mod server;
 mod sockets;
+mod steady;
 mod stream;
 mod torture;
 mod udp;
@@ -50,6 +51,8 @@ enum Command {
     ExpectReset(sockets::Target),
     /// Many short connections, each one line there and back (server in mode `echo`).
     Parallel(many::Parallel),
+    /// New connections at a steady rate until standard input closes (server in mode `echo`).
+    Steady(steady::Steady),
     /// Many idle connections, held until standard input closes.
     Hold(many::Hold),
     /// Answer UDP datagrams until killed.
@@ -103,6 +106,7 @@ fn run(command: Command) -> Result<Value> {
             Command::Reset(target) => target.within(client::reset(&target)).await,
             Command::ExpectReset(target) => target.within(client::expect_reset(&target)).await,
             Command::Parallel(command) => command.target.within(command.run()).await,
+            Command::Steady(command) => command.run().await,
             Command::Hold(command) => command.run().await,
             Command::Udp(target) => target.within(udp::ask(&target)).await,
             Command::Torture(command) => torture::run(command).await,

@@ -22,17 +22,19 @@ const MAX_PATH: usize = 107;
 /// Private directory that the socket is made in before it is moved into place.
 const NURSERY: &str = ".new";
 
-/// A listening socket that removes its file when dropped.
-pub(super) struct AdminSocket {
-    pub(super) listener: UnixListener,
+/// A listening socket that removes its file when dropped. One agent per directory.
+pub struct SocketFile {
+    /// The socket, mode 0600.
+    pub listener: UnixListener,
     path: PathBuf,
     inode: u64,
     /// Held while the agent lives: the directory is this agent's.
     _lock: Flock<File>,
 }
 
-impl AdminSocket {
-    pub(super) fn bind(path: &Path) -> io::Result<Self> {
+impl SocketFile {
+    /// Makes the directory (0700) and the socket in it. What an agent that died left is replaced, what a living one has is not.
+    pub fn bind(path: &Path) -> io::Result<Self> {
         let directory = match path.parent() {
             Some(d) if !d.as_os_str().is_empty() => d,
             _ => return Err(invalid(format!("{} has no directory; give an absolute path", path.display()))),
@@ -63,7 +65,7 @@ impl AdminSocket {
     }
 }
 
-impl Drop for AdminSocket {
+impl Drop for SocketFile {
     fn drop(&mut self) {
         // Only our own file: somebody may have put another in its place.
         if fs::symlink_metadata(&self.path).is_ok_and(|m| m.ino() == self.inode) {

@@ -1,0 +1,96 @@
+//! What operators are told of the node.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use crate::{
+    admin::{
+        api::{self, CertificateStatus, KtlsStatus, Status},
+        http::NodeView,
+        inventory::CertificateDetails,
+        server::StatusProvider,
+    },
+    capture::Capture,
+    identity::CertificateStore,
+    mesh::SpiffeId,
+    proxy::{Applied, PodState, PodStatus, Reconciler},
+    relay::{Relay, ThreadHealth},
+    sources::{
+        file::{ReloadStats, ReloadStatus},
+        kubernetes::Statuses,
+    },
+    tunnel::ktls::Support,
+};
+
+/// What the admin socket tells of the node.
+pub(super) struct NodeStatus {
+    pub(super) reconciler: Arc<Reconciler>,
+    pub(super) certificates: Arc<CertificateStore>,
+    pub(super) capture: Arc<Capture>,
+    pub(super) relay: Arc<Relay>,
+    pub(super) reload: Arc<ReloadStats>,
+    pub(super) cluster: Option<Statuses>,
+    pub(super) ktls: Support,
+}
+
+impl NodeView for NodeStatus {
+    fn bpf_counters(&self) -> BTreeMap<String, u64> {
+        self.capture.counters()
+    }
+
+    fn bpf_maps(&self) -> Vec<(&'static str, usize, usize)> {
+        self.capture.map_sizes()
+    }
+
+    fn pods(&self) -> Vec<PodStatus> {
+        self.reconciler.pods()
+    }
+
+    fn applied(&self) -> Applied {
+        self.reconciler.applied()
+    }
+
+    fn reload(&self) -> ReloadStatus {
+        self.reload.status()
+    }
+
+    fn relay(&self) -> Vec<ThreadHealth> {
+        self.relay.health()
+    }
+}
+
+impl StatusProvider for NodeStatus {
+    fn status(&self) -> Status {
+        let pods = self.reconciler.pods().into_iter().map(|pod| {
+            let svid = self.certificates.current(&pod.identity);
+            let (state, pod_id, reason) = match pod.state {
+                PodState::Enrolled { pod_id } => (api::PodState::Enrolled, Some(pod_id), None),
+                PodState::Refused { reason } => (api::PodState::Refused, None, Some(reason)),
+            };
+            api::PodStatus {
+                workload: pod.key.to_string(),
+                identity: pod.identity.to_string(),
+                netns: pod.netns.display().to_string(),
+                pod_id,
+                state,
+                reason,
+                certificate: svid.map(|s| CertificateStatus::new(&s.serial, s.not_before, s.not_after)),
+            }
+        });
+        let status = Status::new(KtlsStatus::of(&self.ktls), pods.collect(), self.reload.status());
+        let probe_cgroups = self.capture.probe_cgroups().into_iter().map(Into::into).collect();
+        let cluster = self.cluster.as_ref().map(Statuses::status);
+        Status { probe_cgroups, cluster, ..status }
+    }
+
+    fn bpf_counters(&self) -> BTreeMap<String, u64> {
+        self.capture.counters()
+    }
+
+    fn certificate_source(&self) -> &'static str {
+        self.certificates.source()
+    }
+
+    fn certificate(&self, identity: &SpiffeId) -> Option<CertificateDetails> {
+        self.certificates.current(identity).map(|svid| svid.describe().into())
+    }
+}
