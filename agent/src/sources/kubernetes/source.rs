@@ -327,7 +327,6 @@ impl Owner {
             News::Leaving(leaving) => {
                 if std::mem::replace(&mut self.cluster.leaving, leaving) != leaving {
                     info!(leaving, "asked whether to un-enrol everything");
-                    self.compiler.forget();
                     self.changed();
                     if let Some(projector) = &mut self.outside.projector {
                         projector.changed();
@@ -351,7 +350,10 @@ impl Owner {
 
     /// When the next snapshot is to be made.
     fn compile_at(&self) -> Option<Instant> {
-        let changed = self.dirty.map(|since| if self.urgent { since } else { since + SETTLE });
+        let changed = self.dirty.map(|since| match self.urgent {
+            true => since,
+            false => since + SETTLE,
+        });
         let look = self.look.map(|(at, _)| at);
         let wanted = [changed, self.due, look].into_iter().flatten().min()?;
         Some(wanted.max(self.compilable()?))
