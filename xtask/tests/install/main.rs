@@ -24,6 +24,14 @@ const SCENARIOS: &[Scenario] = &[
     Scenario { name: "installed_by_helm", needed: true, run: s::install::by_helm },
     Scenario { name: "tested_by_helm", needed: false, run: s::install::helm_test },
     Scenario { name: "a_label_encrypts_running_pods", needed: true, run: s::label::encrypts },
+    Scenario { name: "pods_wait_for_their_agent", needed: false, run: s::cni::pods_wait_for_their_agent },
+    Scenario {
+        name: "agent_killed_while_pods_come_and_go",
+        needed: false,
+        run: s::cni::agent_killed_while_pods_come_and_go,
+    },
+    Scenario { name: "put_back_when_others_write", needed: false, run: s::cni::put_back_when_others_write },
+    Scenario { name: "a_label_removed_and_added", needed: false, run: s::label::removed_and_added },
 ];
 
 fn main() -> ExitCode {

@@ -1,9 +1,12 @@
 //! Helm installs Underpass, and says whether it works.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
 
 use crate::{
     traffic::{Traffic, ensure_plaintext, sniff},
+    wait::eventually,
     world::{CLIENT, RELEASE, SYSTEM, World, path},
 };
 
@@ -18,6 +21,12 @@ pub(crate) fn by_helm(world: &mut World) -> Result<()> {
     let arguments = [&["--image", path(&image)?, "--"][..], &VALUES[..]].concat();
     world.cluster.xtask("install", &arguments)?;
     world.wait_agents()?;
+    let start = Instant::now();
+    wait_root(world)?;
+    world.notes.push(format!(
+        "the authority's root was with the agents {:.1} s after they were ready",
+        start.elapsed().as_secs_f64()
+    ));
     let sniffers = world.cluster.nodes().iter().map(sniff).collect::<Result<Vec<_>>>()?;
     for node in world.cluster.nodes() {
         let plugins = world.cluster.on(node, "ls /opt/cni/bin")?;
@@ -30,6 +39,15 @@ pub(crate) fn by_helm(world: &mut World) -> Result<()> {
         ensure_plaintext(sniffer)?;
     }
     Ok(())
+}
+
+/// Waits until the kubelets have given the agents the authority's root, which is younger than their pods. Until then there are no certificates, and
+/// pods of the mesh reach nobody.
+fn wait_root(world: &World) -> Result<()> {
+    let root = "test -e /var/lib/kubelet/pods/*/volumes/kubernetes.io~configmap/ca-root/ca.crt";
+    eventually("the authority's root", Duration::from_secs(90), || {
+        world.cluster.nodes().iter().try_for_each(|node| world.cluster.on(node, root).map(drop))
+    })
 }
 
 /// `helm test`.

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::{
-    traffic::{Traffic, ensure_encrypted, sniff},
+    traffic::{Traffic, ensure_encrypted, ensure_plaintext, sniff},
     world::{CLIENT, World},
 };
 
@@ -45,4 +45,23 @@ pub(crate) fn encrypted(world: &World) -> Result<()> {
 /// Waits for the grace that the agents give peers who know of a label later (docs/kubernetes.md): two seconds.
 pub(crate) fn settle() {
     std::thread::sleep(std::time::Duration::from_secs(3));
+}
+
+/// The label goes and comes back under traffic.
+pub(crate) fn removed_and_added(world: &mut World) -> Result<()> {
+    let [first, _] = world.cluster.pair()?;
+    let target = world.address("shop/far")?;
+    let traffic = Traffic::start(&world.cluster, CLIENT, &target, 50)?;
+    mark(world, false)?;
+    settle();
+    let sniffer = sniff(first)?;
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    ensure_plaintext(sniffer)?;
+    mark(world, true)?;
+    settle();
+    let sniffer = sniff(first)?;
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    ensure_encrypted(sniffer)?;
+    world.notes.push(traffic.stop()?.all_worked()?.to_string());
+    Ok(())
 }

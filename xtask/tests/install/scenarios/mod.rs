@@ -1,5 +1,6 @@
 //! What happens to an installation.
 
+pub(crate) mod cni;
 pub(crate) mod install;
 pub(crate) mod label;
 
