@@ -129,6 +129,20 @@ pub fn mesh(snapshot: &Snapshot) -> MeshState {
     MeshState { mesh, rules, node_addresses, capture_all: settings.capture_all }
 }
 
+/// What of [`MeshState::mesh`] is different from what it was with `before`. `None` when more than addresses is different.
+pub fn mesh_changes(before: &Snapshot, snapshot: &Snapshot) -> Option<BTreeMap<Prefix<16>, Option<MeshEntry>>> {
+    if before.settings != snapshot.settings {
+        return None;
+    }
+    let networks: Vec<Prefix<16>> = snapshot.settings.cidrs.iter().map(|net| mesh_prefix(*net)).collect();
+    let change = |address: IpAddr| {
+        let prefix = mesh_prefix(address.into());
+        let captured = snapshot.captures(address) || networks.contains(&prefix);
+        (prefix, captured.then_some(MeshEntry { flags: MESH_CAPTURE }))
+    };
+    Some(snapshot.captured_apart(before).map(change).collect())
+}
+
 fn covers_mapped(net: &ipnet::Ipv6Net) -> bool {
     let mapped = std::net::Ipv4Addr::UNSPECIFIED.to_ipv6_mapped();
     u32::from(net.prefix_len()) < V4_OFFSET && net.contains(&mapped)

@@ -125,7 +125,14 @@ struct Candidate<'a> {
 
 /// See [`super::Capture::enroll`].
 pub async fn enroll(inner: Arc<Inner>, wanted: Wanted) -> Result<Arc<Pod>, EnrollError> {
-    let result = enroll_in_slot(&inner, &wanted).await;
+    let (result, new) = {
+        let before = inner.registry().claimed();
+        let result = enroll_in_slot(&inner, &wanted).await;
+        (result, inner.registry().claimed() != before)
+    };
+    if new {
+        inner.prepare();
+    }
     inner.prune_slots();
     result
 }
@@ -198,7 +205,7 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
     });
 
     let before = adopted.map(|config| inner.maps.tables().strictness(&config));
-    let state = desired::pod(id, workload, local, plaintext, inner.registry().mesh.capture_all);
+    let state = desired::pod(id, workload, local, plaintext, inner.registry().capture_all);
     let after = {
         let mut tables = inner.maps.tables();
         tables.apply_pod(&state)?;

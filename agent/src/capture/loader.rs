@@ -64,7 +64,18 @@ pub struct Objects {
     loader: Mutex<EbpfLoader<'static>>,
     /// Kernel numbers of the pinned maps.
     map_ids: BTreeMap<&'static str, u32>,
+    /// Loaded ahead of their use, by the pod's number: the kernel takes milliseconds to verify them, and a pod's start waits.
+    spare: Mutex<BTreeMap<u32, Ebpf>>,
+    /// Held by whoever loads ahead.
+    preparing: Mutex<()>,
 }
+
+/// Programs that are loaded ahead: those for Ethernet, which is what pods have.
+const AHEAD: [&str; 2] = [programs::GUARD, programs::INBOUND];
+/// For how many pods. Kubelets start few at once.
+pub const SPARES: usize = 4;
+/// Most that are kept.
+const MOST_SPARES: usize = 16;
 
 /// Loads and attaches. Blocks.
 pub fn start(options: &CaptureOptions) -> Result<Started, CaptureError> {
@@ -103,7 +114,14 @@ fn start_in(options: &CaptureOptions, layout: &Layout) -> Result<Parts, CaptureE
         .map_err(|e| CaptureError::Bpf { action: "read the programs' log".to_owned(), reason: chain(&e) })?;
     attach_hooks(&mut bpf, layout, &options.cgroup)?;
     let (maps, events) = Maps::take(&mut bpf)?;
-    let objects = Objects { layout: layout.clone(), bytes, loader: Mutex::new(loader), map_ids };
+    let objects = Objects {
+        layout: layout.clone(),
+        bytes,
+        loader: Mutex::new(loader),
+        map_ids,
+        spare: Mutex::default(),
+        preparing: Mutex::default(),
+    };
     Ok((Arc::new(objects), maps, events, log))
 }
 
@@ -240,8 +258,40 @@ impl Objects {
         &self.layout
     }
 
-    /// Loads these tc programs for a pod. Only the programs are per pod; the maps are the pinned ones, or it fails.
+    /// Loads programs for pods that will have these numbers, if there are none. Blocks. At once when somebody else is at it.
+    pub fn prepare(&self, numbers: &[u32]) {
+        let Ok(_turn) = self.preparing.try_lock() else { return };
+        for number in numbers {
+            // A number that was given to a pod meanwhile still has its programs here until they are taken.
+            if self.spare().len() >= MOST_SPARES {
+                self.spare().retain(|number, _| numbers.contains(number));
+            }
+            if !self.spare().contains_key(number) {
+                match self.load_now(*number, &AHEAD) {
+                    Ok(loaded) => drop(self.spare().insert(*number, loaded)),
+                    // Whoever needs them gets the error.
+                    Err(error) => return tracing::debug!(%error, "no programs ahead of their use"),
+                }
+            }
+        }
+    }
+
+    fn spare(&self) -> std::sync::MutexGuard<'_, BTreeMap<u32, Ebpf>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Loads these tc programs for a pod, or takes those that were loaded ahead. Only the programs are per pod; the maps are the pinned ones, or it fails.
     pub fn load_for_pod(&self, pod_id: u32, names: &[&'static str]) -> Result<Ebpf, CaptureError> {
+        if names.iter().all(|name| AHEAD.contains(name))
+            && let Some(ahead) = self.spare().remove(&pod_id)
+        {
+            self.check_maps(&ahead, pod_id)?;
+            return Ok(ahead);
+        }
+        self.load_now(pod_id, names)
+    }
+
+    fn load_now(&self, pod_id: u32, names: &[&'static str]) -> Result<Ebpf, CaptureError> {
         let mut bpf = {
             let id = POD_IDS.get(pod_id as usize).ok_or(CaptureError::Capacity {
                 map: "PODS",
@@ -252,9 +302,17 @@ impl Objects {
             loader.override_global(POD_ID_GLOBAL, id, true);
             loader.load(self.bytes).map_err(|e| load_failed(&e))?
         };
+        self.check_maps(&bpf, pod_id)?;
+        for name in names {
+            load(&mut bpf, name)?;
+        }
+        Ok(bpf)
+    }
+
+    fn check_maps(&self, bpf: &Ebpf, pod_id: u32) -> Result<(), CaptureError> {
         for (name, id) in &self.map_ids {
             // Had somebody removed the pin, the loader would have made a new and empty map.
-            if map_id(&bpf, name)? != *id {
+            if map_id(bpf, name)? != *id {
                 return Err(CaptureError::Bpf {
                     action: format!("load programs for pod {pod_id}"),
                     reason: format!(
@@ -264,10 +322,7 @@ impl Objects {
                 });
             }
         }
-        for name in names {
-            load(&mut bpf, name)?;
-        }
-        Ok(bpf)
+        Ok(())
     }
 }
 

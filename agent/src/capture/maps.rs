@@ -178,6 +178,11 @@ impl Tables {
         self.apply_rules(ALL_PODS, &state.rules)
     }
 
+    /// Makes single entries of the mesh what they are to be; `None` is absent. Nothing is written when the map is too small.
+    pub fn change_mesh(&mut self, changes: &BTreeMap<Prefix<16>, Option<MeshEntry>>) -> Result<(), CaptureError> {
+        self.mesh.change(changes)
+    }
+
     /// Makes these cgroups, by kernel id, the probe cgroups.
     pub fn apply_probe_cgroups(&mut self, ids: impl IntoIterator<Item = u64>) -> Result<(), CaptureError> {
         let wanted = ids.into_iter().map(|id| (id, PRESENT)).collect();

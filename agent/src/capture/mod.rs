@@ -278,7 +278,11 @@ impl Capture {
     /// was applied.
     pub async fn collect_garbage(&self) {
         let inner = Arc::clone(&self.inner);
-        run(async move { garbage::collect(&inner).await }).await;
+        run(async move {
+            garbage::collect(&inner).await;
+            inner.prepare();
+        })
+        .await;
     }
 
     /// Consumes the original destination of a connection accepted on an outbound listener.
@@ -332,6 +336,15 @@ impl Inner {
         Arc::clone(self.slots.lock().unwrap_or_else(PoisonError::into_inner).entry(key.clone()).or_default())
     }
 
+    /// Loads programs for the pods that come next.
+    fn prepare(self: &Arc<Self>) {
+        let inner = Arc::clone(self);
+        tokio::task::spawn_blocking(move || {
+            let numbers = inner.registry().next_ids(loader::SPARES);
+            inner.objects.prepare(&numbers);
+        });
+    }
+
     /// Drops the slots of workloads that are neither enrolled nor being worked on.
     fn prune_slots(&self) {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
@@ -356,9 +369,17 @@ impl Inner {
     /// Writes the mesh-wide part, and what it changes for every pod. Returns the namespaces in which more is refused
     /// than before.
     fn apply(&self, snapshot: &Snapshot) -> Result<Vec<(Arc<Netns>, Strictness)>, CaptureError> {
-        let state = desired::mesh(snapshot);
         let mut registry = self.registry();
         let mut tables = self.maps.tables();
+        // Unknown until all is written.
+        let before = registry.applied.take();
+        if let Some(changes) = before.and_then(|before| desired::mesh_changes(&before, snapshot)) {
+            tables.change_mesh(&changes)?;
+            registry.applied = Some(snapshot.clone());
+            // Addresses alone change nothing of what a pod refuses.
+            return Ok(Vec::new());
+        }
+        let state = desired::mesh(snapshot);
         let config = |tables: &maps::Tables, e: &Entry| tables.pods().get(&e.pod.netns_cookie).copied();
         let before: Vec<_> = registry
             .entries
@@ -366,12 +387,13 @@ impl Inner {
             .filter_map(|e| Some((Arc::clone(&e.netns), tables.strictness(&config(&tables, e)?))))
             .collect();
         tables.apply_mesh(&state)?;
-        if state.capture_all != registry.mesh.capture_all {
+        if state.capture_all != registry.capture_all {
             for entry in registry.entries.values() {
                 write_pod(&mut tables, entry, state.capture_all)?;
             }
         }
-        registry.mesh = state;
+        registry.capture_all = state.capture_all;
+        registry.applied = Some(snapshot.clone());
         let after = registry.entries.values().filter_map(|e| Some(tables.strictness(&config(&tables, e)?)));
         Ok(before
             .into_iter()
@@ -387,7 +409,7 @@ impl Inner {
         let mut registry = self.registry();
         let mut tables = self.maps.tables();
         let before = tables.pod(entry.pod.id).copied().map(|config| tables.strictness(&config));
-        let config = write_pod(&mut tables, &entry, registry.mesh.capture_all)?;
+        let config = write_pod(&mut tables, &entry, registry.capture_all)?;
         let after = tables.strictness(&config);
         registry.entries.insert(entry.workload.key.clone(), entry);
         Ok(before.is_some_and(|before| after.tightens(&before)).then_some(after))

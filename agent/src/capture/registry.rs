@@ -7,9 +7,9 @@ use std::{
 
 use underpass_abi::{PodConfig, capacity};
 
-use super::{CaptureError, EnrollError, desired::MeshState, netns::Netns, pod::Pod};
+use super::{CaptureError, EnrollError, netns::Netns, pod::Pod};
 use crate::{
-    mesh::{Workload, WorkloadKey},
+    mesh::{Snapshot, Workload, WorkloadKey},
     policy::PlaintextRules,
 };
 
@@ -18,8 +18,10 @@ use crate::{
 pub struct Registry {
     /// Enrolled pods.
     pub entries: BTreeMap<WorkloadKey, Entry>,
-    /// The mesh-wide part of the maps as last applied.
-    pub mesh: MeshState,
+    /// What the mesh-wide part of the maps is; `None` when that is not known exactly.
+    pub applied: Option<Snapshot>,
+    /// Every destination of every pod is captured.
+    pub capture_all: bool,
     /// Namespaces of enrolled pods and of those being enrolled.
     claims: HashMap<u64, Claim>,
     /// Namespaces that an earlier agent captured and whose enrolment failed: they stay captured, so that nothing leaves
@@ -67,6 +69,16 @@ impl Registry {
         self.claims.insert(netns.cookie(), Claim { key: key.clone(), id });
         self.kept.remove(&netns.cookie());
         Ok(id)
+    }
+
+    /// How many namespaces are enrolled or being enrolled.
+    pub fn claimed(&self) -> usize {
+        self.claims.len()
+    }
+
+    /// The numbers that the next pods will have.
+    pub fn next_ids(&self, count: usize) -> Vec<u32> {
+        (1..=capacity::PODS as u32).filter(|id| !self.ids.contains(id)).take(count).collect()
     }
 
     fn free_id(&self) -> Result<u32, CaptureError> {

@@ -91,12 +91,35 @@ impl<S: Store> Table<S> {
         desired: &BTreeMap<S::Key, S::Value>,
     ) -> Result<(), CaptureError> {
         self.check(scope.clone(), desired)?;
-        let Difference { add, change, remove } = difference(&self.mirror, scope, desired);
+        self.write(&difference(&self.mirror, scope, desired))
+    }
+
+    /// Makes single entries what `changes` says, absent where it says `None`; in the same order. Nothing is written when the map is too
+    /// small.
+    pub fn change(&mut self, changes: &BTreeMap<S::Key, Option<S::Value>>) -> Result<(), CaptureError> {
+        let mut d = Difference { add: Vec::new(), change: Vec::new(), remove: Vec::new() };
+        for (k, v) in changes {
+            match (self.mirror.get(k), v) {
+                (None, Some(v)) => d.add.push((*k, *v)),
+                (Some(old), Some(v)) if old != v => d.change.push((*k, *v)),
+                (Some(_), None) => d.remove.push(*k),
+                _ => {}
+            }
+        }
+        let needed = self.mirror.len() + d.add.len() - d.remove.len();
+        if needed > self.capacity {
+            return Err(CaptureError::Capacity { map: self.name, capacity: self.capacity, needed });
+        }
+        self.write(&d)
+    }
+
+    fn write(&mut self, difference: &Difference<S::Key, S::Value>) -> Result<(), CaptureError> {
+        let Difference { add, change, remove } = difference;
         let room = self.capacity.saturating_sub(self.mirror.len()).min(add.len());
         for (k, v) in change.iter().chain(&add[..room]) {
             self.insert(*k, *v)?;
         }
-        for k in &remove {
+        for k in remove {
             self.remove(k)?;
         }
         for (k, v) in &add[room..] {

@@ -17,6 +17,7 @@ mod output;
 mod policy;
 mod ports;
 mod run;
+mod self_test;
 mod services;
 mod show;
 mod status;
@@ -112,6 +113,8 @@ enum Command {
     Debug(debug::DebugArgs),
     /// Remove what a stopped agent left: programs, pins, rules. Gives the pods plain traffic back.
     Cleanup(cleanup::CleanupArgs),
+    /// In a pod of the mesh: dial oneself by a Service, and see that it was mutual TLS.
+    SelfTest(self_test::SelfTestArgs),
     /// Ask the agents of a cluster to give their nodes back, and wait until they have.
     Uninstall(uninstall::UninstallArgs),
     /// Print a script that completes commands and options in a shell.
@@ -146,6 +149,7 @@ pub fn main() -> ExitCode {
         Command::Bpf(args) => bpf::bpf(&args),
         Command::Debug(args) => debug::debug(&args),
         Command::Cleanup(args) => cleanup::cleanup(&args).map(done),
+        Command::SelfTest(args) => self_test::self_test(&args).map(done),
         Command::Uninstall(args) => uninstall::uninstall(&args).map(done),
         Command::Completions(args) => generate::completions(&args).map(done),
         Command::Man(args) => generate::man(&args).map(done),

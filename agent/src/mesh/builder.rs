@@ -1,11 +1,6 @@
 //! Puts a [`Snapshot`] together and refuses what does not fit together.
 
-use std::{
-    collections::{btree_map, hash_map::Entry},
-    fmt::Display,
-    net::IpAddr,
-    sync::Arc,
-};
+use std::{collections::btree_map::Entry, fmt::Display, net::IpAddr, sync::Arc};
 
 use super::{MeshSettings, Policy, PolicyKey, Service, Snapshot, TrustDomain, Workload, WorkloadKey, WorkloadPolicy};
 
@@ -57,15 +52,19 @@ impl SnapshotBuilder {
         Self { snapshot }
     }
 
-    /// Makes room for as many workloads and services.
-    pub fn reserve(&mut self, workloads: usize, services: usize) {
-        let snapshot = &mut self.snapshot;
-        snapshot.workloads.reserve(workloads);
-        snapshot.by_address.reserve(workloads);
-        snapshot.workload_policies.reserve(workloads);
-        snapshot.services.reserve(services);
-        snapshot.by_vip.reserve(services);
-        snapshot.by_hostname.reserve(services);
+    /// Goes on from a finished snapshot. What is not changed stays shared with it.
+    pub fn amend(snapshot: Snapshot) -> Self {
+        Self { snapshot }
+    }
+
+    /// What is there by now.
+    pub fn so_far(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// The settings.
+    pub fn settings(&mut self) -> &mut MeshSettings {
+        &mut self.snapshot.settings
     }
 
     /// Adds a workload and returns the shared copy that services refer to.
@@ -85,14 +84,31 @@ impl SnapshotBuilder {
         }
         let owner = || format!("workload {}", workload.key);
         self.claim_all(&workload.addresses, owner)?;
-        match self.snapshot.workloads.entry(workload.key.clone()) {
-            Entry::Occupied(e) => return Err(BuildError::DuplicateWorkload(e.key().clone())),
-            Entry::Vacant(e) => e.insert(Arc::clone(workload)),
-        };
+        let snapshot = &mut self.snapshot;
+        if snapshot.workloads.contains(&workload.key) {
+            return Err(BuildError::DuplicateWorkload(workload.key.clone()));
+        }
+        snapshot.workloads.insert(workload.key.clone(), Arc::clone(workload));
+        if workload.local.is_some() {
+            Arc::make_mut(&mut snapshot.local).insert(workload.key.clone(), Arc::clone(workload));
+        }
         for &a in &workload.addresses {
-            self.snapshot.by_address.insert(a, Arc::clone(workload));
+            snapshot.by_address.insert(a, Arc::clone(workload));
         }
         Ok(())
+    }
+
+    /// Takes a workload away, with what policies know of it. Services that refer to it keep what they have.
+    pub fn remove_workload(&mut self, key: &WorkloadKey) {
+        let snapshot = &mut self.snapshot;
+        snapshot.workload_policies.remove(key);
+        let Some(gone) = snapshot.workloads.remove(key) else { return };
+        for address in &gone.addresses {
+            snapshot.by_address.remove(address);
+        }
+        if snapshot.local.contains_key(key) {
+            Arc::make_mut(&mut snapshot.local).remove(key);
+        }
     }
 
     /// Adds a service.
@@ -100,30 +116,69 @@ impl SnapshotBuilder {
         for a in &mut service.vips {
             *a = a.to_canonical();
         }
+        self.shared_service(&Arc::new(service))
+    }
+
+    /// Adds a service whose addresses are canonical: no IPv4-mapped IPv6.
+    pub fn shared_service(&mut self, service: &Arc<Service>) -> Result<(), BuildError> {
         self.claim_all(&service.vips, || format!("service {}/{}", service.namespace, service.name))?;
-        let service = Arc::new(service);
+        let snapshot = &mut self.snapshot;
         for &a in &service.vips {
-            self.snapshot.by_vip.insert(a, Arc::clone(&service));
+            snapshot.by_vip.insert(a, Arc::clone(service));
         }
-        self.snapshot.by_hostname.insert(Arc::clone(&service.hostname), Arc::clone(&service));
-        self.snapshot.services.push(service);
+        snapshot.by_hostname.insert(Arc::clone(&service.hostname), Arc::clone(service));
+        let services = Arc::make_mut(&mut snapshot.services);
+        let at = services.partition_point(|s| (&s.namespace, &s.name) <= (&service.namespace, &service.name));
+        services.insert(at, Arc::clone(service));
         Ok(())
+    }
+
+    /// Takes this very service away, if it is there.
+    pub fn remove_service(&mut self, service: &Arc<Service>) {
+        let snapshot = &mut self.snapshot;
+        let order = |s: &Arc<Service>| (&s.namespace, &s.name).cmp(&(&service.namespace, &service.name));
+        let first = snapshot.services.partition_point(|s| order(s).is_lt());
+        let mut of_that_name = snapshot.services[first..].iter().take_while(|s| order(s).is_eq());
+        let Some(at) = of_that_name.position(|s| Arc::ptr_eq(s, service)) else { return };
+        Arc::make_mut(&mut snapshot.services).remove(first + at);
+        for vip in &service.vips {
+            snapshot.by_vip.remove(vip);
+        }
+        if snapshot.by_hostname.get(&service.hostname).is_some_and(|s| Arc::ptr_eq(s, service)) {
+            snapshot.by_hostname.remove(&service.hostname);
+        }
+    }
+
+    /// Takes all services away.
+    pub fn clear_services(&mut self) {
+        let snapshot = &mut self.snapshot;
+        (snapshot.services, snapshot.by_vip, snapshot.by_hostname) = Default::default();
     }
 
     /// Adds a policy.
     pub fn policy(&mut self, policy: Policy) -> Result<(), BuildError> {
-        match self.snapshot.policies.entry(policy.key.clone()) {
-            btree_map::Entry::Occupied(e) => Err(BuildError::DuplicatePolicy(e.key().clone())),
-            btree_map::Entry::Vacant(e) => {
+        match Arc::make_mut(&mut self.snapshot.policies).entry(policy.key.clone()) {
+            Entry::Occupied(e) => Err(BuildError::DuplicatePolicy(e.key().clone())),
+            Entry::Vacant(e) => {
                 e.insert(Arc::new(policy));
                 Ok(())
             }
         }
     }
 
+    /// Takes all policies away.
+    pub fn clear_policies(&mut self) {
+        self.snapshot.policies = Arc::default();
+    }
+
     /// Says what policies have to know of a workload; one that nothing is said of has no labels.
     pub fn workload_policy(&mut self, workload: &WorkloadKey, policy: impl Into<Arc<WorkloadPolicy>>) {
-        self.snapshot.workload_policies.insert(workload.clone(), policy.into());
+        let snapshot = &mut self.snapshot;
+        snapshot.workload_policies.insert(workload.clone(), policy.into());
+        if snapshot.local.contains_key(workload) {
+            // What a snapshot before this one shares is the same for policies, too.
+            Arc::make_mut(&mut snapshot.local);
+        }
     }
 
     /// The finished snapshot, still without a generation.

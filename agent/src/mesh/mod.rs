@@ -9,6 +9,7 @@ mod issuer;
 mod mode;
 mod model;
 mod policy;
+mod sharded;
 mod snapshot;
 mod store;
 #[cfg(test)]

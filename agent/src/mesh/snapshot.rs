@@ -1,14 +1,14 @@
 //! The immutable index over workloads and services.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     sync::{Arc, LazyLock},
 };
 
 use super::{
     EffectiveMode, MeshSettings, ModeSource, Policy, PolicyKey, Service, SpiffeId, TrustDomain, Workload, WorkloadKey,
-    WorkloadPolicy,
+    WorkloadPolicy, sharded::Sharded,
 };
 
 /// Labels that name an application, in order of preference: Istio's, the one Kubernetes recommends, the customary one.
@@ -21,7 +21,7 @@ pub const APPLICATION_LABELS: [&str; 6] =
 /// Revision of a workload whose labels name none, as Istio has it.
 pub const LATEST_REVISION: &str = "latest";
 
-/// Everything known about the mesh at one moment.
+/// Everything known about the mesh at one moment. A copy with a few changes shares the rest with its original.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     /// Counts up with each accepted configuration, from 1; 0 is the empty start.
@@ -32,13 +32,16 @@ pub struct Snapshot {
     pub trust_domain: TrustDomain,
     /// Mesh-wide settings.
     pub settings: MeshSettings,
-    pub(super) workloads: HashMap<WorkloadKey, Arc<Workload>>,
-    pub(super) by_address: HashMap<IpAddr, Arc<Workload>>,
-    pub(super) services: Vec<Arc<Service>>,
-    pub(super) by_vip: HashMap<IpAddr, Arc<Service>>,
-    pub(super) by_hostname: HashMap<Arc<str>, Arc<Service>>,
-    pub(super) policies: BTreeMap<PolicyKey, Arc<Policy>>,
-    pub(super) workload_policies: HashMap<WorkloadKey, Arc<WorkloadPolicy>>,
+    pub(super) workloads: Sharded<WorkloadKey, Arc<Workload>>,
+    pub(super) by_address: Sharded<IpAddr, Arc<Workload>>,
+    /// Those of `workloads` that this node has to enrol.
+    pub(super) local: Arc<BTreeMap<WorkloadKey, Arc<Workload>>>,
+    /// Ordered by namespace and name.
+    pub(super) services: Arc<Vec<Arc<Service>>>,
+    pub(super) by_vip: Sharded<IpAddr, Arc<Service>>,
+    pub(super) by_hostname: Sharded<Arc<str>, Arc<Service>>,
+    pub(super) policies: Arc<BTreeMap<PolicyKey, Arc<Policy>>>,
+    pub(super) workload_policies: Sharded<WorkloadKey, Arc<WorkloadPolicy>>,
 }
 
 /// What a destination address means.
@@ -67,17 +70,18 @@ impl Snapshot {
             node: node.into(),
             trust_domain,
             settings: MeshSettings::default(),
-            workloads: HashMap::new(),
-            by_address: HashMap::new(),
-            services: Vec::new(),
-            by_vip: HashMap::new(),
-            by_hostname: HashMap::new(),
-            policies: BTreeMap::new(),
-            workload_policies: HashMap::new(),
+            workloads: Sharded::default(),
+            by_address: Sharded::default(),
+            local: Arc::default(),
+            services: Arc::default(),
+            by_vip: Sharded::default(),
+            by_hostname: Sharded::default(),
+            policies: Arc::default(),
+            workload_policies: Sharded::default(),
         }
     }
 
-    /// Is it the same mesh, whatever the generation?
+    /// Is it the same mesh, whatever the generation? What both share is not looked at.
     pub fn says_the_same(&self, other: &Self) -> bool {
         self.node == other.node
             && self.trust_domain == other.trust_domain
@@ -115,12 +119,23 @@ impl Snapshot {
         self.workloads.values()
     }
 
-    /// The workloads this node has to enrol.
-    pub fn local_workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
-        self.workloads.values().filter(|w| w.local.is_some())
+    /// The workloads this node has to enrol, ordered by key.
+    pub fn local_workloads(&self) -> impl ExactSizeIterator<Item = &Arc<Workload>> {
+        self.local.values()
     }
 
-    /// All services.
+    /// Does this node have to enrol exactly what it had to with `before`, and do policies have to know the same of it? Takes no time for
+    /// snapshots that share it, and others are called different even if they are not.
+    pub fn shares_local_workloads(&self, before: &Self) -> bool {
+        Arc::ptr_eq(&self.local, &before.local)
+    }
+
+    /// Are the policies those of `before`? As above.
+    pub fn shares_policies(&self, before: &Self) -> bool {
+        Arc::ptr_eq(&self.policies, &before.policies)
+    }
+
+    /// All services, ordered by namespace and name.
     pub fn services(&self) -> &[Arc<Service>] {
         &self.services
     }
@@ -185,5 +200,16 @@ impl Snapshot {
     /// Every address that must be captured: workloads in the mesh or not, and VIPs.
     pub fn captured_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.by_address.keys().chain(self.by_vip.keys()).copied()
+    }
+
+    /// Must this address be captured? It is canonical: no IPv4-mapped IPv6.
+    pub fn captures(&self, address: IpAddr) -> bool {
+        self.by_address.contains(&address) || self.by_vip.contains(&address)
+    }
+
+    /// Addresses among which are all that must be captured in one of two snapshots and not in the other. Takes little time when the
+    /// snapshots share most of what they have.
+    pub fn captured_apart<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = IpAddr> + 'a {
+        self.by_address.keys_apart(&before.by_address).chain(self.by_vip.keys_apart(&before.by_vip)).copied()
     }
 }

@@ -1,7 +1,7 @@
 //! The policies that select a workload, compiled.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     net::SocketAddr,
     sync::Arc,
 };
@@ -23,21 +23,58 @@ pub struct NodePolicies {
 impl NodePolicies {
     /// Compiles what this node enforces. Workloads that the same policies select share one set.
     pub fn compile(snapshot: &Snapshot) -> Self {
-        let mut shared: HashMap<(Vec<PolicyKey>, Vec<PolicyKey>), Arc<PolicySet>> = HashMap::new();
-        let mut sets = HashMap::new();
-        for workload in snapshot.local_workloads() {
-            let selection = select(snapshot, &workload.key);
-            let names = (selection.policies.iter().map(|p| p.key.clone()).collect(), selection.unknown.clone());
-            let set = shared.entry(names).or_insert_with(|| Arc::new(PolicySet::new(selection)));
-            sets.insert(workload.key.clone(), Arc::clone(set));
+        Self::select(snapshot, |_| None, HashMap::new())
+    }
+
+    /// Compiles what this node enforces, after what it enforced with another snapshot. A workload that is subject to the same policies
+    /// keeps its set.
+    pub fn compile_after(snapshot: &Snapshot, before: &Snapshot, compiled: &Self) -> Self {
+        let same_policies = snapshot.shares_policies(before);
+        let kept = |workload: &WorkloadKey| {
+            let same = same_policies && snapshot.workload_policy(workload) == before.workload_policy(workload);
+            compiled.sets.get(workload).filter(|_| same).cloned()
+        };
+        let mut shared = HashMap::new();
+        let mut seen = HashSet::new();
+        for set in compiled.sets.values().filter(|set| seen.insert(Arc::as_ptr(set))) {
+            shared.insert(names(&set.selection), Arc::clone(set));
         }
-        Self { sets }
+        Self::select(snapshot, kept, shared)
+    }
+
+    fn select(
+        snapshot: &Snapshot,
+        kept: impl Fn(&WorkloadKey) -> Option<Arc<PolicySet>>,
+        mut shared: HashMap<Names, Arc<PolicySet>>,
+    ) -> Self {
+        let mut set = |workload: &WorkloadKey| {
+            kept(workload).unwrap_or_else(|| {
+                let selection = select(snapshot, workload);
+                match shared.get(&names(&selection)) {
+                    Some(known) if known.selection == selection => Arc::clone(known),
+                    // None of these names, or they mean something else now.
+                    _ => {
+                        let set = Arc::new(PolicySet::new(selection));
+                        shared.insert(names(&set.selection), Arc::clone(&set));
+                        set
+                    }
+                }
+            })
+        };
+        Self { sets: snapshot.local_workloads().map(|w| (w.key.clone(), set(&w.key))).collect() }
     }
 
     /// The policies of a workload. `None`: it is none of this node's, so nothing may be let in for it.
     pub fn of(&self, workload: &WorkloadKey) -> Option<&Arc<PolicySet>> {
         self.sets.get(workload)
     }
+}
+
+/// The policies of a selection, and those that are not known.
+type Names = (Vec<PolicyKey>, Vec<PolicyKey>);
+
+fn names(selection: &Selection) -> Names {
+    (selection.policies.iter().map(|p| p.key.clone()).collect(), selection.unknown.clone())
 }
 
 /// The policies that select a workload. Immutable; evaluation takes no lock and no time that grows noticeably with the

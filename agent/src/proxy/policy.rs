@@ -13,7 +13,9 @@ use super::Proxy;
 use crate::{
     capture::Pod,
     mesh::{InboundMode, Snapshot, SpiffeId, WorkloadKey},
-    policy::{Decision, Disposition, NodePolicies, PlaintextRules, Request, Selection, Verdict, plaintext_rules},
+    policy::{
+        Decision, Disposition, NodePolicies, PlaintextRules, PolicySet, Request, Selection, Verdict, plaintext_rules,
+    },
     relay::{CloseReason, Connection, Direction},
 };
 
@@ -28,7 +30,9 @@ pub struct Enforcement {
 /// One snapshot's policies.
 struct InForce {
     snapshot: Arc<Snapshot>,
-    node: NodePolicies,
+    node: Arc<NodePolicies>,
+    /// `node` is made of `snapshot`.
+    compiled: bool,
 }
 
 /// What decides about plaintext for a workload.
@@ -51,16 +55,32 @@ impl std::fmt::Display for Forbidden {
 impl Enforcement {
     /// Lets nothing in until [`Self::set`] is called.
     pub fn new(snapshot: Arc<Snapshot>) -> Self {
-        let nothing = InForce { snapshot, node: NodePolicies::default() };
+        let nothing = InForce { snapshot, node: Arc::default(), compiled: false };
         Self { current: ArcSwap::from_pointee(nothing), plaintext: Mutex::default() }
     }
 
-    /// Puts a snapshot's policies in force, for connections that come from now on.
-    pub(super) fn set(&self, snapshot: &Arc<Snapshot>) {
-        let node = NodePolicies::compile(snapshot);
-        // Pods come and go; nothing is kept of those that went.
-        self.judged().retain(|workload, _| node.of(workload).is_some());
-        self.current.store(Arc::new(InForce { snapshot: Arc::clone(snapshot), node }));
+    /// Puts a snapshot's policies in force, for connections that come from now on. `false`: they judge every connection as those before.
+    pub(super) fn set(&self, snapshot: &Arc<Snapshot>) -> bool {
+        let before = self.current.load();
+        let same = before.compiled && judges_alike(snapshot, &before.snapshot);
+        let node = if same {
+            Arc::clone(&before.node)
+        } else if before.compiled {
+            Arc::new(NodePolicies::compile_after(snapshot, &before.snapshot, &before.node))
+        } else {
+            Arc::new(NodePolicies::compile(snapshot))
+        };
+        if !same {
+            // Pods come and go; nothing is kept of those that went.
+            self.judged().retain(|workload, _| node.of(workload).is_some());
+        }
+        self.current.store(Arc::new(InForce { snapshot: Arc::clone(snapshot), node, compiled: true }));
+        !same
+    }
+
+    /// The policies of a workload, if it is this node's. The same ones are the same allocation.
+    pub(super) fn of(&self, workload: &WorkloadKey) -> Option<Arc<PolicySet>> {
+        self.current.load().node.of(workload).cloned()
     }
 
     /// May the peer of a tunnel reach `destination`, the workload's own address? `source` is the checked one of its header.
@@ -163,6 +183,11 @@ impl InForce {
             _ => PlaintextRules { default: Disposition::Deny, ports: BTreeMap::new() },
         }
     }
+}
+
+/// Is everything the same that decides about connections of this node's workloads? `false` also when that is not obvious.
+pub(super) fn judges_alike(snapshot: &Snapshot, before: &Snapshot) -> bool {
+    snapshot.shares_local_workloads(before) && snapshot.shares_policies(before) && snapshot.settings == before.settings
 }
 
 fn enforced(verdict: Verdict) -> Result<(), Forbidden> {

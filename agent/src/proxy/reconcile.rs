@@ -1,10 +1,9 @@
 //! Keeps the enrolled pods equal to what the mesh says about this node.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
+    collections::BTreeMap,
     os::unix::fs::MetadataExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -17,8 +16,11 @@ use serde::Serialize;
 use tokio::sync::watch;
 use tracing::{error, info, warn};
 
-use super::Proxy;
-use crate::mesh::{Snapshot, SpiffeId, Workload, WorkloadKey};
+use super::{Proxy, policy::judges_alike};
+use crate::{
+    mesh::{Snapshot, SpiffeId, Workload, WorkloadKey},
+    policy::PolicySet,
+};
 
 /// A pod can be refused for reasons that no event announces (a process in the wrong cgroup, a port in use), so it
 /// is tried again this often.
@@ -80,7 +82,7 @@ pub type NetnsId = (u64, u64);
 pub struct Reconciler {
     proxy: Arc<Proxy>,
     prepare: Box<dyn Fn(&Snapshot) + Send + Sync>,
-    states: Mutex<BTreeMap<WorkloadKey, PodStatus>>,
+    states: Mutex<BTreeMap<WorkloadKey, Standing>>,
     applied: Mutex<Applied>,
     /// Told whenever the state of a pod is another one.
     changes: watch::Sender<()>,
@@ -88,6 +90,40 @@ pub struct Reconciler {
     turn: tokio::sync::Mutex<()>,
     /// Pods and maps are another agent's.
     retired: AtomicBool,
+    /// The last snapshot of which every pod is enrolled; `None` while there is something to be tried again.
+    done: Mutex<Option<Arc<Snapshot>>>,
+}
+
+/// A pod of this node, and what it was enrolled with.
+struct Standing {
+    status: PodStatus,
+    enrolled: Option<Enrolled>,
+}
+
+/// All that an enrolment depends on. While it is the same there is nothing to do.
+#[derive(PartialEq)]
+struct Enrolled {
+    workload: Arc<Workload>,
+    policies: ByAddress<PolicySet>,
+    /// Ports that the mesh excludes.
+    excluded: Vec<u16>,
+    /// Device and inode of the namespace: another one may have the same path.
+    namespace: (u64, u64),
+}
+
+/// Equal when it is the same allocation.
+struct ByAddress<T>(Arc<T>);
+
+impl<T> PartialEq for ByAddress<T> {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Standing {
+    fn is_refused(&self) -> bool {
+        matches!(self.status.state, PodState::Refused { .. })
+    }
 }
 
 impl Reconciler {
@@ -101,6 +137,7 @@ impl Reconciler {
             changes: watch::Sender::new(()),
             turn: tokio::sync::Mutex::default(),
             retired: AtomicBool::new(false),
+            done: Mutex::default(),
         })
     }
 
@@ -113,7 +150,7 @@ impl Reconciler {
 
     /// How a pod stands: enrolled, or why not. `None` when it is not tried.
     pub fn state(&self, key: &WorkloadKey) -> Option<Result<(), String>> {
-        self.states().get(key).map(|pod| pod.state.result())
+        self.states().get(key).map(|pod| pod.status.state.result())
     }
 
     /// Waits until the pod with this namespace is enrolled, or until that has failed.
@@ -121,8 +158,8 @@ impl Reconciler {
         let mut changes = self.changes.subscribe();
         loop {
             changes.borrow_and_update();
-            let pod = self.states().get(key).cloned();
-            let is = |pod: &PodStatus| fs::metadata(&pod.netns).is_ok_and(|m| (m.dev(), m.ino()) == netns);
+            let pod = self.states().get(key).map(|pod| pod.status.clone());
+            let is = |pod: &PodStatus| std::fs::metadata(&pod.netns).is_ok_and(|m| (m.dev(), m.ino()) == netns);
             if let Some(pod) = pod.filter(is) {
                 return pod.state.result();
             }
@@ -133,7 +170,7 @@ impl Reconciler {
 
     /// How every pod of this node stands.
     pub fn pods(&self) -> Vec<PodStatus> {
-        self.states().values().cloned().collect()
+        self.states().values().map(|standing| standing.status.clone()).collect()
     }
 
     /// What the node has been made equal to.
@@ -149,7 +186,7 @@ impl Reconciler {
     pub async fn run(self: Arc<Self>) {
         let mut generations = self.proxy.mesh.subscribe();
         loop {
-            let refused = self.states().values().any(|p| matches!(p.state, PodState::Refused { .. }));
+            let refused = self.states().values().any(Standing::is_refused);
             tokio::select! {
                 changed = generations.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep(RETRY_REFUSED), if refused => {}
@@ -158,15 +195,22 @@ impl Reconciler {
         }
     }
 
-    /// Makes the node what the current snapshot says. A pod that cannot be enrolled does not keep others from it.
+    /// Makes the node what the current snapshot says. A pod that cannot be enrolled does not keep others from it. What is of other nodes
+    /// costs nothing here but their addresses.
     pub async fn reconcile(&self) {
         let _turn = self.turn.lock().await;
         let snapshot = self.proxy.mesh.load();
-        (self.prepare)(&snapshot);
-        self.proxy.certificates.want(snapshot.local_identities());
+        // Put back when all is done.
+        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let settled = done.is_some_and(|done| judges_alike(&snapshot, &done));
+        if !settled {
+            (self.prepare)(&snapshot);
+            self.proxy.certificates.want(snapshot.local_identities());
+        }
         // Tighter policies first of all: nothing below may hold them up.
-        self.proxy.policies.set(&snapshot);
-        self.proxy.end_forbidden();
+        if self.proxy.policies.set(&snapshot) {
+            self.proxy.end_forbidden();
+        }
         if self.retired.load(Relaxed) {
             return;
         }
@@ -176,12 +220,20 @@ impl Reconciler {
             self.note(|applied| applied.error = Some(e.to_string()));
             return;
         }
-        self.remove_stale(&snapshot).await;
-        let workloads: Vec<Arc<Workload>> = snapshot.local_workloads().cloned().collect();
-        stream::iter(workloads)
-            .for_each_concurrent(ENROL_PARALLEL, |workload| async move { self.enrol(&workload).await })
-            .await;
+        if !settled {
+            self.remove_stale(&snapshot).await;
+            let workloads: Vec<Arc<Workload>> = snapshot.local_workloads().cloned().collect();
+            stream::iter(workloads)
+                .for_each_concurrent(ENROL_PARALLEL, |workload| {
+                    let snapshot = &snapshot;
+                    async move { self.enrol(&workload, snapshot).await }
+                })
+                .await;
+        }
         self.note(|applied| *applied = Applied { generation: snapshot.generation, error: None });
+        if !self.states().values().any(Standing::is_refused) {
+            *self.done.lock().unwrap_or_else(PoisonError::into_inner) = Some(snapshot);
+        }
     }
 
     /// Gives every pod plain traffic back.
@@ -190,6 +242,7 @@ impl Reconciler {
             self.proxy.capture.unenroll(&pod.key).await;
         }
         self.states().clear();
+        *self.done.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     async fn remove_stale(&self, snapshot: &Snapshot) {
@@ -200,14 +253,25 @@ impl Reconciler {
             if !kept {
                 info!(pod = %pod.key, "un-enrolling");
                 self.proxy.capture.unenroll(&pod.key).await;
+                if let Some(standing) = self.states().get_mut(&pod.key) {
+                    standing.enrolled = None;
+                }
             }
         }
-        let local: BTreeSet<_> = snapshot.local_workloads().map(|w| w.key.clone()).collect();
-        self.states().retain(|key, _| local.contains(key));
+        let is_local = |key: &WorkloadKey| snapshot.workload(key).is_some_and(|workload| workload.local.is_some());
+        self.states().retain(|key, _| is_local(key));
     }
 
-    async fn enrol(&self, workload: &Workload) {
+    async fn enrol(&self, workload: &Arc<Workload>, snapshot: &Snapshot) {
         let Some(local) = &workload.local else { return };
+        let wanted = self.proxy.policies.of(&workload.key).zip(identity(&local.netns)).map(|(policies, namespace)| {
+            let excluded = snapshot.settings.exclude.inbound_ports.clone();
+            Enrolled { workload: Arc::clone(workload), policies: ByAddress(policies), excluded, namespace }
+        });
+        let known = self.states().get(&workload.key).is_some_and(|s| s.enrolled.is_some() && s.enrolled == wanted);
+        if known {
+            return;
+        }
         let plaintext = self.proxy.policies.plaintext_rules(&workload.key);
         let state = match self.proxy.capture.enroll(workload, Some(plaintext)).await {
             Ok(pod) => {
@@ -223,10 +287,11 @@ impl Reconciler {
             netns: local.netns.clone(),
             state: state.clone(),
         };
-        let before = self.states().insert(workload.key.clone(), status);
+        let enrolled = wanted.filter(|_| matches!(state, PodState::Enrolled { .. }));
+        let before = self.states().insert(workload.key.clone(), Standing { status, enrolled });
         self.changes.send_replace(());
         // Said once per change, not once per retry.
-        if before.is_none_or(|b| b.state != state) {
+        if before.is_none_or(|before| before.status.state != state) {
             match &state {
                 PodState::Enrolled { pod_id } => {
                     info!(pod = %workload.key, identity = %workload.identity, pod_id, "enrolled");
@@ -238,7 +303,13 @@ impl Reconciler {
         }
     }
 
-    fn states(&self) -> std::sync::MutexGuard<'_, BTreeMap<WorkloadKey, PodStatus>> {
+    fn states(&self) -> std::sync::MutexGuard<'_, BTreeMap<WorkloadKey, Standing>> {
         self.states.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What tells a namespace from others that have had its path.
+fn identity(namespace: &Path) -> Option<(u64, u64)> {
+    let meta = std::fs::metadata(namespace).ok()?;
+    Some((meta.dev(), meta.ino()))
 }

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
-    io::{self, Read as _, Write as _},
+    io::{self, BufWriter, IntoInnerError, Read as _, Write as _},
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
@@ -29,9 +29,21 @@ impl Copy {
         state_dir.join(format!(".{}.tmp", self.name))
     }
 
-    /// Replaces the copy, atomically and durably. On failure the previous copy is still there.
+    /// Replaces the copy, atomically and durably, unless it says that already. On failure the previous copy is still there.
     pub(super) fn save(self, state_dir: &Path, text: &str) -> io::Result<()> {
-        save(self, state_dir, text)
+        if read(self, state_dir).is_ok_and(|old| old == text) {
+            return Ok(());
+        }
+        self.write(state_dir, |file| file.write_all(text.as_bytes()))
+    }
+
+    /// As [`save`](Self::save), of what is too much to be in memory twice.
+    pub(super) fn write(
+        self,
+        state_dir: &Path,
+        text: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        write(self, state_dir, text)
     }
 
     /// Reads the copy. One that somebody else could have written is refused: it decides who is trusted as whom.
@@ -40,10 +52,7 @@ impl Copy {
     }
 }
 
-fn save(copy: Copy, state_dir: &Path, text: &str) -> io::Result<()> {
-    if read(copy, state_dir).is_ok_and(|old| old == text) {
-        return Ok(());
-    }
+fn write(copy: Copy, state_dir: &Path, text: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(state_dir)?;
     if fs::metadata(state_dir)?.permissions().mode() & 0o777 != 0o700 {
         fs::set_permissions(state_dir, Permissions::from_mode(0o700))?;
@@ -62,10 +71,10 @@ fn save(copy: Copy, state_dir: &Path, text: &str) -> io::Result<()> {
     File::open(state_dir)?.sync_all()
 }
 
-fn write_new(path: &Path, text: &str) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()
+fn write_new(path: &Path, text: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<()> {
+    let mut file = BufWriter::new(OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?);
+    text(&mut file)?;
+    file.into_inner().map_err(IntoInnerError::into_error)?.sync_all()
 }
 
 fn read(copy: Copy, state_dir: &Path) -> io::Result<String> {

@@ -130,10 +130,12 @@ impl Nodes {
         let node = pod.node().name();
         let program = self.directory(node)?.join("bin/underpass-cni");
         let mut entry = self.entry(node)?;
-        entry["cniVersion"] = json!("0.3.1");
+        // CHECK came with 0.4.0.
+        let version = if command == "CHECK" { "1.0.0" } else { "0.3.1" };
+        entry["cniVersion"] = json!(version);
         entry["name"] = json!("pods");
         entry["prevResult"] = json!({
-            "cniVersion": "0.3.1",
+            "cniVersion": version,
             "interfaces": [{ "name": "eth0", "sandbox": netns(pod) }],
             "ips": [
                 { "version": "4", "interface": 0, "address": format!("{}/24", pod.ipv4()) },
@@ -193,7 +195,8 @@ fn a_pod_is_captured_before_its_first_process() -> Result<()> {
     // The very first thing that it does, without a cgroup of its own: it has no process that the agent could have found.
     app(&client, &["request", &to, "--line", MARKER])?;
     assert_encrypted(&sniffer.stop()?)?;
-    ensure!(nodes.call("CHECK", &client, "shop", &uid, "c1")?.ok);
+    let said = nodes.call("CHECK", &client, "shop", &uid, "c1")?;
+    ensure!(said.ok, "{}", said.value);
 
     // A pod outside of the mesh starts, too, and stays outside.
     mesh.world.plane.kubectl(&["create", "namespace", "free"])?;
@@ -285,7 +288,7 @@ fn a_pod_between_add_and_its_first_process_survives_the_agents_death() -> Result
 
 #[test]
 fn the_plugin_stays_installed_until_underpass_is_removed() -> Result<()> {
-    let nodes = Nodes::new("kcniuninst")?;
+    let nodes = Nodes::new("kcniend")?;
     let mesh = &nodes.mesh;
     // Its owner writes the file anew, as an upgrade of the network does; somebody else removes the program.
     fs::write(nodes.conflist("a")?, NETWORK)?;

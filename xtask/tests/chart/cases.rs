@@ -119,14 +119,6 @@ resourceQuota: { enabled: true, pods: 50 }
 uninstall: { timeoutSeconds: 600 }
 "#;
 
-/// Objects of the Prometheus operator, which is not everywhere.
-pub const MONITORING: &str = "
-monitoring:
-  serviceMonitor: { enabled: true, interval: 15s, labels: { release: prometheus } }
-  prometheusRule: { enabled: true, labels: { release: prometheus } }
-  dashboard: { enabled: true, labels: { grafana: here } }
-";
-
 /// Nothing that can be left out.
 pub const LEAST: &str = "
 cni: { enabled: false }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::{
     cases,
+    golden::MONITORING,
     helm::chart,
     objects::{Objects, container, pod},
 };
@@ -197,7 +198,7 @@ fn the_token_is_for_the_authority_that_gets_it() -> Result<()> {
 
 #[test]
 fn alerts_and_dashboard_are_the_files_word_by_word() -> Result<()> {
-    let objects = Objects::of(cases::MONITORING)?;
+    let objects = Objects::of(MONITORING)?;
     let read = |name: &str| std::fs::read_to_string(chart().join("files").join(name));
     let rules: Value = serde_saphyr::from_str(&read("rules.yaml")?)?;
     ensure!(objects.get("PrometheusRule", "underpass")?["spec"] == rules);

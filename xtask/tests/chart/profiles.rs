@@ -13,7 +13,7 @@ fn what_the_user_says_wins_also_when_it_is_nothing() -> Result<()> {
     let values = "
 profile: demo
 platform: kind
-agent: { drainSeconds: 0, cgroup: '', resources: {} }
+agent: { drainSeconds: 0, cgroup: '' }
 probes: { cgroups: [] }
 cni: { enabled: false }
 certificates: { lifetime: 24h }
@@ -22,7 +22,6 @@ certificates: { lifetime: 24h }
     let arguments = objects.arguments("DaemonSet", "underpass-agent")?;
     ensure!(arguments.contains(&"--drain-timeout=0s".to_owned()), "{arguments:?}");
     ensure!(!arguments.iter().any(|argument| argument.starts_with("--c") && !argument.starts_with("--config")));
-    ensure!(container(objects.get("DaemonSet", "underpass-agent")?)["resources"] == json!({}));
     ensure!(objects.config()?["probes"]["cgroups"] == json!([]));
     ensure!(objects.config()?["issuer"]["istio"]["lifetime"] == "24h");
     // And the profile holds where nothing was said.

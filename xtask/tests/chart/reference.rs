@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::{cases::PLATFORMS, helm::chart};
 
@@ -15,7 +15,7 @@ Generated from `charts/underpass/values.schema.json`, which refuses every value 
 [uninstall](uninstall.md).
 
 A default comes from, the last wins: `files/profiles/kubernetes.yaml` and `values.yaml`, the `profile`, the `platform`. What you set wins over all of
-them, also when it is `0`, `false`, `\"\"` or empty.
+them, also when it is `0`, `false`, `\"\"` or an empty list; mappings are merged.
 ";
 
 /// Where a default can come from, and what it is then; by the value's path.
@@ -78,21 +78,22 @@ fn reference() -> Result<String> {
     let schema = json("values.schema.json")?;
     let defaults = defaults()?;
     let mut text = HEAD.to_owned();
-    let sections = schema["properties"].as_object().context("the schema has no properties")?;
-    let (single, sections): (Vec<_>, Vec<_>) = sections.iter().partition(|(_, value)| value["properties"].is_null());
+    let sections = sorted(&schema["properties"])?;
+    let (single, sections): (Vec<_>, Vec<_>) =
+        sections.into_iter().partition(|(_, value)| value["properties"].is_null());
     text += "\n## General\n\n";
-    table(&mut text, &single.into_iter().map(|(k, v)| (k.clone(), v.clone())).collect(), "", &defaults)?;
+    let single = single.into_iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+    table(&mut text, &Value::Object(single), "", &defaults)?;
     for (name, section) in sections {
         write!(text, "\n## `{name}`\n\n{}\n\n", description(section, name)?)?;
-        let fields = section["properties"].as_object().context("a section has fields")?;
-        table(&mut text, fields, &format!("{name}."), &defaults)?;
+        table(&mut text, &section["properties"], &format!("{name}."), &defaults)?;
     }
     Ok(text)
 }
 
-fn table(text: &mut String, fields: &Map<String, Value>, prefix: &str, defaults: &Defaults) -> Result<()> {
+fn table(text: &mut String, fields: &Value, prefix: &str, defaults: &Defaults) -> Result<()> {
     text.push_str("| Value | Type | Default | |\n|---|---|---|---|\n");
-    each(&Value::Object(fields.clone()), prefix, &mut |path, schema| {
+    each(fields, prefix, &mut |path, schema| {
         let default = defaults.get(path).map(|all| {
             let all = all.iter().map(|(from, value)| {
                 let value = format!("`{value}`");
@@ -106,9 +107,14 @@ fn table(text: &mut String, fields: &Map<String, Value>, prefix: &str, defaults:
     })
 }
 
-/// Calls `with` for every value that is no section, in the schema's order.
+/// Whatever order other crates make `serde_json` keep.
+fn sorted(fields: &Value) -> Result<BTreeMap<&String, &Value>> {
+    Ok(fields.as_object().context("properties are a mapping")?.iter().collect())
+}
+
+/// Calls `with` for every value that is no section, in the order of their names.
 fn each(fields: &Value, prefix: &str, with: &mut dyn FnMut(&str, &Value) -> Result<()>) -> Result<()> {
-    for (name, schema) in fields.as_object().context("properties are a mapping")? {
+    for (name, schema) in sorted(fields)? {
         let path = format!("{prefix}{name}");
         // Sections have a description as well; where they are below the first level, the fields' own have to do.
         if schema["properties"].is_object() && !is_leaf(&path) {
@@ -132,7 +138,12 @@ fn description<'a>(schema: &'a Value, path: &str) -> Result<&'a str> {
 
 fn kind(schema: &Value) -> String {
     if let Some(choices) = schema["enum"].as_array() {
-        return choices.iter().map(|choice| format!("`{choice}`").replace('"', "")).collect::<Vec<_>>().join(", ");
+        let written = choices.iter().map(|choice| match choice.as_str() {
+            Some("") => "empty".to_owned(),
+            Some(text) => format!("`{text}`"),
+            None => format!("`{choice}`"),
+        });
+        return written.collect::<Vec<_>>().join(", ");
     }
     if let Some(reference) = schema["allOf"][0]["$ref"].as_str() {
         let kind = match reference.rsplit('/').next().unwrap_or_default() {

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 
 use crate::helm::Helm;
 
-/// What is set, and what the message says.
+/// What is set, with `--set` or an option of its own, and what the message says.
 const WRONG: &[(&str, &str)] = &[
     // Misspelt, at every depth.
     ("mtls=true", "Additional property mtls is not allowed"),
@@ -53,7 +53,7 @@ const WRONG: &[(&str, &str)] = &[
     // Out of range.
     ("mesh.exclude.inboundPorts={0}", "mesh.exclude.inboundPorts.0: Must be greater than or equal to 1"),
     ("mesh.exclude.outboundPorts={65536}", "mesh.exclude.outboundPorts.0: Must be less than or equal to 65535"),
-    ("accessLog.sample=1.5", "accessLog.sample: Must be less than or equal to 1"),
+    ("--set-json=accessLog.sample=1.5", "accessLog.sample: Must be less than or equal to 1"),
     ("agent.drainSeconds=-1", "agent.drainSeconds: Must be greater than or equal to 0"),
     ("agent.ports.metrics=80", "agent.ports.metrics: Must be greater than or equal to 1024"),
     ("agent.update.nodes=0", "agent.update.nodes: Must be greater than or equal to 1"),
@@ -61,7 +61,7 @@ const WRONG: &[(&str, &str)] = &[
     ("ca.replicas=0", "ca.replicas: Must be greater than or equal to 1"),
     ("ca.ratePerNode=0", "ca.ratePerNode: Must be greater than or equal to 1"),
     ("uninstall.timeoutSeconds=5", "uninstall.timeoutSeconds: Must be greater than or equal to 10"),
-    ("networkPolicy.apiServerPorts={}", "networkPolicy.apiServerPorts: Array must have at least 1 items"),
+    ("--set-json=networkPolicy.apiServerPorts=[]", "networkPolicy.apiServerPorts: Array must have at least 1 items"),
     // Of another type.
     ("agent.hardened=maybe", "agent.hardened: Invalid type. Expected: boolean, given: string"),
     ("ca.replicas=two", "ca.replicas: Invalid type. Expected: integer, given: string"),
@@ -87,7 +87,8 @@ const WRONG: &[(&str, &str)] = &[
 fn wrong_values_are_refused_by_name() -> Result<()> {
     let helm = Helm::find()?;
     for (set, said) in WRONG {
-        let message = helm.refusal(&[&format!("--set={set}")])?;
+        let set = if set.starts_with("--") { (*set).to_owned() } else { format!("--set={set}") };
+        let message = helm.refusal(&[&set])?;
         ensure!(message.contains(said), "{set}: {said:?} is not in: {message}");
     }
     Ok(())

@@ -23,7 +23,7 @@ use edit::range_of;
 pub const TYPE: &str = "underpass-cni";
 
 /// The entry's fields, as they are written.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Fields<'a> {
     /// Path of the agent's socket, as the runtime sees it.

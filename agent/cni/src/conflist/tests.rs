@@ -210,9 +210,8 @@ fn any_json() -> impl Strategy<Value = Value> {
 /// A list in a random layout, with as many of our entries as `ours` has places for.
 fn any_list(ours: bool) -> impl Strategy<Value = String> {
     let plugin = (any_json(), "[a-z]{1,6}", prop::bool::weighted(if ours { 0.3 } else { 0.0 })).prop_map(
-        |(other, kind, ours)| match ours {
-            true => OURS.to_owned(),
-            false => json!({"other": other, "type": kind, "zebra": 1}).to_string(),
+        |(other, kind, ours)| {
+            if ours { OURS.to_owned() } else { json!({"other": other, "type": kind, "zebra": 1}).to_string() }
         },
     );
     let space = "[ \\t\\r\\n]{0,3}";

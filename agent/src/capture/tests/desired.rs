@@ -1,15 +1,20 @@
 use std::sync::Arc;
 
+use proptest::prelude::*;
 use underpass_abi::{
     DIRECTION_INBOUND, DIRECTION_OUTBOUND, DIRECTION_PROBE, POD_CAPTURE_ALL, POD_STRICT, PORT_EXCLUDED,
     PORT_PERMISSIVE, PORT_PROBE, PORT_STRICT, TUNNEL_PORT,
 };
 
 use super::{
-    super::desired::{ALL_PODS, MeshState, PortSlot, Strictness, address, excluded_prefix, mesh, mesh_prefix, pod},
+    super::desired::{
+        ALL_PODS, MeshState, PortSlot, Strictness, address, excluded_prefix, mesh, mesh_changes, mesh_prefix, pod,
+    },
     workload,
 };
-use crate::mesh::{Exclusions, InboundMode, MeshSettings, PortMode, Service, ServicePort, SnapshotBuilder, Workload};
+use crate::mesh::{
+    Exclusions, InboundMode, MeshSettings, PortMode, Service, ServicePort, Snapshot, SnapshotBuilder, Workload,
+};
 
 fn nets(list: &[&str]) -> Vec<ipnet::IpNet> {
     list.iter().map(|n| n.parse().unwrap()).collect()
@@ -195,4 +200,47 @@ fn strictness_is_that_of_the_programs() {
         &Arc::default(),
     );
     assert!(without.tightens(&strict), "an exclusion that goes away");
+}
+
+/// Workloads at addresses by their number, on top of a snapshot or of nothing.
+fn at(numbers: &[u8], over: Option<&Snapshot>, settings: &MeshSettings) -> Snapshot {
+    let name = |n: u8| (format!("w{n}"), format!("10.0.0.{n}"));
+    let mut builder = match over {
+        Some(snapshot) => SnapshotBuilder::amend(snapshot.clone()),
+        None => SnapshotBuilder::new("node", "cluster.local".parse().unwrap(), settings.clone()),
+    };
+    for n in 1..=20 {
+        let new = workload(&name(n).0, &name(n).1, None);
+        let (is, wanted) = (builder.so_far().workload(&new.key).is_some(), numbers.contains(&n));
+        if is && !wanted {
+            builder.remove_workload(&new.key);
+        } else if wanted && !is {
+            builder.workload(new).unwrap();
+        }
+    }
+    builder.build()
+}
+
+proptest! {
+    #[test]
+    fn changes_of_the_mesh_lead_from_one_state_to_the_other(
+        before in proptest::collection::vec(1u8..=20, 0..20),
+        after in proptest::collection::vec(1u8..=20, 0..20),
+        amended in any::<bool>(),
+    ) {
+        // One network is exactly an address that comes and goes.
+        let settings = MeshSettings { cidrs: nets(&["10.0.0.7/32", "10.1.0.0/16"]), ..MeshSettings::default() };
+        let before = at(&before, None, &settings);
+        let after = at(&after, amended.then_some(&before), &settings);
+        let mut changed = mesh(&before).mesh;
+        for (prefix, entry) in mesh_changes(&before, &after).unwrap() {
+            match entry {
+                Some(entry) => drop(changed.insert(prefix, entry)),
+                None => drop(changed.remove(&prefix)),
+            }
+        }
+        prop_assert_eq!(changed, mesh(&after).mesh);
+        let other = MeshSettings { capture_all: true, ..settings };
+        prop_assert!(mesh_changes(&before, &at(&[], None, &other)).is_none());
+    }
 }

@@ -116,4 +116,31 @@ proptest! {
         let again = difference(&expected, 0..=19, &after);
         prop_assert!(again.add.is_empty() && again.change.is_empty() && again.remove.is_empty());
     }
+    #[test]
+    fn changes_lead_where_all_of_it_does(
+        before in proptest::collection::btree_map(0u16..40, 0u8..4, 0..20),
+        changes in proptest::collection::btree_map(0u16..40, proptest::option::of(0u8..4), 0..20),
+    ) {
+        let entries: Vec<_> = before.iter().map(|(k, v)| (*k, *v)).collect();
+        let mut after = before.clone();
+        for (key, value) in &changes {
+            match value {
+                Some(value) => drop(after.insert(*key, *value)),
+                None => drop(after.remove(key)),
+            }
+        }
+        let capacity = before.len().max(after.len());
+        let (mut by_changes, mut by_all) = (Fake::new(capacity, &entries), Fake::new(capacity, &entries));
+        Table::new("TEST", capacity, &mut by_changes).unwrap().change(&changes).unwrap();
+        Table::new("TEST", capacity, &mut by_all).unwrap().reconcile(0..=u16::MAX, &after).unwrap();
+        prop_assert_eq!(&by_changes.map, &after);
+        prop_assert_eq!(by_changes.writes.lock().unwrap().clone(), by_all.writes.lock().unwrap().clone());
+        if after.len() > before.len() {
+            let mut fake = Fake::new(after.len() - 1, &entries);
+            let refused = Table::new("TEST", after.len() - 1, &mut fake).unwrap().change(&changes);
+            let too_small = matches!(refused, Err(CaptureError::Capacity { .. }));
+            prop_assert!(too_small);
+            prop_assert_eq!(&fake.map, &before);
+        }
+    }
 }

@@ -113,3 +113,46 @@ fn summaries_count_and_say_what_is_lost() {
         ]
     );
 }
+
+#[test]
+fn a_workload_keeps_its_policies_while_nothing_about_them_changes() {
+    let policies = || {
+        let mut selecting = named("selecting", Scope::Namespace, Action::Deny);
+        selecting.selector.0.insert("app".into(), "a".into());
+        vec![selecting]
+    };
+    let labelled = |app: &str| {
+        let mut facts = WorkloadPolicy::default();
+        facts.labels.0.insert("app".into(), app.into());
+        facts
+    };
+    let (snapshot, workload) = controlled(policies(), &[]);
+    let first = NodePolicies::compile(&snapshot);
+    let set = |node: &NodePolicies| Arc::clone(node.of(&workload.key).unwrap());
+    assert!(set(&first).is_empty());
+
+    let unrelated = SnapshotBuilder::amend(snapshot.clone()).build();
+    assert!(unrelated.shares_local_workloads(&snapshot) && unrelated.shares_policies(&snapshot));
+    let second = NodePolicies::compile_after(&unrelated, &snapshot, &first);
+    assert!(Arc::ptr_eq(&set(&first), &set(&second)));
+
+    let mut builder = SnapshotBuilder::amend(snapshot.clone());
+    builder.workload_policy(&workload.key, labelled("a"));
+    let relabelled = builder.build();
+    assert!(!relabelled.shares_local_workloads(&snapshot), "its labels count too");
+    let third = NodePolicies::compile_after(&relabelled, &snapshot, &first);
+    assert_eq!(set(&third).selection(), &select(&relabelled, &workload.key));
+    assert!(!set(&third).is_empty());
+
+    let mut builder = SnapshotBuilder::amend(relabelled.clone());
+    builder.clear_policies();
+    let without = builder.build();
+    assert!(!without.shares_policies(&relabelled));
+    let mut builder = SnapshotBuilder::amend(without.clone());
+    for policy in policies() {
+        builder.policy(policy).unwrap();
+    }
+    let again = NodePolicies::compile_after(&builder.build(), &relabelled, &third);
+    assert!(Arc::ptr_eq(&set(&third), &set(&again)), "policies that say the same");
+    assert!(set(&NodePolicies::compile_after(&without, &relabelled, &third)).is_empty());
+}

@@ -1,6 +1,6 @@
 //! Everything the API server has said.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use super::{
     attachments::{Attached, Attachment},
@@ -8,7 +8,7 @@ use super::{
     read::Reader,
     records::{ConfiguredRecord, Key, NamespaceRecord, NodeRecord, PodRecord, ServiceRecord, SliceRecord},
     status::Kind,
-    table::{Delta, Table},
+    table::{self, Delta, Table},
     watch::Seen,
 };
 
@@ -51,6 +51,36 @@ pub(super) struct Cluster {
     pub(super) attached: HashMap<Key, Attached>,
     /// Nobody takes part any more: Underpass is being removed.
     pub(super) leaving: bool,
+}
+
+/// What has become different.
+#[derive(Debug)]
+pub(super) struct Changes {
+    pub(super) pods: table::Changes<Key, PodRecord>,
+    pub(super) namespaces: table::Changes<Key, NamespaceRecord>,
+    pub(super) services: table::Changes<Key, ServiceRecord>,
+    pub(super) slices: table::Changes<Key, SliceRecord>,
+    pub(super) node: bool,
+    pub(super) policies: bool,
+    pub(super) authentications: bool,
+}
+
+impl Changes {
+    /// As if there had been nothing before.
+    pub(super) fn everything(cluster: &Cluster) -> Self {
+        fn all<R: PartialEq>(table: &Table<Key, R>) -> table::Changes<Key, R> {
+            table.iter().map(|(key, _)| (key.clone(), None)).collect()
+        }
+        Self {
+            pods: all(&cluster.pods),
+            namespaces: all(&cluster.namespaces),
+            services: all(&cluster.services),
+            slices: all(&cluster.slices),
+            node: true,
+            policies: true,
+            authentications: true,
+        }
+    }
 }
 
 impl Cluster {
@@ -103,6 +133,29 @@ impl Cluster {
         let key = self.attached.iter().find(|(_, a)| a.container == container).map(|(key, _)| key.clone())?;
         self.attached.remove(&key);
         Some(key)
+    }
+
+    /// What has changed since this was last called. `None` the first time: everything.
+    pub(super) fn changes(&mut self) -> Option<Changes> {
+        // All of them, so that each begins to note from now on.
+        let (pods, services, slices) = (self.pods.changes(), self.services.changes(), self.slices.changes());
+        let (namespaces, nodes) = (self.namespaces.changes(), self.nodes.changes());
+        let (policies, authentications) = (self.policies.changes(), self.authentications.changes());
+        Some(Changes {
+            pods: pods?,
+            services: services?,
+            slices: slices?,
+            namespaces: namespaces?,
+            node: !nodes?.is_empty(),
+            policies: !policies?.is_empty(),
+            authentications: !authentications?.is_empty(),
+        })
+    }
+
+    /// The pods of a namespace.
+    pub(super) fn pods_in<'a>(&'a self, namespace: &'a Arc<str>) -> impl Iterator<Item = &'a Key> {
+        let first = Key { namespace: Arc::clone(namespace), name: "".into() };
+        self.pods.keys_from(first).take_while(move |key| key.namespace == *namespace)
     }
 
     /// Has every kind been listed?

@@ -1,30 +1,41 @@
 //! From everything that is known to a snapshot. One object that is wrong takes nothing else with it.
+//!
+//! What was made the last time is kept, and only what a change concerns is made again: a pod, the pods that claim the same
+//! address, the services they are endpoints of. A change to a namespace concerns its pods, one to a `PeerAuthentication` this
+//! node's, one to the settings everything. The result is what it would be if everything was made anew.
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    path::PathBuf,
+    sync::Arc,
+    time::Instant,
+};
 
 use underpass_abi::capacity;
 
 use super::{
-    cluster::Cluster,
-    enrolment::{Enrolments, Phase},
+    cluster::{Changes, Cluster},
+    enrolment::Enrolments,
     finder::Finder,
     modes::Modes,
-    pods::{self, Made, Placed},
+    pods::{self, Known, Placed, workload_key},
     policies,
+    problems::Problems,
     records::Key,
     services,
     status::Problem,
+    wiring::{Candidates, Replaced, Wiring},
 };
-use crate::mesh::{Snapshot, SnapshotBuilder, Workload};
+use crate::mesh::{MeshSettings, Snapshot, SnapshotBuilder};
 
-/// Turns clusters into snapshots, and remembers what makes the next time cheap.
+/// Turns clusters into snapshots.
 #[derive(Debug)]
 pub(super) struct Compiler {
     enrolments: Enrolments,
-    made: Made,
     finder: Finder,
-    pass: u64,
     domain: Arc<str>,
+    /// What was made of the cluster the last time.
+    made: Option<Made>,
 }
 
 /// What came out.
@@ -37,9 +48,52 @@ pub(super) struct Compiled {
     pub(super) complete: bool,
 }
 
+#[derive(Debug)]
+struct Made {
+    /// Those of the base; the snapshot's have the node's addresses, too.
+    settings: MeshSettings,
+    snapshot: Snapshot,
+    modes: Modes,
+    wiring: Wiring,
+    /// Pods that are captured here.
+    here: BTreeMap<Key, Here>,
+    /// Pods that take part and are no workload, because they have no address, say. They must not be dialled in plaintext.
+    unreachable: HashSet<Key>,
+    services: Candidates,
+    problems: Problems,
+}
+
+/// A pod that is captured here.
+#[derive(Debug, PartialEq, Eq)]
+struct Here {
+    uid: Arc<str>,
+    terminating: bool,
+}
+
+impl Made {
+    fn nothing(base: &Snapshot) -> Self {
+        let builder = SnapshotBuilder::new(&base.node, base.trust_domain.clone(), base.settings.clone());
+        Self {
+            settings: base.settings.clone(),
+            snapshot: builder.build(),
+            modes: Modes::default(),
+            wiring: Wiring::default(),
+            here: BTreeMap::new(),
+            unreachable: HashSet::new(),
+            services: Candidates::default(),
+            problems: Problems::default(),
+        }
+    }
+
+    fn is_over(&self, base: &Snapshot) -> bool {
+        let made = &self.snapshot;
+        made.node == base.node && made.trust_domain == base.trust_domain && self.settings == base.settings
+    }
+}
+
 impl Compiler {
     pub(super) fn new(finder: Finder, domain: &str) -> Self {
-        Self { enrolments: Enrolments::default(), made: Made::default(), finder, pass: 0, domain: domain.into() }
+        Self { enrolments: Enrolments::default(), finder, domain: domain.into(), made: None }
     }
 
     /// Where this node's pods are.
@@ -47,76 +101,257 @@ impl Compiler {
         &mut self.finder
     }
 
-    /// Builds a snapshot over `base`, which has the node's name, trust domain and settings. Blocks on the file system.
-    pub(super) fn compile(&mut self, cluster: &Cluster, base: &Snapshot) -> Compiled {
-        self.pass += 1;
-        let mut problems = Vec::new();
-        let (placed, due) = pods::place(cluster, &base.node, &mut self.enrolments, self.pass);
-        let here: Vec<&Placed<'_>> = placed.iter().filter(|p| p.captured_here).collect();
-        let all: Vec<_> = here.iter().map(|p| (p.key, Arc::clone(&p.record.uid))).collect();
-        self.finder.find(&all);
-        let found = |p: &Placed<'_>| p.record.terminating || self.finder.place(p.key, &p.record.uid).is_some();
-        let complete = here.iter().all(|p| found(p));
+    /// Forgets what was made, so that everything is made anew.
+    pub(super) fn forget(&mut self) {
+        self.made = None;
+    }
 
-        let settings = &base.settings;
-        let modes = Modes::new(cluster, settings.mode, &settings.root_namespace, &mut problems);
-        let owners = pods::owners(&placed);
-        let mut builder = SnapshotBuilder::new(&base.node, base.trust_domain.clone(), settings.clone());
-        let taking_part = placed.iter().filter(|p| p.phase != Phase::Out).count();
-        builder.reserve(taking_part, cluster.services.len());
-        self.made.retain(cluster);
-        let context = pods::Context { cluster, base, owners: &owners, modes: &modes, finder: &self.finder };
-        // Of pods that take part; `None` is one that cannot be reached, which must not be dialled in plaintext.
-        let mut workloads: HashMap<&Key, Option<Arc<Workload>>> = HashMap::with_capacity(placed.len());
-        for pod in &placed {
-            if !pod.captured_here && pod.phase != Phase::In {
-                continue;
+    /// Builds a snapshot over `base`, which has the node's name, trust domain and settings. A compiler always sees the same cluster,
+    /// and nobody else asks it for its changes. Blocks on the file system.
+    pub(super) fn compile(&mut self, cluster: &mut Cluster, base: &Snapshot) -> Compiled {
+        self.compile_at(cluster, base, Instant::now())
+    }
+
+    /// As above, at this moment.
+    pub(super) fn compile_at(&mut self, cluster: &mut Cluster, base: &Snapshot, now: Instant) -> Compiled {
+        let made = self.made.take().filter(|made| made.is_over(base));
+        let (mut made, changes) = if let (Some(made), Some(changes)) = (made, cluster.changes()) {
+            (made, changes)
+        } else {
+            self.enrolments.retain(|key| cluster.pods.get(key).is_some());
+            (Made::nothing(base), Changes::everything(cluster))
+        };
+        if changes.authentications {
+            let (settings, problems) = (&base.settings, &mut made.problems.modes);
+            problems.clear();
+            made.modes = Modes::new(cluster, settings.mode, &settings.root_namespace, problems);
+        }
+        let pods = self.dirty_pods(&mut made, cluster, &changes, now);
+        let mut dirty = made.wiring.services(cluster, &changes);
+        dirty.extend(pods.iter().flat_map(|pod| made.wiring.users(pod)).cloned());
+        if changes.node {
+            // The zone may be another one.
+            dirty.extend(cluster.services.iter().map(|(key, _)| key.clone()));
+        }
+        let (placed, complete) = self.place(&mut made, cluster, base, pods, now, &mut dirty);
+        let mut pass =
+            Pass { builder: SnapshotBuilder::amend(made.snapshot.clone()), disputed: false, made: &mut made };
+        pass.pods(&self.finder, cluster, base, placed);
+        pass.services(cluster, base, &self.domain, dirty);
+        if changes.policies {
+            pass.policies(cluster, base);
+        }
+        if changes.node {
+            pass.node(cluster, base);
+        }
+        let snapshot = pass.builder.build();
+        if !changes.namespaces.is_empty() {
+            made.problems.namespaces(cluster);
+        }
+        made.snapshot = snapshot.clone();
+        let problems = made.problems.all();
+        self.made = Some(made);
+        Compiled { snapshot, problems, due: self.enrolments.due(), complete }
+    }
+
+    /// The pods that have to be looked at.
+    fn dirty_pods(&mut self, made: &mut Made, cluster: &Cluster, changes: &Changes, now: Instant) -> HashSet<Key> {
+        let mut dirty = made.wiring.pods(cluster, changes);
+        for namespace in changes.namespaces.keys() {
+            dirty.extend(cluster.pods_in(&namespace.name).cloned());
+        }
+        if changes.authentications {
+            dirty.extend(made.here.keys().cloned());
+        }
+        dirty.extend(self.enrolments.ended(now).cloned());
+        for key in changes.pods.keys().filter(|key| cluster.pods.get(key).is_none()) {
+            self.enrolments.forget(key);
+        }
+        dirty
+    }
+
+    /// Decides about pods, and finds those of this node. A pod that is gone has nothing decided about it. Were all found?
+    fn place<'a>(
+        &mut self,
+        made: &mut Made,
+        cluster: &'a Cluster,
+        base: &Snapshot,
+        dirty: HashSet<Key>,
+        now: Instant,
+        services: &mut BTreeSet<Key>,
+    ) -> (Vec<(Key, Option<Placed<'a>>)>, bool) {
+        let mut placed = Vec::with_capacity(dirty.len());
+        let mut others = false;
+        for key in &dirty {
+            let pod = cluster.pods.entry(key);
+            let pod = pod.map(|(key, record)| pods::place(cluster, &base.node, &mut self.enrolments, key, record, now));
+            let here = pod
+                .filter(|pod| pod.captured_here)
+                .map(|pod| Here { uid: Arc::clone(&pod.record.uid), terminating: pod.record.terminating });
+            if made.here.get(key) != here.as_ref() {
+                others = true;
+                match here {
+                    Some(here) => drop(made.here.insert(key.clone(), here)),
+                    None => drop(made.here.remove(key)),
+                }
             }
-            workloads.insert(pod.key, None);
-            let made = if pod.captured_here {
-                pods::local(&context, pod, &mut problems)
-            } else {
-                self.made.remote(&context, pod)
-            };
-            let problem = |problem: String| Problem { object: format!("Pod {}", pod.key), problem };
-            match made {
-                Ok(Some((workload, policy))) => match builder.shared_workload(&workload) {
-                    Ok(()) => {
-                        builder.workload_policy(&workload.key, policy);
-                        workloads.insert(pod.key, Some(workload));
+            placed.push((key.clone(), pod));
+        }
+        let all_found = |made: &Made, finder: &Finder| {
+            made.here.iter().all(|(key, here)| here.terminating || finder.place(key, &here.uid).is_some())
+        };
+        if others || !all_found(made, &self.finder) {
+            let all: Vec<_> = made.here.iter().map(|(key, here)| (key, Arc::clone(&here.uid))).collect();
+            self.finder.find(&all);
+        }
+        // A pod may be somewhere else than it was, or be found at last, although nothing was said about it.
+        for (key, here) in &made.here {
+            let local = made.snapshot.workload(&workload_key(key)).and_then(|workload| workload.local.as_ref());
+            let moved = match (local, self.finder.place(key, &here.uid)) {
+                (None, None) => false,
+                // As text: comparing paths by their components takes ten times as long.
+                (Some(was), Some(is)) => {
+                    fn text(path: &Option<PathBuf>) -> Option<&std::ffi::OsStr> {
+                        path.as_deref().map(std::path::Path::as_os_str)
                     }
-                    Err(e) => problems.push(problem(e.to_string())),
-                },
-                Ok(None) => {}
-                Err(e) => problems.push(problem(e.to_string())),
+                    was.netns.as_os_str() != is.netns.as_os_str() || text(&was.cgroup) != text(&is.cgroup)
+                }
+                _ => true,
+            };
+            if moved && !dirty.contains(key) {
+                let pod = cluster.pods.entry(key);
+                let pod = pod.map(|(key, pod)| pods::place(cluster, &base.node, &mut self.enrolments, key, pod, now));
+                placed.push((key.clone(), pod));
+                services.extend(made.wiring.users(key).iter().cloned());
             }
         }
+        let complete = all_found(made, &self.finder);
+        (placed, complete)
+    }
+}
 
-        let slices = services::slices(cluster);
-        let node = cluster.nodes.iter().next().map(|(_, node)| node);
-        let zone = node.and_then(|n| n.zone.as_deref());
-        let context =
-            services::Context { cluster, base, zone, slices: &slices, workloads: &workloads, domain: &self.domain };
-        for (key, record) in cluster.services.iter() {
-            if let Some(service) = context.service(key, record)
-                && let Err(e) = builder.service(service)
-            {
-                problems.push(Problem { object: format!("Service {key}"), problem: e.to_string() });
+/// One snapshot on its way.
+struct Pass<'a> {
+    made: &'a mut Made,
+    builder: SnapshotBuilder,
+    /// Several services, or a service and a pod, claim an address, or did: who has it is decided anew.
+    disputed: bool,
+}
+
+impl Pass<'_> {
+    /// Makes the workloads of these pods.
+    fn pods(&mut self, finder: &Finder, cluster: &Cluster, base: &Snapshot, placed: Vec<(Key, Option<Placed<'_>>)>) {
+        let made = &mut *self.made;
+        let context = pods::Context { cluster, base, claims: &made.wiring.claims, modes: &made.modes, finder };
+        let mut replaced: Vec<(Key, Option<Known>)> = Vec::new();
+        for (key, pod) in placed {
+            let mut problems = Vec::new();
+            let pod = pod.filter(Placed::takes_part);
+            let known = pod.and_then(|pod| {
+                pods::workload(&context, &pod, &mut problems).unwrap_or_else(|e| {
+                    problems.push(e.to_string());
+                    None
+                })
+            });
+            made.problems.pod(&key, problems);
+            if pod.is_some() && known.is_none() {
+                made.unreachable.insert(key.clone());
+            } else {
+                made.unreachable.remove(&key);
+            }
+            let workload_key = workload_key(&key);
+            let before = made.snapshot.workload(&workload_key);
+            let same = match (before, &known) {
+                (None, None) => true,
+                (Some(before), Some((workload, policy))) => {
+                    before == workload && *made.snapshot.workload_policy(&workload_key) == **policy
+                }
+                _ => false,
+            };
+            if !same {
+                let addresses = before.into_iter().chain(known.as_ref().map(|(w, _)| w)).flat_map(|w| &w.addresses);
+                self.disputed |= addresses.into_iter().any(|address| made.services.claim(*address));
+                replaced.push((key, known));
             }
         }
+        if self.disputed {
+            self.builder.clear_services();
+        }
+        // An address may go from one pod to another, so first they all lose theirs.
+        for (key, _) in &replaced {
+            self.builder.remove_workload(&workload_key(key));
+        }
+        for (key, known) in replaced {
+            let Some((workload, policy)) = known else { continue };
+            match self.builder.shared_workload(&workload) {
+                Ok(()) => self.builder.workload_policy(&workload.key, policy),
+                Err(e) => {
+                    made.problems.also_of_pod(&key, e.to_string());
+                    made.unreachable.insert(key);
+                }
+            }
+        }
+    }
+
+    /// Makes these services.
+    fn services(&mut self, cluster: &Cluster, base: &Snapshot, domain: &str, dirty: BTreeSet<Key>) {
+        let made = &mut *self.made;
+        let node = cluster.nodes.iter().next().map(|(_, node)| node);
+        let context = services::Context {
+            cluster,
+            base,
+            zone: node.and_then(|n| n.zone.as_deref()),
+            slices: &made.wiring.slices,
+            mesh: self.builder.so_far(),
+            unreachable: &made.unreachable,
+            domain,
+        };
+        let service = |key: &Key| context.service(key, cluster.services.get(key)?);
+        let replaced: Vec<Replaced> = dirty
+            .into_iter()
+            .filter_map(|key| {
+                let service = service(&key);
+                made.services.set(key, service)
+            })
+            .collect();
+        let disputed =
+            self.disputed || replaced.iter().any(|replaced| made.services.disputed(replaced, self.builder.so_far()));
+        if disputed {
+            self.builder.clear_services();
+            made.problems.clear_services();
+            for (key, service) in made.services.iter() {
+                let added = self.builder.shared_service(service);
+                made.problems.service(key, added.err().map(|e| e.to_string()));
+            }
+            return;
+        }
+        for service in replaced.iter().filter_map(|replaced| replaced.before.as_ref()) {
+            self.builder.remove_service(service);
+        }
+        for Replaced { key, after, .. } in &replaced {
+            let added = after.as_ref().map_or(Ok(()), |service| self.builder.shared_service(service));
+            made.problems.service(key, added.err().map(|e| e.to_string()));
+        }
+    }
+
+    fn policies(&mut self, cluster: &Cluster, base: &Snapshot) {
+        let problems = &mut self.made.problems.policies;
+        problems.clear();
+        self.builder.clear_policies();
         for (key, record) in cluster.policies.iter() {
-            policies::add(&mut builder, key, record, &settings.root_namespace, &mut problems);
+            policies::add(&mut self.builder, key, record, &base.settings.root_namespace, problems);
         }
-        for (key, namespace) in cluster.namespaces.iter() {
-            let object = || format!("Namespace {}", key.name);
-            problems.extend(namespace.problems.iter().cloned().map(|problem| Problem { object: object(), problem }));
+    }
+
+    /// The node's addresses are those of its object where the configuration names none.
+    fn node(&mut self, cluster: &Cluster, base: &Snapshot) {
+        let configured = &base.settings.probes.node_addresses;
+        let node = cluster.nodes.iter().next().map(|(_, node)| node);
+        let addresses = if configured.is_empty() { node.map(|n| &n.addresses) } else { Some(configured) };
+        let mut addresses = addresses.cloned().unwrap_or_default();
+        if configured.is_empty() {
+            addresses.truncate(capacity::NODE_ADDRESSES);
         }
-        let mut snapshot = builder.build();
-        let probes = &mut snapshot.settings.probes;
-        if probes.node_addresses.is_empty() {
-            probes.node_addresses = node.map(|n| n.addresses.clone()).unwrap_or_default();
-            probes.node_addresses.truncate(capacity::NODE_ADDRESSES);
-        }
-        Compiled { snapshot, problems, due, complete }
+        self.builder.settings().probes.node_addresses = addresses;
     }
 }

@@ -33,10 +33,12 @@ pub(super) fn wanted(pod: &PodRecord, namespace: Option<&NamespaceRecord>) -> bo
     choice == Some(Choice::In) && !pod.host_network && !pod.occupied
 }
 
-/// Remembers since when pods are wanted.
+/// Remembers which pods are wanted, and since when if that has changed.
 #[derive(Debug, Default)]
 pub(super) struct Enrolments {
     pods: HashMap<Key, Seen>,
+    /// When being in between ends. Few pods are.
+    between: HashMap<Key, Instant>,
 }
 
 #[derive(Debug)]
@@ -44,61 +46,56 @@ struct Seen {
     /// Another pod under the same name is a new one.
     uid: Arc<str>,
     wanted: bool,
-    /// When that changed, for as long as it matters.
-    changed: Option<Instant>,
-    /// Of the pass it was last seen in.
-    pass: u64,
-}
-
-/// One look at all pods.
-pub(super) struct Pass<'a> {
-    enrolments: &'a mut Enrolments,
-    now: Instant,
-    number: u64,
-    /// When the next phase ends.
-    pub(super) due: Option<Instant>,
 }
 
 impl Enrolments {
-    /// Begins a look at all pods; number them upwards.
-    pub(super) fn pass(&mut self, number: u64, now: Instant) -> Pass<'_> {
-        Pass { enrolments: self, now, number, due: None }
-    }
-}
-
-impl Pass<'_> {
-    /// The phase of a pod.
-    pub(super) fn phase(&mut self, key: &Key, pod: &PodRecord, wanted: bool) -> Phase {
-        let (now, number) = (self.now, self.number);
+    /// The phase of a pod, of which `wanted` is what its labels ask for now.
+    pub(super) fn phase(&mut self, key: &Key, pod: &PodRecord, wanted: bool, now: Instant) -> Phase {
         let steady = if wanted { Phase::In } else { Phase::Out };
-        let Some(seen) = self.enrolments.pods.get_mut(key).filter(|seen| seen.uid == pod.uid) else {
-            let seen = Seen { uid: Arc::clone(&pod.uid), wanted, changed: None, pass: number };
-            self.enrolments.pods.insert(key.clone(), seen);
+        let Some(seen) = self.pods.get_mut(key).filter(|seen| seen.uid == pod.uid) else {
+            self.between.remove(key);
+            self.pods.insert(key.clone(), Seen { uid: Arc::clone(&pod.uid), wanted });
             return steady;
         };
-        seen.pass = number;
         if seen.wanted != wanted {
-            // Without an address nobody has dialled it yet.
-            seen.changed = (!pod.addresses.is_empty()).then_some(now);
             seen.wanted = wanted;
-        }
-        match seen.changed.map(|changed| changed + GRACE) {
-            Some(end) if now < end => {
-                self.due = Some(self.due.map_or(end, |due| due.min(end)));
-                Phase::Between
+            // Without an address nobody has dialled it yet.
+            if pod.addresses.is_empty() {
+                self.between.remove(key);
+            } else {
+                self.between.insert(key.clone(), now + GRACE);
             }
-            _ => {
-                seen.changed = None;
+        }
+        match self.between.get(key) {
+            Some(end) if now < *end => Phase::Between,
+            Some(_) => {
+                self.between.remove(key);
                 steady
             }
+            None => steady,
         }
     }
 
-    /// Ends the look: who was not seen is forgotten.
-    pub(super) fn finish(self) -> Option<Instant> {
-        let number = self.number;
-        self.enrolments.pods.retain(|_, seen| seen.pass == number);
-        self.due
+    /// Forgets a pod that is gone.
+    pub(super) fn forget(&mut self, key: &Key) {
+        self.pods.remove(key);
+        self.between.remove(key);
+    }
+
+    /// Forgets all pods but these.
+    pub(super) fn retain(&mut self, is_there: impl Fn(&Key) -> bool) {
+        self.pods.retain(|key, _| is_there(key));
+        self.between.retain(|key, _| is_there(key));
+    }
+
+    /// Pods for which being in between has ended, until they are looked at.
+    pub(super) fn ended(&self, now: Instant) -> impl Iterator<Item = &Key> {
+        self.between.iter().filter(move |(_, end)| **end <= now).map(|(key, _)| key)
+    }
+
+    /// When the next pod ends being in between.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.between.values().min().copied()
     }
 }
 
@@ -136,12 +133,9 @@ mod tests {
     fn a_change_passes_through_a_time_in_between_and_a_new_pod_does_not() {
         let key = Key { namespace: "n".into(), name: "p".into() };
         let (mut enrolments, start) = (Enrolments::default(), Instant::now());
-        let mut number = 0;
         let mut at = |pod: &_, wanted, after| {
-            number += 1;
-            let mut pass = enrolments.pass(number, start + after);
-            let phase = pass.phase(&key, pod, wanted);
-            (phase, pass.finish())
+            let phase = enrolments.phase(&key, pod, wanted, start + after);
+            (phase, enrolments.due())
         };
         let (first, second) = (pod("one", "10.0.0.1"), pod("two", "10.0.0.1"));
         let second_ = Duration::from_secs(1);

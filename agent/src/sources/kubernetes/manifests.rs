@@ -45,7 +45,7 @@ pub fn compile(
     for object in objects {
         cluster.take(&mut reader, change(object, Seen::Applied)?);
     }
-    let compiled = Compiler::new(Finder::new(Path::new(NOWHERE)), cluster_domain).compile(&cluster, base);
+    let compiled = Compiler::new(Finder::new(Path::new(NOWHERE)), cluster_domain).compile(&mut cluster, base);
     Ok((compiled.snapshot, compiled.problems))
 }
 

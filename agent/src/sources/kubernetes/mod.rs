@@ -4,17 +4,17 @@
 //! Every kind has a watch ([`watch`]) whose objects are cut down to what is needed ([`objects`], [`read`], [`records`]). One owner
 //! ([`source`]) keeps them ([`cluster`], [`table`]) and compiles snapshots ([`compile`]) out of all that is known: who is in the mesh
 //! ([`enrolment`], [`annotations`]), where this node's pods are ([`finder`]), how plaintext is met ([`modes`]), which endpoints are
-//! used ([`services`]). What was known is kept on disk ([`saved`]) for a start without the API server.
+//! used ([`services`]). Of a snapshot only what a change concerns is made again ([`wiring`]). What was known is kept on disk ([`saved`]) for a start without the API server.
 //!
 //! `docs/kubernetes.md` says what it means for users.
 
 mod annotations;
 mod attachments;
-mod budget;
 mod cluster;
 mod compile;
 mod enrolment;
 mod finder;
+mod index;
 mod leaving;
 pub mod manifests;
 mod modes;
@@ -22,6 +22,7 @@ mod names;
 mod objects;
 mod pods;
 mod policies;
+mod problems;
 mod projection;
 mod read;
 mod records;
@@ -33,6 +34,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod watch;
+mod wiring;
 
 use std::path::PathBuf;
 

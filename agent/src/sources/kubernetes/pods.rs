@@ -1,19 +1,14 @@
 //! From pods to workloads.
 
-use std::{
-    collections::{HashMap, hash_map::Entry},
-    net::IpAddr,
-    sync::Arc,
-    time::Instant,
-};
+use std::{net::IpAddr, sync::Arc, time::Instant};
 
 use super::{
     cluster::Cluster,
     enrolment::{Enrolments, Phase, wanted},
     finder::Finder,
+    index::Index,
     modes::Modes,
-    records::{Excluded, Key, NamespaceRecord, PodRecord},
-    status::Problem,
+    records::{Excluded, Key, PodRecord},
 };
 use crate::mesh::{
     Exclusions, IdentityError, InboundMode, Labels, LocalPod, ModeSource, Protocol, Snapshot, SpiffeId, Workload,
@@ -21,6 +16,7 @@ use crate::mesh::{
 };
 
 /// A pod with what is decided about it.
+#[derive(Clone, Copy)]
 pub(super) struct Placed<'a> {
     pub(super) key: &'a Key,
     pub(super) record: &'a Arc<PodRecord>,
@@ -29,28 +25,27 @@ pub(super) struct Placed<'a> {
     pub(super) captured_here: bool,
 }
 
-/// Decides about every pod. The time is when the next pod ends being in between.
+impl Placed<'_> {
+    /// Others have to do with it as a workload of the mesh.
+    pub(super) fn takes_part(&self) -> bool {
+        self.captured_here || self.phase == Phase::In
+    }
+}
+
+/// Decides about a pod.
 pub(super) fn place<'a>(
     cluster: &'a Cluster,
     node: &str,
     enrolments: &mut Enrolments,
-    pass: u64,
-) -> (Vec<Placed<'a>>, Option<Instant>) {
-    let mut pass = enrolments.pass(pass, Instant::now());
-    let mut namespace: Option<(&Arc<str>, Option<&Arc<NamespaceRecord>>)> = None;
-    let mut placed = Vec::with_capacity(cluster.pods.len());
-    for (key, record) in cluster.pods.iter() {
-        // Ordered by namespace, so each is looked up once.
-        let of = match namespace {
-            Some((name, found)) if *name == key.namespace => found,
-            _ => cluster.namespaces.get(&cluster_scoped(&key.namespace)),
-        };
-        namespace = Some((&key.namespace, of));
-        let phase = pass.phase(key, record, !cluster.leaving && wanted(record, of.map(Arc::as_ref)));
-        let captured_here = phase != Phase::Out && record.node.as_deref() == Some(node) && !record.addresses.is_empty();
-        placed.push(Placed { key, record, phase, captured_here });
-    }
-    (placed, pass.finish())
+    key: &'a Key,
+    record: &'a Arc<PodRecord>,
+    now: Instant,
+) -> Placed<'a> {
+    let namespace = cluster.namespaces.get(&cluster_scoped(&key.namespace));
+    let wanted = !cluster.leaving && wanted(record, namespace.map(Arc::as_ref));
+    let phase = enrolments.phase(key, record, wanted, now);
+    let captured_here = phase != Phase::Out && record.node.as_deref() == Some(node) && !record.addresses.is_empty();
+    Placed { key, record, phase, captured_here }
 }
 
 /// Key of an object that is in no namespace.
@@ -58,97 +53,72 @@ pub(super) fn cluster_scoped(name: &Arc<str>) -> Key {
     Key { namespace: "".into(), name: Arc::clone(name) }
 }
 
-/// Whose an address is: of several pods that claim it, the one that does not end, else the younger. Kubernetes may give the
-/// address of a pod that has ended to another before it says that the first is gone.
-pub(super) fn owners<'a>(placed: &'a [Placed<'a>]) -> Owners<'a> {
-    let mut owners = Owners::with_capacity(placed.len());
-    for pod in placed.iter().filter(|p| !p.record.host_network) {
-        let rank = |p: &Placed<'_>| (!p.record.terminating, p.record.created);
-        for address in &pod.record.addresses {
-            match owners.entry(*address) {
-                Entry::Vacant(e) => {
-                    e.insert(pod);
-                }
-                Entry::Occupied(mut e) if rank(pod) > rank(e.get()) => {
-                    e.insert(pod);
-                }
-                Entry::Occupied(_) => {}
-            }
-        }
-    }
-    owners
+/// The addresses that a pod claims.
+pub(super) fn claims(record: &PodRecord) -> &[IpAddr] {
+    if record.host_network { &[] } else { &record.addresses }
 }
 
-/// Pods by the addresses that are theirs.
-pub(super) type Owners<'a> = HashMap<IpAddr, &'a Placed<'a>>;
+/// Pods by the addresses that they claim.
+pub(super) type Claims = Index<IpAddr, Key>;
+
+/// Is an address that a pod claims its own? Of several pods that claim it, it belongs to one that does not end, else to the younger.
+/// Kubernetes may give the address of a pod that has ended to another before it says that the first is gone.
+fn owns(cluster: &Cluster, all: &Claims, key: &Key, address: &IpAddr) -> bool {
+    match all.get(address) {
+        [only] => only == key,
+        several => {
+            let rank = |key: &Key| cluster.pods.get(key).map(|pod| (!pod.terminating, pod.created));
+            // In order, so of equals it is the first.
+            let owner = several.iter().rev().max_by_key(|key| rank(key));
+            owner == Some(key)
+        }
+    }
+}
 
 /// Those of a pod's addresses that no other has.
-fn own_addresses(owners: &Owners<'_>, pod: &Placed<'_>) -> Vec<IpAddr> {
-    let own = |address: &&IpAddr| owners.get(*address).is_some_and(|owner| std::ptr::eq(*owner, pod));
-    pod.record.addresses.iter().filter(own).copied().collect()
+fn own_addresses(context: &Context<'_>, pod: &Placed<'_>) -> Vec<IpAddr> {
+    let own = |address: &&IpAddr| owns(context.cluster, context.claims, pod.key, address);
+    claims(pod.record).iter().filter(own).copied().collect()
 }
 
 /// What a workload is made of, beside its pod.
 pub(super) struct Context<'a> {
     pub(super) cluster: &'a Cluster,
     pub(super) base: &'a Snapshot,
-    pub(super) owners: &'a Owners<'a>,
+    pub(super) claims: &'a Claims,
     pub(super) modes: &'a Modes,
     pub(super) finder: &'a Finder,
-}
-
-/// Workloads of the last pass, taken again while nothing about them is different.
-#[derive(Debug, Default)]
-pub(super) struct Made(HashMap<Key, One>);
-
-#[derive(Debug)]
-struct One {
-    of: Arc<PodRecord>,
-    phase: Phase,
-    workload: Arc<Workload>,
-    policy: Arc<WorkloadPolicy>,
 }
 
 /// A workload, and what policies have to know of it.
 pub(super) type Known = (Arc<Workload>, Arc<WorkloadPolicy>);
 
-impl Made {
-    /// Forgets pods that are gone.
-    pub(super) fn retain(&mut self, cluster: &Cluster) {
-        if self.0.len() > cluster.pods.len() {
-            self.0.retain(|key, _| cluster.pods.get(key).is_some());
-        }
-    }
+/// The workload of a pod that takes part. `None` when it has no address of its own.
+pub(super) fn workload(
+    context: &Context<'_>,
+    pod: &Placed<'_>,
+    problems: &mut Vec<String>,
+) -> Result<Option<Known>, IdentityError> {
+    if pod.captured_here { local(context, pod, problems) } else { remote(context, pod) }
+}
 
-    /// The workload of a pod of another node. `None` when it has no address of its own.
-    pub(super) fn remote(&mut self, context: &Context<'_>, pod: &Placed<'_>) -> Result<Option<Known>, IdentityError> {
-        let addresses = own_addresses(context.owners, pod);
-        if addresses.is_empty() {
-            return Ok(None);
-        }
-        if let Some(made) = self.0.get(pod.key)
-            && Arc::ptr_eq(&made.of, pod.record)
-            && made.phase == pod.phase
-            && made.workload.addresses == addresses
-        {
-            return Ok(Some((Arc::clone(&made.workload), Arc::clone(&made.policy))));
-        }
-        let workload = Arc::new(Workload {
-            key: workload_key(pod.key),
-            identity: identity(context.base, &pod.key.namespace, &pod.record.service_account)?,
-            node: pod.record.node.clone().unwrap_or_else(|| "".into()),
-            addresses,
-            protocol: protocol(pod.phase),
-            mode: InboundMode::Permissive,
-            port_modes: Vec::new(),
-            local: None,
-        });
-        let policy = Arc::new(workload_policy(pod.record, ModeSource::Mesh));
-        let of = Arc::clone(pod.record);
-        let known = (Arc::clone(&workload), Arc::clone(&policy));
-        self.0.insert(pod.key.clone(), One { of, phase: pod.phase, workload, policy });
-        Ok(Some(known))
+/// The workload of a pod of another node.
+fn remote(context: &Context<'_>, pod: &Placed<'_>) -> Result<Option<Known>, IdentityError> {
+    let addresses = own_addresses(context, pod);
+    if addresses.is_empty() {
+        return Ok(None);
     }
+    let workload = Workload {
+        key: workload_key(pod.key),
+        identity: identity(context.base, &pod.key.namespace, &pod.record.service_account)?,
+        node: pod.record.node.clone().unwrap_or_else(|| "".into()),
+        addresses,
+        protocol: protocol(pod.phase),
+        mode: InboundMode::Permissive,
+        port_modes: Vec::new(),
+        local: None,
+    };
+    Ok(Some((Arc::new(workload), Arc::new(workload_policy(pod.record, ModeSource::Mesh)))))
 }
 
 /// How others reach a pod.
@@ -157,13 +127,9 @@ fn protocol(phase: Phase) -> Protocol {
 }
 
 /// The workload of one of this node's pods.
-pub(super) fn local(
-    context: &Context<'_>,
-    pod: &Placed<'_>,
-    problems: &mut Vec<Problem>,
-) -> Result<Option<Known>, IdentityError> {
+fn local(context: &Context<'_>, pod: &Placed<'_>, problems: &mut Vec<String>) -> Result<Option<Known>, IdentityError> {
     let (key, record) = (pod.key, pod.record);
-    let addresses = own_addresses(context.owners, pod);
+    let addresses = own_addresses(context, pod);
     if addresses.is_empty() {
         return Ok(None);
     }
@@ -173,8 +139,7 @@ pub(super) fn local(
         Phase::In | Phase::Out => context.modes.of(&key.namespace, &labels),
     };
     let of_namespace = context.cluster.namespaces.get(&cluster_scoped(&key.namespace));
-    let said = record.problems.iter().cloned().map(|problem| Problem { object: format!("Pod {key}"), problem });
-    problems.extend(said);
+    problems.extend(record.problems.iter().cloned());
     let local = context.finder.place(key, &record.uid).map(|place| LocalPod {
         netns: place.netns.clone(),
         cgroup: place.cgroup.clone(),
@@ -185,7 +150,7 @@ pub(super) fn local(
     });
     if local.is_none() && !record.terminating {
         let problem = "its processes were not found below the attach point, so it is not captured; check --cgroup and that the agent sees the node's processes (hostPID)";
-        problems.push(Problem { object: format!("Pod {key}"), problem: problem.into() });
+        problems.push(problem.into());
     }
     let workload = Workload {
         key: workload_key(key),

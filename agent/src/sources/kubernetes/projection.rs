@@ -2,7 +2,10 @@
 
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
+    fs::DirBuilder,
+    io,
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -51,11 +54,17 @@ impl Projector {
             *last = now;
             return;
         }
-        match projection.write(&self.file) {
+        let directory = self.file.parent().map_or(Ok(()), private);
+        match directory.and_then(|()| projection.write(&self.file)) {
             Ok(()) => self.written = Some((now, projection)),
             Err(error) => warn!(file = %self.file.display(), %error, "cannot tell the CNI plugin which pods to hold"),
         }
     }
+}
+
+/// The directory may not be there yet, or be gone with a tmpfs.
+fn private(directory: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(directory)
 }
 
 fn project(cluster: &Cluster) -> Projection {

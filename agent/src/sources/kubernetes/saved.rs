@@ -2,7 +2,7 @@
 
 use std::{io, path::Path, sync::Arc};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::{
     cluster::Cluster,
@@ -16,7 +16,7 @@ const FORMAT: u32 = 1;
 /// A cluster of 50,000 pods takes about 25 MiB.
 const COPY: Copy = Copy { name: "last-good-cluster.json", longest: 256 * 1024 * 1024 };
 
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize)]
 struct Saved {
     format: u32,
     node: Arc<str>,
@@ -29,26 +29,43 @@ struct Saved {
     authentications: Vec<(Key, Arc<ConfiguredRecord>)>,
 }
 
+/// What is written: as above, without a copy of it.
+#[derive(Serialize)]
+struct Saving<'a> {
+    format: u32,
+    node: &'a str,
+    pods: All<'a, PodRecord>,
+    namespaces: All<'a, NamespaceRecord>,
+    nodes: All<'a, NodeRecord>,
+    services: All<'a, ServiceRecord>,
+    slices: All<'a, SliceRecord>,
+    policies: All<'a, ConfiguredRecord>,
+    authentications: All<'a, ConfiguredRecord>,
+}
+
+/// All records of a table, with their keys.
+struct All<'a, R>(&'a Table<Key, R>);
+
+impl<R: Serialize + PartialEq> Serialize for All<'_, R> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.iter())
+    }
+}
+
 /// Writes the copy. Blocks on the disk.
 pub(super) fn save(state_dir: &Path, node: &str, cluster: &Cluster) -> io::Result<()> {
-    fn all<R>(table: &Table<Key, R>) -> Vec<(Key, Arc<R>)>
-    where
-        R: PartialEq,
-    {
-        table.iter().map(|(key, record)| (key.clone(), Arc::clone(record))).collect()
-    }
-    let saved = Saved {
+    let saving = Saving {
         format: FORMAT,
-        node: node.into(),
-        pods: all(&cluster.pods),
-        namespaces: all(&cluster.namespaces),
-        nodes: all(&cluster.nodes),
-        services: all(&cluster.services),
-        slices: all(&cluster.slices),
-        policies: all(&cluster.policies),
-        authentications: all(&cluster.authentications),
+        node,
+        pods: All(&cluster.pods),
+        namespaces: All(&cluster.namespaces),
+        nodes: All(&cluster.nodes),
+        services: All(&cluster.services),
+        slices: All(&cluster.slices),
+        policies: All(&cluster.policies),
+        authentications: All(&cluster.authentications),
     };
-    COPY.save(state_dir, &serde_json::to_string(&saved)?)
+    COPY.write(state_dir, |file| Ok(serde_json::to_writer(file, &saving)?))
 }
 
 /// Reads the copy of the node of this name.

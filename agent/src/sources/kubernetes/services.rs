@@ -1,38 +1,30 @@
 //! From services and their endpoint slices to services of the mesh: which endpoints are used, as kube-proxy decides it.
 
 use std::{
-    collections::{BTreeMap, HashMap, btree_map::Entry},
+    collections::{BTreeMap, HashSet, btree_map::Entry},
     net::IpAddr,
     sync::Arc,
 };
 
 use super::{
     cluster::Cluster,
+    index::Index,
     pods::{identity, workload_key},
     records::{EndpointRecord, Key, ServiceRecord, SliceRecord},
 };
 use crate::mesh::{Endpoint, InboundMode, Protocol, Service, ServicePort, Snapshot, Workload, WorkloadKey};
-
-/// The slices of every service.
-pub(super) type Slices<'a> = HashMap<(&'a str, &'a str), Vec<&'a SliceRecord>>;
-
-/// Groups slices by service.
-pub(super) fn slices(cluster: &Cluster) -> Slices<'_> {
-    let mut slices = Slices::with_capacity(cluster.services.len());
-    for (key, slice) in cluster.slices.iter() {
-        slices.entry((&*key.namespace, &*slice.service)).or_default().push(slice);
-    }
-    slices
-}
 
 /// What the endpoints of a service are chosen and resolved by.
 pub(super) struct Context<'a> {
     pub(super) cluster: &'a Cluster,
     pub(super) base: &'a Snapshot,
     pub(super) zone: Option<&'a str>,
-    pub(super) slices: &'a Slices<'a>,
-    /// Of the pods that take part; `None` is one that cannot be reached.
-    pub(super) workloads: &'a HashMap<&'a Key, Option<Arc<Workload>>>,
+    /// The slices of every service.
+    pub(super) slices: &'a Index<Key, Key>,
+    /// Has the workloads of the pods that take part.
+    pub(super) mesh: &'a Snapshot,
+    /// Pods that take part and cannot be reached.
+    pub(super) unreachable: &'a HashSet<Key>,
     /// Cluster's domain, `cluster.local`.
     pub(super) domain: &'a str,
 }
@@ -43,7 +35,7 @@ type Candidate<'a> = (&'a EndpointRecord, usize);
 impl Context<'_> {
     /// The service, when one of its endpoints is in the mesh; kube-proxy serves all others, and nothing of theirs is captured.
     pub(super) fn service(&self, key: &Key, record: &ServiceRecord) -> Option<Service> {
-        let slices = self.slices.get(&(&*key.namespace, &*key.name))?;
+        let slices: Vec<_> = self.slices.get(key).iter().filter_map(|slice| self.cluster.slices.get(slice)).collect();
         let candidates = slices.iter().enumerate().flat_map(|(i, s)| s.endpoints.iter().map(move |e| (e, i)));
         let chosen = choose(candidates, record.local_only, &self.base.node, self.zone);
         let ports: Vec<Vec<ServicePort>> = slices.iter().map(|slice| ports(record, slice)).collect();
@@ -92,9 +84,12 @@ impl Context<'_> {
             let key = WorkloadKey { namespace: Arc::clone(namespace), name: endpoint.address.to_string().into() };
             return self.plain(key, endpoint.address, "default");
         };
-        if let Some(workload) = self.workloads.get(key) {
-            let workload = workload.as_ref()?;
+        if let Some(workload) = self.mesh.workload(&workload_key(key)) {
             return workload.addresses.contains(&endpoint.address).then(|| Arc::clone(workload));
+        }
+        // It must not be dialled in plaintext.
+        if self.unreachable.contains(key) {
+            return None;
         }
         let pod = self.cluster.pods.get(key)?;
         self.plain(workload_key(key), endpoint.address, &pod.service_account)

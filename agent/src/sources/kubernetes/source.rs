@@ -21,7 +21,6 @@ use tracing::{info, warn};
 use super::{
     KubernetesConfig,
     attachments::{Attached, Attachments, Board, Verdict},
-    budget::Budget,
     cluster::{Change, Cluster, News},
     compile::{Compiled, Compiler},
     enrolment::wanted,
@@ -40,8 +39,8 @@ use crate::mesh::{MeshStore, Snapshot};
 
 /// How long the API server has at the start before what was known when the agent last ran is used.
 const RESTORE_AFTER: Duration = Duration::from_secs(3);
-/// After a change, how long others are waited for.
-const SETTLE: Duration = Duration::from_millis(10);
+/// After a change, how long others are waited for. Bounds how often snapshots are made while changes do not end.
+const SETTLE: Duration = Duration::from_millis(20);
 /// First and longest pause before pods that were not found are looked for again.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Shortest time between two copies on disk.
@@ -243,8 +242,6 @@ struct Owner {
     published: bool,
     /// Since when something is different from what is published.
     dirty: Option<Instant>,
-    /// When the next snapshot may be made.
-    budget: Budget,
     /// When pods change without anybody saying so.
     due: Option<Instant>,
     /// When pods that were not found are looked for, and how long that is after the last time.
@@ -290,7 +287,6 @@ impl Owner {
             started: now,
             published: false,
             dirty: Some(now),
-            budget: Budget::new(now),
             due: None,
             look: None,
             saved: None,
@@ -331,6 +327,7 @@ impl Owner {
             News::Leaving(leaving) => {
                 if std::mem::replace(&mut self.cluster.leaving, leaving) != leaving {
                     info!(leaving, "asked whether to un-enrol everything");
+                    self.compiler.forget();
                     self.changed();
                     if let Some(projector) = &mut self.outside.projector {
                         projector.changed();
@@ -354,10 +351,7 @@ impl Owner {
 
     /// When the next snapshot is to be made.
     fn compile_at(&self) -> Option<Instant> {
-        let changed = self.dirty.map(|since| match self.urgent {
-            true => since,
-            false => (since + SETTLE).max(self.budget.not_before()),
-        });
+        let changed = self.dirty.map(|since| if self.urgent { since } else { since + SETTLE });
         let look = self.look.map(|(at, _)| at);
         let wanted = [changed, self.due, look].into_iter().flatten().min()?;
         Some(wanted.max(self.compilable()?))
@@ -408,11 +402,10 @@ impl Owner {
     }
 
     async fn compile(mut self, base: &Arc<MeshStore>, store: &Arc<MeshStore>) -> Self {
-        let began = Instant::now();
         let news = self.dirty.take().is_some();
         let base = base.load();
         let (owner, compiled) = spawn_blocking(move || {
-            let compiled = self.compiler.compile(&self.cluster, &base);
+            let compiled = self.compiler.compile(&mut self.cluster, &base);
             (self, compiled)
         })
         .await
@@ -442,7 +435,6 @@ impl Owner {
         self.tell(&store.load());
         self.outside.leaving.say(self.cluster.leaving, left);
         self.published = true;
-        self.budget.spend(began, Instant::now());
         self
     }
 

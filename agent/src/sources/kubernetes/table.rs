@@ -17,6 +17,9 @@ pub(super) enum Delta<K, R> {
     ListEnds,
 }
 
+/// Objects that have become different, each with what it was before.
+pub(super) type Changes<K, R> = BTreeMap<K, Option<Arc<R>>>;
+
 /// Records by key. An unchanged record keeps its allocation, so that whoever derived something from it sees that at a glance.
 #[derive(Debug)]
 pub(super) struct Table<K, R> {
@@ -24,11 +27,13 @@ pub(super) struct Table<K, R> {
     incoming: Option<BTreeMap<K, Arc<R>>>,
     /// The API server has said what there is, at least once.
     synced: bool,
+    /// Since they were last asked for; `None` until then: everything is new to whoever asks first.
+    changes: Option<Changes<K, R>>,
 }
 
 impl<K, R> Default for Table<K, R> {
     fn default() -> Self {
-        Self { current: BTreeMap::new(), incoming: None, synced: false }
+        Self { current: BTreeMap::new(), incoming: None, synced: false, changes: None }
     }
 }
 
@@ -36,14 +41,18 @@ impl<K: Ord + Clone, R: PartialEq> Table<K, R> {
     /// Starts with what was known when the agent last ran.
     pub(super) fn restored(records: impl IntoIterator<Item = (K, Arc<R>)>) -> Self {
         let current = records.into_iter().collect();
-        Self { current, incoming: None, synced: false }
+        Self { current, ..Self::default() }
     }
 
     /// Takes in a change; `true` when something is different now.
     pub(super) fn take(&mut self, delta: Delta<K, R>) -> bool {
         match delta {
             Delta::Apply(key, Some(record)) => self.set(key, record),
-            Delta::Apply(key, None) | Delta::Delete(key) => self.current.remove(&key).is_some(),
+            Delta::Apply(key, None) | Delta::Delete(key) => {
+                let Some(old) = self.current.remove(&key) else { return false };
+                self.note(key, Some(old));
+                true
+            }
             Delta::ListBegins => {
                 self.incoming = Some(BTreeMap::new());
                 false
@@ -59,10 +68,8 @@ impl<K: Ord + Clone, R: PartialEq> Table<K, R> {
             Delta::ListEnds => {
                 let first = !mem::replace(&mut self.synced, true);
                 let Some(incoming) = self.incoming.take() else { return first };
-                let same = incoming.len() == self.current.len()
-                    && incoming.iter().zip(&self.current).all(|(new, old)| new.0 == old.0 && Arc::ptr_eq(new.1, old.1));
-                self.current = incoming;
-                first || !same
+                let before = mem::replace(&mut self.current, incoming);
+                self.compare(before) || first
             }
         }
     }
@@ -71,17 +78,46 @@ impl<K: Ord + Clone, R: PartialEq> Table<K, R> {
         if self.current.get(&key).is_some_and(|old| **old == record) {
             return false;
         }
-        self.current.insert(key, Arc::new(record));
+        let old = self.current.insert(key.clone(), Arc::new(record));
+        self.note(key, old);
         true
+    }
+
+    /// Notes what is different from `before`, if anything is.
+    fn compare(&mut self, mut before: BTreeMap<K, Arc<R>>) -> bool {
+        let mut differences = Vec::new();
+        for (key, record) in &self.current {
+            let old = before.remove(key);
+            if old.as_ref().is_none_or(|old| !Arc::ptr_eq(old, record)) {
+                differences.push((key.clone(), old));
+            }
+        }
+        differences.extend(before.into_iter().map(|(key, old)| (key, Some(old))));
+        let any = !differences.is_empty();
+        for (key, old) in differences {
+            self.note(key, old);
+        }
+        any
+    }
+
+    /// What counts is how it was when changes were last asked for.
+    fn note(&mut self, key: K, old: Option<Arc<R>>) {
+        if let Some(changes) = &mut self.changes {
+            changes.entry(key).or_insert(old);
+        }
+    }
+
+    /// What has changed since this was last called. `None` the first time: everything.
+    pub(super) fn changes(&mut self) -> Option<Changes<K, R>> {
+        self.changes.replace(BTreeMap::new())
     }
 
     /// Nothing of this kind can exist, e.g. because its CRD does not.
     pub(super) fn none(&mut self) -> bool {
         let first = !mem::replace(&mut self.synced, true);
         self.incoming = None;
-        let had = !self.current.is_empty();
-        self.current.clear();
-        first || had
+        let before = mem::take(&mut self.current);
+        self.compare(before) || first
     }
 
     pub(super) fn synced(&self) -> bool {
@@ -90,6 +126,16 @@ impl<K: Ord + Clone, R: PartialEq> Table<K, R> {
 
     pub(super) fn get(&self, key: &K) -> Option<&Arc<R>> {
         self.current.get(key)
+    }
+
+    /// A record with its key.
+    pub(super) fn entry(&self, key: &K) -> Option<(&K, &Arc<R>)> {
+        self.current.get_key_value(key)
+    }
+
+    /// Keys from `first` on, in order.
+    pub(super) fn keys_from(&self, first: K) -> impl Iterator<Item = &K> {
+        self.current.range(first..).map(|(key, _)| key)
     }
 
     pub(super) fn iter(&self) -> impl ExactSizeIterator<Item = (&K, &Arc<R>)> {
@@ -139,5 +185,24 @@ mod tests {
         assert!(table.take(Delta::Apply(1, None)), "of no use any more");
         assert!(!table.take(Delta::Delete(1)));
         assert!(table.take(Delta::Apply(1, Some(2))) && table.none() && table.len() == 0);
+    }
+
+    #[test]
+    fn changes_are_told_once_with_what_was_before() {
+        let mut table: Table<u8, u8> = Table::restored([(1, Arc::new(1)), (2, Arc::new(2)), (3, Arc::new(3))]);
+        assert!(table.changes().is_none(), "everything is new to whoever asks first");
+        assert!(table.changes().unwrap().is_empty());
+        let told = |table: &mut Table<u8, u8>| {
+            let changes = table.changes().unwrap();
+            changes.into_iter().map(|(k, old)| (k, old.map(|old| *old))).collect::<Vec<_>>()
+        };
+        table.take(Delta::Apply(1, Some(7)));
+        table.take(Delta::Delete(1));
+        table.take(Delta::Apply(9, Some(9)));
+        assert_eq!(told(&mut table), [(1, Some(1)), (9, None)]);
+        assert!(listed(&mut table, &[(2, 2), (3, 4), (5, 5)]));
+        assert_eq!(told(&mut table), [(3, Some(3)), (5, None), (9, Some(9))]);
+        assert!(table.none());
+        assert_eq!(told(&mut table), [(2, Some(2)), (3, Some(4)), (5, Some(5))]);
     }
 }

@@ -1,6 +1,6 @@
 //! Records and clusters for tests.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Instant};
 
 use serde_json::Value;
 
@@ -44,6 +44,8 @@ pub(in crate::sources::kubernetes) struct Scene {
     pub(in crate::sources::kubernetes) cluster: Cluster,
     reader: Reader,
     compiler: Compiler,
+    /// Remembers nothing but enrolments.
+    anew: Compiler,
     pub(in crate::sources::kubernetes) base: Snapshot,
     _pods: tempfile::TempDir,
 }
@@ -56,6 +58,7 @@ impl Scene {
             cluster: Cluster::default(),
             reader: Reader::new(NODE),
             compiler: Compiler::new(Finder::new(pods.path()), "cluster.local"),
+            anew: Compiler::new(Finder::new(pods.path()), "cluster.local"),
             base: SnapshotBuilder::new(NODE, "td.test".parse().expect("a domain"), settings).build(),
             _pods: pods,
         }
@@ -70,12 +73,22 @@ impl Scene {
         self.change(object, Seen::Deleted)
     }
 
-    fn change(&mut self, object: Value, seen: fn(Value) -> Seen<Value>) -> bool {
+    pub(in crate::sources::kubernetes) fn change(&mut self, object: Value, seen: fn(Value) -> Seen<Value>) -> bool {
         let change = change(object, seen).expect("an object of its kind");
         self.cluster.take(&mut self.reader, change)
     }
 
     pub(in crate::sources::kubernetes) fn compile(&mut self) -> Compiled {
-        self.compiler.compile(&self.cluster, &self.base)
+        self.compiler.compile(&mut self.cluster, &self.base)
+    }
+
+    pub(in crate::sources::kubernetes) fn compile_at(&mut self, now: Instant) -> Compiled {
+        self.compiler.compile_at(&mut self.cluster, &self.base, now)
+    }
+
+    /// After [`Self::compile_at`], whose changes this would miss if it looked at them.
+    pub(in crate::sources::kubernetes) fn compile_anew_at(&mut self, now: Instant) -> Compiled {
+        self.anew.forget();
+        self.anew.compile_at(&mut self.cluster, &self.base, now)
     }
 }

@@ -1,0 +1,189 @@
+//! `underpass self-test`: a pod that sees for itself that it is in the mesh.
+
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use bytes::Bytes;
+use clap::Args;
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper::{Request, Uri, client::conn::http1, header};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+    net::{TcpListener, TcpStream, lookup_host},
+    time::{sleep, timeout},
+};
+
+use super::exit::EXIT_CODES;
+
+/// One step: a name, a connection, an answer.
+const STEP: Duration = Duration::from_secs(5);
+/// Pause after an attempt that failed.
+const AGAIN: Duration = Duration::from_millis(500);
+/// Longest page of metrics that is read, in bytes.
+const MAX_PAGE: usize = 64 * 1024 * 1024;
+/// Counts connections by both ends (Istio's standard metrics).
+const OPENED: &str = "istio_tcp_connections_opened_total";
+
+/// Arguments of `underpass self-test`.
+#[derive(Debug, Args)]
+#[command(after_help = format!("{EXIT_CODES}
+
+`helm test` runs this in a pod of the mesh. It answers on its own port, dials its own Service until it gets its own answer, and
+then asks its node's agent whether such a connection was mutual TLS. It needs no rights.
+
+Example:
+  underpass self-test --service web.shop.svc:8080 --listen [::]:8080 --metrics http://192.0.2.1:15020/metrics"))]
+pub(super) struct SelfTestArgs {
+    /// The Service that leads to this pod: HOST:PORT.
+    #[arg(long, value_name = "HOST:PORT")]
+    service: String,
+    /// Where to answer.
+    #[arg(long, value_name = "ADDRESS", default_value = "[::]:8080")]
+    listen: SocketAddr,
+    /// The metrics of this node's agent.
+    #[arg(long, value_name = "URL")]
+    metrics: Uri,
+    /// How long to try, e.g. 1m.
+    #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+}
+
+/// Runs it.
+pub(super) fn self_test(args: &SelfTestArgs) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the runtime")?
+        .block_on(test(args))
+}
+
+async fn test(args: &SelfTestArgs) -> anyhow::Result<()> {
+    let (host, port) = args
+        .service
+        .rsplit_once(':')
+        .and_then(|(host, port)| Some((host.to_owned(), port.parse::<u16>().ok()?)))
+        .with_context(|| format!("--service: {:?}: write HOST:PORT", args.service))?;
+    let listener = crate::admin::http::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
+    // Another pod's answer is not this one's.
+    let answer = format!("{:016x}", rand::random::<u64>());
+    tokio::spawn(serve(listener, answer.clone()));
+    let end = Instant::now() + args.timeout;
+    until(end, async || dial(&host, port, &answer).await)
+        .await
+        .with_context(|| format!("dialling {} does not lead here", args.service))?;
+    println!("{} leads here", args.service);
+    until(end, async || {
+        dial(&host, port, &answer).await?;
+        let page = page(&args.metrics).await.with_context(|| format!("reading {}", args.metrics))?;
+        let service = host.strip_suffix('.').unwrap_or(&host);
+        ensure!(
+            mutual(&page, service),
+            "the agent counts no connection to {service} with mutual TLS; is this pod enrolled (`underpass workloads` on its node)?"
+        );
+        Ok(())
+    })
+    .await?;
+    println!("the agent of this node carried it with mutual TLS");
+    Ok(())
+}
+
+/// Tries until it works or the time is up; the last error then.
+async fn until(end: Instant, attempt: impl AsyncFn() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    loop {
+        match attempt().await {
+            Ok(()) => return Ok(()),
+            Err(error) if Instant::now() >= end => return Err(error),
+            Err(_) => sleep(AGAIN).await,
+        }
+    }
+}
+
+async fn serve(listener: TcpListener, answer: String) {
+    loop {
+        match listener.accept().await {
+            // One line fits into any socket's buffer.
+            Ok((mut stream, _)) => drop(stream.write_all(format!("{answer}\n").as_bytes()).await),
+            Err(_) => sleep(AGAIN).await,
+        }
+    }
+}
+
+async fn dial(host: &str, port: u16, answer: &str) -> anyhow::Result<()> {
+    let found = timeout(STEP, lookup_host((host, port))).await.context("looking up the name takes too long")?;
+    let mut last = anyhow::anyhow!("the name has no address");
+    for address in found.with_context(|| format!("looking up {host}"))? {
+        match timeout(STEP, ask(address)).await.context("no answer in time").flatten() {
+            Ok(line) if line.trim_end() == answer => return Ok(()),
+            Ok(line) => last = anyhow::anyhow!("{address} answers {line:?}, which is not this pod"),
+            Err(error) => last = error.context(format!("dialling {address}")),
+        }
+    }
+    Err(last)
+}
+
+async fn ask(address: SocketAddr) -> anyhow::Result<String> {
+    let mut line = String::new();
+    BufReader::new(TcpStream::connect(address).await?).read_line(&mut line).await?;
+    Ok(line)
+}
+
+async fn page(from: &Uri) -> anyhow::Result<String> {
+    let (Some(host), Some("http")) = (from.host(), from.scheme_str()) else {
+        bail!("write http://HOST:PORT/PATH");
+    };
+    let port = from.port_u16().unwrap_or(80);
+    let read = async {
+        let stream = TcpStream::connect((host.trim_matches(['[', ']']), port)).await?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        let connection = tokio::spawn(connection);
+        let path = from.path_and_query().map_or("/", |path| path.as_str());
+        let request = Request::get(path).header(header::HOST, host).body(Empty::<Bytes>::new())?;
+        let response = sender.send_request(request).await?;
+        ensure!(response.status().is_success(), "it answers {}", response.status());
+        let body = Limited::new(response.into_body(), MAX_PAGE).collect().await.map_err(|e| anyhow::anyhow!(e))?;
+        connection.abort();
+        Ok(String::from_utf8_lossy(&body.to_bytes()).into_owned())
+    };
+    timeout(STEP, read).await.context("no answer in time")?
+}
+
+/// Does a sample say that there was a connection to the service with mutual TLS? Services are known by their whole names, and dialled
+/// by shorter ones, too.
+fn mutual(page: &str, service: &str) -> bool {
+    let whole = format!("destination_service=\"{service}");
+    page.lines().filter(|line| line.starts_with(OPENED)).any(|line| {
+        let named = line.match_indices(&whole).any(|(at, text)| line[at + text.len()..].starts_with(['"', '.']));
+        named && line.contains("connection_security_policy=\"mutual_tls\"") && !line.ends_with(" 0")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::mutual;
+
+    #[test]
+    fn only_mutual_tls_to_this_service_counts() {
+        let line = |service: &str, policy: &str, count: u32| {
+            format!(
+                "istio_tcp_connections_opened_total{{destination_service=\"{service}\",connection_security_policy=\"{policy}\"}} {count}\n"
+            )
+        };
+        let whole = "web.shop.svc.cluster.local";
+        assert!(mutual(&line(whole, "mutual_tls", 1), "web.shop.svc"));
+        assert!(mutual(&line(whole, "mutual_tls", 3), whole));
+        for page in [
+            line(whole, "unknown", 1),
+            line(whole, "mutual_tls", 0),
+            line("other.shop.svc.cluster.local", "mutual_tls", 1),
+            line("web.shop.svcs", "mutual_tls", 1),
+            line(whole, "mutual_tls", 1).replace("opened", "closed"),
+            String::new(),
+        ] {
+            assert!(!mutual(&page, "web.shop.svc"), "{page}");
+        }
+    }
+}
