@@ -18,7 +18,7 @@ const XTASK: &str = env!("CARGO_BIN_EXE_xtask");
 const PREFIX: &str = "install-";
 /// How long one command may take: the longest start a cluster, or wait until Underpass is installed.
 const WITHIN: Duration = Duration::from_mins(5);
-/// Environment variable that lets the cluster of a failed test stay, for somebody to look at.
+/// Environment variable with the name of a cluster to use and to leave there, for somebody who wants to look at it or to run a scenario again.
 const KEEP: &str = "UNDERPASS_KEEP_CLUSTER";
 /// Lines of a log that are shown when something fails.
 const SHOWN: usize = 20;
@@ -52,14 +52,17 @@ impl Cluster {
     /// Removes what killed tests have left, and starts a cluster.
     pub(crate) fn up() -> Result<Self> {
         sweep()?;
-        let name = format!("{PREFIX}{}", std::process::id());
-        // SIGINT, SIGTERM and SIGHUP remove it, too.
-        let interrupted = name.clone();
-        ctrlc::set_handler(move || {
-            down(&interrupted);
-            std::process::exit(130);
-        })
-        .context("handling SIGINT, SIGTERM and SIGHUP")?;
+        let kept = std::env::var(KEEP).ok();
+        let (keep, name) = (kept.is_some(), kept.unwrap_or_else(|| format!("{PREFIX}{}", std::process::id())));
+        if !keep {
+            // SIGINT, SIGTERM and SIGHUP remove it, too.
+            let interrupted = name.clone();
+            let remove = move || {
+                down(&interrupted);
+                std::process::exit(130);
+            };
+            ctrlc::set_handler(remove).context("handling SIGINT, SIGTERM and SIGHUP")?;
+        }
         xtask(&["up", "--bare", "--name", &name])?;
         // From here on it is removed when something fails.
         let nothing = About {
@@ -69,15 +72,10 @@ impl Cluster {
             values: PathBuf::new(),
             nodes: Vec::new(),
         };
-        let mut cluster = Self { name, about: nothing, keep: false };
+        let mut cluster = Self { name, about: nothing, keep };
         let text = xtask(&["status", "--json", "--name", &cluster.name])?;
         cluster.about = serde_json::from_str(&text).with_context(|| format!("`cluster status` printed: {text}"))?;
         Ok(cluster)
-    }
-
-    /// Something has failed: who wants to look at it may.
-    pub(crate) fn failed(&mut self) {
-        self.keep = std::env::var_os(KEEP).is_some();
     }
 
     /// `cargo xtask cluster COMMAND --name … ARGUMENTS`.
@@ -177,7 +175,7 @@ impl Node {
 impl Drop for Cluster {
     fn drop(&mut self) {
         if self.keep {
-            println!("The cluster stays: `cargo xtask cluster status --name {}`, and `down`.", self.name);
+            println!("The cluster stays: `cargo xtask cluster down --name {}` removes it.", self.name);
         } else {
             down(&self.name);
         }

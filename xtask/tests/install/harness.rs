@@ -42,7 +42,6 @@ pub(crate) fn main(scenarios: &[Scenario]) -> ExitCode {
                 for scenario in &selected {
                     if let Err(error) = one(scenario, &mut world) {
                         println!("test {} ... FAILED\n\n{error:#}\n\n{}", scenario.name, world.explain());
-                        world.cluster.failed();
                         failed += 1;
                         break;
                     }

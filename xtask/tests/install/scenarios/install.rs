@@ -52,7 +52,7 @@ fn wait_root(world: &World) -> Result<()> {
 
 /// `helm test`.
 pub(crate) fn helm_test(world: &mut World) -> Result<()> {
-    let output = world.cluster.helm(&["test", RELEASE, "--namespace", SYSTEM, "--logs", "--timeout=2m"])?;
+    let output = world.cluster.helm(&["test", RELEASE, "--namespace", SYSTEM, "--timeout=2m"])?;
     let said = output.success().context("helm test")?;
     ensure!(said.contains("Phase:          Succeeded"), "{said}");
     Ok(())
