@@ -13,7 +13,7 @@ use super::{CONFLIST, chained};
 use crate::{
     cluster::Node,
     manifests,
-    traffic::{Traffic, ensure_encrypted, sniff},
+    traffic::{RATE, Traffic, ensure_encrypted, sniff},
     wait::{eventually, throughout},
     world::{READY, SYSTEM, World, is_ready},
 };
@@ -48,7 +48,7 @@ pub(crate) fn pods_wait_for_their_agent(world: &mut World) -> Result<()> {
     world.wait_agents()?;
     eventually("the pod that was held", READY, || ready(world, "shop/held"))?;
     let sniffers = world.cluster.nodes().iter().map(sniff).collect::<Result<Vec<_>>>()?;
-    Traffic::start(&world.cluster, "shop/client", &world.address("shop/held")?, 50)?.stop()?;
+    Traffic::start(&world.cluster, "shop/client", &world.address("shop/held")?, RATE)?.stop()?;
     sniffers.into_iter().try_for_each(|sniffer| ensure_encrypted(sniffer).map(drop))?;
     for pod in ["shop/held", "plain/free"] {
         delete(world, pod)?;

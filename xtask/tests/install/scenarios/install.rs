@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use crate::{
-    traffic::{Traffic, ensure_plaintext, sniff},
+    traffic::{RATE, Traffic, ensure_plaintext, sniff},
     wait::eventually,
     world::{CLIENT, RELEASE, SYSTEM, World, path},
 };
@@ -16,7 +16,7 @@ pub(crate) const VALUES: [&str; 3] = ["--set=image.tag=one", "--set=ca.replicas=
 /// Nothing changes for pods when it is installed, and both nodes get an agent and the plugin.
 pub(crate) fn by_helm(world: &mut World) -> Result<()> {
     let far = world.address("shop/far")?;
-    let traffic = Traffic::start(&world.cluster, CLIENT, &far, 50)?;
+    let traffic = Traffic::start(&world.cluster, CLIENT, &far, RATE)?;
     let image = world.underpass("one")?;
     let arguments = [&["--image", path(&image)?, "--"][..], &VALUES[..]].concat();
     world.cluster.xtask("install", &arguments)?;

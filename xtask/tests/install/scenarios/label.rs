@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use crate::{
-    traffic::{Traffic, ensure_encrypted, ensure_plaintext, sniff},
+    traffic::{RATE, Traffic, ensure_encrypted, ensure_plaintext, sniff},
     world::{CLIENT, World},
 };
 
@@ -33,7 +33,7 @@ pub(crate) fn encrypted(world: &World) -> Result<()> {
     let [first, second] = world.cluster.pair()?;
     for (target, nodes) in [("shop/near", &[first][..]), ("shop/far", &[first, second])] {
         let sniffers = nodes.iter().map(|node| sniff(node)).collect::<Result<Vec<_>>>()?;
-        let traffic = Traffic::start(&world.cluster, CLIENT, &world.address(target)?, 50)?;
+        let traffic = Traffic::start(&world.cluster, CLIENT, &world.address(target)?, RATE)?;
         std::thread::sleep(MOMENT);
         traffic.stop()?.all_worked()?;
         for sniffer in sniffers {
@@ -53,7 +53,7 @@ pub(crate) fn removed_and_added(world: &mut World) -> Result<()> {
     let [first, _] = world.cluster.pair()?;
     let traffic = ["shop/near", "shop/far"].map(|server| {
         let target = world.address(server)?;
-        Traffic::start(&world.cluster, CLIENT, &target, 50)
+        Traffic::start(&world.cluster, CLIENT, &target, RATE)
     });
     let traffic = traffic.into_iter().collect::<Result<Vec<_>>>()?;
     mark(world, false)?;
