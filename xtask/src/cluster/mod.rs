@@ -15,7 +15,7 @@ use anyhow::Result;
 
 use crate::ui::Ui;
 use parts::Group;
-use playground::{Install, Which};
+use playground::{Installation, Which};
 pub(crate) use tests::run_all;
 
 #[derive(clap::Args)]
@@ -77,7 +77,7 @@ enum Command {
         #[command(flatten)]
         which: Which,
         #[command(flatten)]
-        options: playground::Install,
+        options: Installation,
     },
     /// Run a program on a node: in its network, with its mounts (root).
     Exec {
@@ -121,7 +121,7 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
         Command::Test { filter } => tests::run(ui, filter.as_deref()),
         Command::Up { which, underpass, bare } => {
             playground::up(ui, which, *bare)?;
-            if *underpass { playground::install(ui, which, &Install::usual()) } else { Ok(()) }
+            if *underpass { playground::install(ui, which, &Installation::usual()) } else { Ok(()) }
         }
         Command::Down(which) => playground::down(ui, which),
         Command::Status { which, json } => playground::status(ui, which, *json),

@@ -18,13 +18,16 @@ const XTASK: &str = env!("CARGO_BIN_EXE_xtask");
 const PREFIX: &str = "install-";
 /// How long one command may take: the longest start a cluster, or wait until Underpass is installed.
 const WITHIN: Duration = Duration::from_mins(5);
+/// Environment variable with the name of a cluster to use and to leave there, for somebody who wants to look at it or to run a scenario again.
+const KEEP: &str = "UNDERPASS_KEEP_CLUSTER";
 /// Lines of a log that are shown when something fails.
-const SHOWN: usize = 60;
+const SHOWN: usize = 20;
 
 /// A running cluster. Dropping it removes it.
 pub(crate) struct Cluster {
     name: String,
     about: About,
+    keep: bool,
 }
 
 /// What `cluster status --json` says.
@@ -49,14 +52,17 @@ impl Cluster {
     /// Removes what killed tests have left, and starts a cluster.
     pub(crate) fn up() -> Result<Self> {
         sweep()?;
-        let name = format!("{PREFIX}{}", std::process::id());
-        // SIGINT, SIGTERM and SIGHUP remove it, too.
-        let interrupted = name.clone();
-        ctrlc::set_handler(move || {
-            down(&interrupted);
-            std::process::exit(130);
-        })
-        .context("handling SIGINT, SIGTERM and SIGHUP")?;
+        let kept = std::env::var(KEEP).ok();
+        let (keep, name) = (kept.is_some(), kept.unwrap_or_else(|| format!("{PREFIX}{}", std::process::id())));
+        if !keep {
+            // SIGINT, SIGTERM and SIGHUP remove it, too.
+            let interrupted = name.clone();
+            let remove = move || {
+                down(&interrupted);
+                std::process::exit(130);
+            };
+            ctrlc::set_handler(remove).context("handling SIGINT, SIGTERM and SIGHUP")?;
+        }
         xtask(&["up", "--bare", "--name", &name])?;
         // From here on it is removed when something fails.
         let nothing = About {
@@ -66,7 +72,7 @@ impl Cluster {
             values: PathBuf::new(),
             nodes: Vec::new(),
         };
-        let mut cluster = Self { name, about: nothing };
+        let mut cluster = Self { name, about: nothing, keep };
         let text = xtask(&["status", "--json", "--name", &cluster.name])?;
         cluster.about = serde_json::from_str(&text).with_context(|| format!("`cluster status` printed: {text}"))?;
         Ok(cluster)
@@ -132,13 +138,6 @@ impl Cluster {
         self.xtask("exec", &[&node.name, "--", "sh", "-c", script])
     }
 
-    /// Numbers of the processes of a pod.
-    pub(crate) fn processes(&self, node: &Node, uid: &str) -> Result<Vec<i32>> {
-        let mut found = Vec::new();
-        collect(&node.cgroup, false, &format!("pod{uid}"), &mut found)?;
-        Ok(found)
-    }
-
     /// The last of what programs of the cluster have logged.
     pub(crate) fn logs(&self) -> String {
         let entries = fs::read_dir(&self.about.logs).into_iter().flatten().flatten();
@@ -164,16 +163,27 @@ impl Node {
     pub(crate) fn network(&self) -> Namespace {
         Namespace::existing(&self.namespace)
     }
+
+    /// Numbers of the processes of a pod of it.
+    pub(crate) fn processes(&self, uid: &str) -> Result<Vec<i32>> {
+        let mut found = Vec::new();
+        collect(&self.cgroup, false, &format!("pod{uid}"), &mut found)?;
+        Ok(found)
+    }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        down(&self.name);
+        if self.keep {
+            println!("The cluster stays: `cargo xtask cluster down --name {}` removes it.", self.name);
+        } else {
+            down(&self.name);
+        }
     }
 }
 
 /// The last lines of a long text.
-pub(crate) fn tail(text: &str) -> String {
+fn tail(text: &str) -> String {
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(SHOWN)..].join("\n")
 }

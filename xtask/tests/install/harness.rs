@@ -41,7 +41,7 @@ pub(crate) fn main(scenarios: &[Scenario]) -> ExitCode {
                 println!("the cluster is up after {:.1} s", start.elapsed().as_secs_f64());
                 for scenario in &selected {
                     if let Err(error) = one(scenario, &mut world) {
-                        println!("test {} ... FAILED\n\n{error:?}\n\n{}", scenario.name, world.explain());
+                        println!("test {} ... FAILED\n\n{error:#}\n\n{}", scenario.name, world.explain());
                         failed += 1;
                         break;
                     }
@@ -49,7 +49,7 @@ pub(crate) fn main(scenarios: &[Scenario]) -> ExitCode {
                 }
             }
             Err(error) => {
-                println!("test start ... FAILED\n\n{error:?}\n");
+                println!("test start ... FAILED\n\n{error:#}\n");
                 failed += 1;
             }
         }

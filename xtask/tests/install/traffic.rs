@@ -10,6 +10,8 @@ use crate::cluster::{Cluster, Node};
 
 /// What every connection of [`Traffic`] says in plaintext.
 const MARKER: &str = "steady";
+/// Connections per second: little enough that an agent built for debugging has time on a machine that is busy.
+pub(crate) const RATE: u32 = 20;
 /// How long the first connection may take, and the last ones.
 const FIRST: Duration = Duration::from_secs(30);
 const END: Duration = Duration::from_secs(70);
@@ -41,7 +43,8 @@ impl Traffic {
         let (namespace, pod) = pod.split_once('/').context("a pod is called NAMESPACE/NAME here")?;
         let namespace = format!("--namespace={namespace}");
         let rate = rate.to_string();
-        let client = ["testbed-app", "steady", target, "--rate", &rate, "--timeout", "10"];
+        // Longer than anything of Underpass lasts: what fails has failed, and was not just slow.
+        let client = ["testbed-app", "steady", target, "--rate", &rate, "--timeout", "40"];
         let exec = ["exec", "--stdin", &namespace, pod, "--"];
         Ok(Self { process: cluster.kubectl_spawn(&[&exec[..], &client[..]].concat())? })
     }

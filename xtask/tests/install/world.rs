@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::{
-    cluster::{Cluster, Node, tail},
+    cluster::{Cluster, Node},
     manifests::{self, PORT},
     wait::eventually,
 };
@@ -153,25 +153,24 @@ impl World {
 
     /// What helps to see why something has failed.
     pub(crate) fn explain(&self) -> String {
-        let mut text = String::new();
-        for arguments in [
+        let questions = [
             &["get", "pods", "--all-namespaces", "--output=wide"][..],
             &["get", "events", "--all-namespaces", "--sort-by=.lastTimestamp"],
             &[
                 "logs",
                 "--namespace=underpass-system",
-                "--selector=app.kubernetes.io/part-of=underpass",
-                "--tail=80",
+                "--selector=app.kubernetes.io/name=underpass",
+                "--tail=40",
                 "--prefix",
+                "--ignore-errors",
             ],
-        ] {
-            let said = self.cluster.try_kubectl(arguments).map_or_else(
-                |error| format!("{error:#}"),
-                |output| tail(&format!("{}{}", output.stdout, output.stderr)),
-            );
-            text += &format!("--- kubectl {}\n{said}\n", arguments.join(" "));
-        }
-        text + &self.cluster.logs()
+        ];
+        let answers = questions.map(|arguments| {
+            let said = self.cluster.try_kubectl(arguments);
+            let said = said.map_or_else(|error| format!("{error:#}"), |output| output.stdout + &output.stderr);
+            format!("--- kubectl {}\n{said}\n", arguments.join(" "))
+        });
+        answers.concat() + &self.cluster.logs()
     }
 }
 

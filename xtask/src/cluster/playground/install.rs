@@ -16,7 +16,7 @@ const NAMESPACE: &str = "underpass-system";
 const READY: &str = "--timeout=5m";
 
 #[derive(clap::Args)]
-pub(in crate::cluster) struct Install {
+pub(in crate::cluster) struct Installation {
     /// The image, as `cargo xtask image` makes it; by default one is made, of a release build.
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,
@@ -25,7 +25,7 @@ pub(in crate::cluster) struct Install {
     helm: Vec<String>,
 }
 
-impl Install {
+impl Installation {
     /// With a new image and nothing special.
     pub(in crate::cluster) fn usual() -> Self {
         Self { image: None, helm: Vec::new() }
@@ -33,7 +33,7 @@ impl Install {
 }
 
 /// Installs it, or upgrades what is installed, and waits until it is ready.
-pub(in crate::cluster) fn run(ui: &Ui, which: &Which, options: &Install) -> Result<()> {
+pub(in crate::cluster) fn run(ui: &Ui, which: &Which, options: &Installation) -> Result<()> {
     let (place, parts) = (which.place()?, Parts::find()?);
     let image = match &options.image {
         Some(image) => image.clone(),
@@ -62,6 +62,6 @@ fn values(place: &Place) -> Result<Value> {
         // The kubelets are among the playground's programs, not in a service of systemd.
         "probes": { "cgroups": [cgroups::programs(place)] },
         // Nodes share the hierarchy; the kubelet replaces the variable.
-        "agent": { "cgroup": cgroups::pods(place, "$(UNDERPASS_NODE)")? },
+        "agent": { "extraArgs": [format!("--cgroup={}", cgroups::pods(place, "$(UNDERPASS_NODE)")?.display())] },
     }))
 }

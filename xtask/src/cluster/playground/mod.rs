@@ -33,7 +33,7 @@ use crate::ui::Ui;
 pub(super) use attend::{Attend, run as attend};
 use control::Control;
 pub(super) use dns::{Dns, run as dns};
-pub(super) use install::{Install, run as install};
+pub(super) use install::{Installation, run as install};
 use node::Node;
 use place::Place;
 use programs::{Stage, making};

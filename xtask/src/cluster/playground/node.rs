@@ -242,6 +242,8 @@ impl Node {
             // Pods come and go faster than the usual five requests a second allow.
             "kubeAPIQPS": 50,
             "kubeAPIBurst": 100,
+            // How soon pods see what has changed in ConfigMaps and Secrets; usually a minute.
+            "syncFrequency": "10s",
             "volumePluginDir": "/var/lib/kubelet/volume-plugins",
             // A developer's disk is often nearly full.
             "imageGCHighThresholdPercent": 100,

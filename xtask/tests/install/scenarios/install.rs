@@ -1,9 +1,12 @@
 //! Helm installs Underpass, and says whether it works.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
 
 use crate::{
-    traffic::{Traffic, ensure_plaintext, sniff},
+    traffic::{RATE, Traffic, ensure_plaintext, sniff},
+    wait::eventually,
     world::{CLIENT, RELEASE, SYSTEM, World, path},
 };
 
@@ -13,11 +16,17 @@ pub(crate) const VALUES: [&str; 3] = ["--set=image.tag=one", "--set=ca.replicas=
 /// Nothing changes for pods when it is installed, and both nodes get an agent and the plugin.
 pub(crate) fn by_helm(world: &mut World) -> Result<()> {
     let far = world.address("shop/far")?;
-    let traffic = Traffic::start(&world.cluster, CLIENT, &far, 50)?;
+    let traffic = Traffic::start(&world.cluster, CLIENT, &far, RATE)?;
     let image = world.underpass("one")?;
     let arguments = [&["--image", path(&image)?, "--"][..], &VALUES[..]].concat();
     world.cluster.xtask("install", &arguments)?;
     world.wait_agents()?;
+    let start = Instant::now();
+    wait_root(world)?;
+    world.notes.push(format!(
+        "the authority's root was with the agents {:.1} s after they were ready",
+        start.elapsed().as_secs_f64()
+    ));
     let sniffers = world.cluster.nodes().iter().map(sniff).collect::<Result<Vec<_>>>()?;
     for node in world.cluster.nodes() {
         let plugins = world.cluster.on(node, "ls /opt/cni/bin")?;
@@ -32,9 +41,18 @@ pub(crate) fn by_helm(world: &mut World) -> Result<()> {
     Ok(())
 }
 
+/// Waits until the kubelets have given the agents the authority's root, which is younger than their pods. Until then there are no certificates, and
+/// pods of the mesh reach nobody.
+fn wait_root(world: &World) -> Result<()> {
+    let root = "test -e /var/lib/kubelet/pods/*/volumes/kubernetes.io~configmap/ca-root/ca.crt";
+    eventually("the authority's root", Duration::from_secs(90), || {
+        world.cluster.nodes().iter().try_for_each(|node| world.cluster.on(node, root).map(drop))
+    })
+}
+
 /// `helm test`.
 pub(crate) fn helm_test(world: &mut World) -> Result<()> {
-    let output = world.cluster.helm(&["test", RELEASE, "--namespace", SYSTEM, "--logs", "--timeout=2m"])?;
+    let output = world.cluster.helm(&["test", RELEASE, "--namespace", SYSTEM, "--timeout=2m"])?;
     let said = output.success().context("helm test")?;
     ensure!(said.contains("Phase:          Succeeded"), "{said}");
     Ok(())

@@ -1,11 +1,18 @@
 //! A label is all that it takes.
 
+use std::time::Duration;
+
 use anyhow::Result;
 
 use crate::{
-    traffic::{Traffic, ensure_encrypted, sniff},
+    traffic::{RATE, Traffic, ensure_encrypted, ensure_plaintext, sniff},
     world::{CLIENT, World},
 };
+
+/// Two seconds (docs/kubernetes.md), and some more.
+const GRACE: Duration = Duration::from_secs(3);
+/// Long enough for many connections.
+const MOMENT: Duration = Duration::from_millis(500);
 
 /// Puts the namespace `shop` into the mesh, or takes it out.
 pub(crate) fn mark(world: &World, member: bool) -> Result<()> {
@@ -14,16 +21,10 @@ pub(crate) fn mark(world: &World, member: bool) -> Result<()> {
     world.wait_enrolled(member)
 }
 
-/// Pods that run already are taken in, without a connection that fails; from then on nobody reads what they say, between nodes and on one.
+/// Pods that run already are taken in; from then on nobody reads what they say, between nodes and on one.
 pub(crate) fn encrypts(world: &mut World) -> Result<()> {
-    let targets = [world.address("shop/near")?, world.address("shop/far")?];
-    let before =
-        targets.iter().map(|target| Traffic::start(&world.cluster, CLIENT, target, 50)).collect::<Result<Vec<_>>>()?;
     mark(world, true)?;
     settle();
-    for traffic in before {
-        world.notes.push(format!("while it was labelled: {}", traffic.stop()?.all_worked()?));
-    }
     encrypted(world)
 }
 
@@ -32,8 +33,8 @@ pub(crate) fn encrypted(world: &World) -> Result<()> {
     let [first, second] = world.cluster.pair()?;
     for (target, nodes) in [("shop/near", &[first][..]), ("shop/far", &[first, second])] {
         let sniffers = nodes.iter().map(|node| sniff(node)).collect::<Result<Vec<_>>>()?;
-        let traffic = Traffic::start(&world.cluster, CLIENT, &world.address(target)?, 50)?;
-        std::thread::sleep(std::time::Duration::from_millis(500));
+        let traffic = Traffic::start(&world.cluster, CLIENT, &world.address(target)?, RATE)?;
+        std::thread::sleep(MOMENT);
         traffic.stop()?.all_worked()?;
         for sniffer in sniffers {
             ensure_encrypted(sniffer)?;
@@ -42,7 +43,32 @@ pub(crate) fn encrypted(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// Waits for the grace that the agents give peers who know of a label later (docs/kubernetes.md): two seconds.
+/// Waits for the grace that agents give peers who know of a label later.
 pub(crate) fn settle() {
-    std::thread::sleep(std::time::Duration::from_secs(3));
+    std::thread::sleep(GRACE);
+}
+
+/// The label goes and comes back under traffic: what is said is readable without it, and not with it, and no connection fails.
+pub(crate) fn removed_and_added(world: &mut World) -> Result<()> {
+    let [first, _] = world.cluster.pair()?;
+    let traffic = ["shop/near", "shop/far"].map(|server| {
+        let target = world.address(server)?;
+        Traffic::start(&world.cluster, CLIENT, &target, RATE)
+    });
+    let traffic = traffic.into_iter().collect::<Result<Vec<_>>>()?;
+    mark(world, false)?;
+    settle();
+    let sniffer = sniff(first)?;
+    std::thread::sleep(MOMENT);
+    ensure_plaintext(sniffer)?;
+    mark(world, true)?;
+    settle();
+    let sniffer = sniff(first)?;
+    std::thread::sleep(MOMENT);
+    ensure_encrypted(sniffer)?;
+    let reports = traffic.into_iter().map(Traffic::stop).collect::<Result<Vec<_>>>()?;
+    for (report, which) in reports.into_iter().zip(["on one node", "between nodes"]) {
+        world.notes.push(format!("{which}: {}", report.all_worked()?));
+    }
+    Ok(())
 }

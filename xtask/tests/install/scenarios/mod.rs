@@ -1,7 +1,13 @@
 //! What happens to an installation.
 
+pub(crate) mod cni;
 pub(crate) mod install;
 pub(crate) mod label;
+pub(crate) mod probes;
+pub(crate) mod reboot;
+pub(crate) mod scale;
+pub(crate) mod uninstall;
+pub(crate) mod upgrade;
 
 use anyhow::{Context, Result};
 use serde_json::Value;

@@ -1,0 +1,78 @@
+//! Another version, one that does not exist, values that make no sense, and the way back.
+
+use anyhow::{Context, Result, ensure};
+
+use super::label::encrypted;
+use crate::{
+    cluster::Node,
+    traffic::{RATE, Traffic, ensure_encrypted, sniff},
+    world::{CLIENT, RELEASE, SYSTEM, World, path},
+};
+
+/// A new image on both nodes. Kubernetes 1.20 cannot start the new agent beside the old one, so connections fail between the two, and pods stay
+/// captured: none is made in plaintext. Connections that were there go on until the drain is over.
+pub(crate) fn to_another_image(world: &mut World) -> Result<()> {
+    let image = world.underpass("two")?;
+    world.cluster.xtask("load", &[path(&image)?])?;
+    let [first, _] = world.cluster.pair()?;
+    let traffic = Traffic::start(&world.cluster, CLIENT, &world.address("shop/far")?, RATE)?;
+    let sniffer = sniff(first)?;
+    upgrade(world, &["--set=image.tag=two", "--wait", "--timeout=3m"])?.success()?;
+    wait_images(world, "two")?;
+    world.notes.push(format!("meanwhile: {}", traffic.stop()?));
+    ensure_encrypted(sniffer)?;
+    encrypted(world)
+}
+
+/// Values that the chart does not know change nothing. An image that does not exist stops at the first node; going back repairs it.
+pub(crate) fn rolled_back(world: &mut World) -> Result<()> {
+    let revision = revision(world)?;
+    for (value, says) in [("--set=mesh.mode=perhaps", "mesh"), ("--set=agent.drain=1", "drain")] {
+        let output = upgrade(world, &[value])?;
+        ensure!(!output.status.success(), "{value} was taken: {}", output.stdout);
+        ensure!(output.stderr.contains(says), "{value}: {}", output.stderr);
+    }
+    world.wait_agents()?;
+    let output = upgrade(world, &["--set=image.tag=none", "--wait", "--timeout=20s"])?;
+    ensure!(!output.status.success(), "an image that does not exist was installed: {}", output.stdout);
+    let running = world.cluster.nodes().iter().filter(|node| world.agent(node).is_ok()).count();
+    ensure!(
+        running == 1,
+        "{running} agents are ready after a failed upgrade, and one node after the other is upgraded"
+    );
+    let back = ["rollback", RELEASE, &revision, "--namespace", SYSTEM, "--wait", "--timeout=3m"];
+    world.cluster.helm(&back)?.success()?;
+    wait_images(world, image(world, world.cluster.pair()?[0])?.rsplit(':').next().unwrap_or_default())?;
+    encrypted(world)
+}
+
+fn upgrade(world: &World, arguments: &[&str]) -> Result<testbed::Output> {
+    let chart = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/underpass");
+    let upgrade = ["upgrade", RELEASE, path(&chart)?, "--namespace", SYSTEM, "--reuse-values"];
+    world.cluster.helm(&[&upgrade[..], arguments].concat())
+}
+
+/// The number of the release as it is.
+fn revision(world: &World) -> Result<String> {
+    let text =
+        world.cluster.helm(&["history", RELEASE, "--namespace", SYSTEM, "--max=1", "--output=json"])?.success()?;
+    let history: serde_json::Value = serde_json::from_str(&text).with_context(|| format!("helm history: {text}"))?;
+    Ok(history[0]["revision"].to_string())
+}
+
+/// Waits until both agents are ready and run this image.
+fn wait_images(world: &World, tag: &str) -> Result<()> {
+    crate::wait::eventually("agents of another image", crate::world::READY, || {
+        for node in world.cluster.nodes() {
+            let image = image(world, node)?;
+            ensure!(image.ends_with(&format!(":{tag}")), "{} runs {image}", node.name);
+        }
+        Ok(())
+    })
+}
+
+fn image(world: &World, node: &Node) -> Result<String> {
+    let agent = world.agent(node)?;
+    let image = agent["spec"]["containers"][0]["image"].as_str();
+    image.map(str::to_owned).context("a container has an image")
+}
