@@ -101,6 +101,8 @@ impl KubernetesSource {
             None => Config::incluster().map_err(|e| SourceError::InCluster(e.to_string()))?,
         };
         client.connect_timeout = Some(Duration::from_secs(5));
+        // The client's own retries say nothing of what is wrong, and pause for minutes in the end; watches have theirs.
+        client.default_retry = false;
         let client = Client::try_from(client).map_err(|e| SourceError::Client(e.to_string()))?;
         Ok(Self {
             client,
