@@ -80,6 +80,39 @@ fn both_run(world: &World, outsider: &Pod, others: &Others, when: &str) -> Resul
 }
 
 #[test]
+fn pods_on_a_network_of_routes() -> Result<()> {
+    let mut stage = Stage::new("routed")?;
+    // One on each node, and one beside the client.
+    let routed = [("a", "near"), ("b", "far")]
+        .map(|(node, name)| stage.bed.node(node).routed_pod(name))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
+    for pod in &routed {
+        stage.mesh.enroll(pod).mode = Some(testbed::Mode::Strict);
+    }
+    let outsider = stage.bed.node("a").routed_pod("outsider")?;
+    stage.mesh.plain(&outsider);
+    let world = stage.start()?;
+    let servers = routed.iter().map(|pod| serve(pod, 8080, &[])).collect::<Result<Vec<_>>>()?;
+    let _server = serve(&world.server, 8080, &[])?;
+    let sniffer = world.sniff()?;
+    // From a bridge, to one, and between two of them; the source address is the pod's own each time.
+    let [near, far] = &routed[..] else { unreachable!("there are two") };
+    for (from, to) in [(&world.client, near), (&world.client, far), (near, &world.server), (near, far), (far, near)] {
+        let target = at(to.ipv4(), 8080);
+        app(from, &["request", &target, "--line", MARKER])
+            .with_context(|| format!("from {} to {}", from.name(), to.name()))?;
+    }
+    assert_encrypted(&sniffer.stop()?)?;
+    for pod in [near, far] {
+        let error = app_error(&outsider, &["request", &at(pod.ipv4(), 8080), "--timeout", "2"])?;
+        ensure!(error == "timeout", "plaintext to {} under STRICT: {error}", pod.name());
+    }
+    drop(servers);
+    Ok(())
+}
+
+#[test]
 fn others_on_the_same_hooks_in_both_orders() -> Result<()> {
     for (label, foreign_first) in [("before", true), ("after", false)] {
         for tc in ["auto", "clsact"] {

@@ -118,6 +118,12 @@ impl Node {
         Pod::create(self, name)
     }
 
+    /// A pod on a network like Calico's: no bridge, an address of /32, the node as gateway at 169.254.1.1 by proxy ARP, a route on the
+    /// node for each pod, strict reverse path filter, and a rule that routes by a mark.
+    pub fn routed_pod(&self, name: &str) -> Result<Pod> {
+        Pod::create_routed(self, name)
+    }
+
     /// A program on the node itself: in its network namespace and in its own cgroup.
     pub fn command(&self, program: impl AsRef<Path>) -> Command {
         pod::command_in(Some(&self.own_cgroup()), &self.inner.namespace, program.as_ref())
@@ -153,6 +159,35 @@ impl Node {
              link set {interface} up\n",
             pod_v4(self.index(), host),
             pod_v6(self.index(), host),
+        ))?;
+        Ok(())
+    }
+
+    /// Connects `namespace` to the node by routes alone, as Calico does.
+    pub(crate) fn plug_routed(&self, namespace: &Namespace, host: u8) -> Result<()> {
+        let (cali, address) = (format!("cali{host}"), pod_v4(self.index(), host));
+        self.namespace().ip(&format!(
+            "link add {cali} address ee:ee:ee:ee:ee:ee type veth peer name eth0 netns {}\n\
+             link set {cali} up\n\
+             route add {address}/32 dev {cali} scope link\n",
+            namespace.name()
+        ))?;
+        // Pods on the bridge think that all of the subnet is there.
+        let of = |name: &str, setting: &str| format!("net.ipv4.conf.{name}.{setting}");
+        self.namespace().sysctl(&[
+            (&of(&cali, "proxy_arp"), "1"),
+            (&of(&cali, "rp_filter"), "1"),
+            (&of(&cali, "forwarding"), "1"),
+            (&of("br0", "proxy_arp"), "1"),
+        ])?;
+        self.namespace().ip("route replace local default dev lo table 10020\n")?;
+        // Refused from the second pod on: it is there.
+        let _ = self.namespace().ip("rule add fwmark 0x20000/0x20000 table 10020 priority 50\n");
+        namespace.ip(&format!(
+            "address add {address}/32 dev eth0\n\
+             link set eth0 up\n\
+             route add 169.254.1.1/32 dev eth0 scope link\n\
+             route add default via 169.254.1.1 dev eth0\n"
         ))?;
         Ok(())
     }

@@ -50,6 +50,23 @@ impl Pod {
         Self::finish(node, name, namespace, node.pods_cgroup().join(name), ipv4, ipv6)
     }
 
+    pub(crate) fn create_routed(node: &Node, name: &str) -> Result<Self> {
+        check_name(name)?;
+        let host = node.take_host()?;
+        let index = node.index();
+        let namespace = Namespace::create(node.shared(), format!("up-{}-{}-{name}", node.shared().id, node.name()))?;
+        node.plug_routed(&namespace, host)?;
+        Self::finish(
+            node,
+            name,
+            namespace,
+            node.pods_cgroup().join(name),
+            pod_v4(index, host),
+            // It has none: connections to it fail.
+            pod_v6(index, host),
+        )
+    }
+
     fn finish(
         node: &Node,
         name: &str,
