@@ -36,7 +36,6 @@ struct About {
     kubeconfig: PathBuf,
     programs: PathBuf,
     logs: PathBuf,
-    values: PathBuf,
     nodes: Vec<Node>,
 }
 
@@ -65,13 +64,8 @@ impl Cluster {
         }
         xtask(&["up", "--bare", "--name", &name])?;
         // From here on it is removed when something fails.
-        let nothing = About {
-            kubeconfig: PathBuf::new(),
-            programs: PathBuf::new(),
-            logs: PathBuf::new(),
-            values: PathBuf::new(),
-            nodes: Vec::new(),
-        };
+        let nothing =
+            About { kubeconfig: PathBuf::new(), programs: PathBuf::new(), logs: PathBuf::new(), nodes: Vec::new() };
         let mut cluster = Self { name, about: nothing, keep };
         let text = xtask(&["status", "--json", "--name", &cluster.name])?;
         cluster.about = serde_json::from_str(&text).with_context(|| format!("`cluster status` printed: {text}"))?;
@@ -114,11 +108,6 @@ impl Cluster {
     /// Runs helm, which may fail.
     pub(crate) fn helm(&self, arguments: &[&str]) -> Result<Output> {
         Process::spawn(self.program("helm").args(arguments))?.output(WITHIN)
-    }
-
-    /// Values for the chart that fit this cluster.
-    pub(crate) fn values(&self) -> &Path {
-        &self.about.values
     }
 
     pub(crate) fn nodes(&self) -> &[Node] {

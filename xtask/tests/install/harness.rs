@@ -19,7 +19,7 @@ struct Arguments {
     list: bool,
     ignored: bool,
     exact: bool,
-    filter: Option<String>,
+    filters: Vec<String>,
 }
 
 /// Runs what the command line selects, until something fails.
@@ -79,7 +79,7 @@ fn one(scenario: &Scenario, world: &mut World) -> Result<()> {
 
 impl Arguments {
     fn parse(arguments: impl Iterator<Item = String>) -> Self {
-        let mut parsed = Self { list: false, ignored: false, exact: false, filter: None };
+        let mut parsed = Self { list: false, ignored: false, exact: false, filters: Vec::new() };
         let mut arguments = arguments.peekable();
         while let Some(argument) = arguments.next() {
             match argument.as_str() {
@@ -89,7 +89,7 @@ impl Arguments {
                 // With a value.
                 "--test-threads" | "--format" | "--color" | "--skip" | "-Z" => drop(arguments.next()),
                 option if option.starts_with('-') => {}
-                filter => parsed.filter = Some(filter.to_owned()),
+                filter => parsed.filters.push(filter.to_owned()),
             }
         }
         parsed
@@ -102,6 +102,6 @@ impl Arguments {
         }
         let matches =
             |filter: &String| if self.exact { scenario.name == filter } else { scenario.name.contains(filter) };
-        self.filter.as_ref().is_none_or(matches) || (scenario.needed && !self.list)
+        self.filters.is_empty() || self.filters.iter().any(matches) || (scenario.needed && !self.list)
     }
 }

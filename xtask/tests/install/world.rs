@@ -40,7 +40,7 @@ impl World {
     pub(crate) fn start() -> Result<Self> {
         let images = tempfile::tempdir().context("making a directory")?;
         let cluster = Cluster::up()?;
-        let mut world = Self { cluster, notes: Vec::new(), images };
+        let world = Self { cluster, notes: Vec::new(), images };
         let app = world.image(&["--program", path(&testbed::app_path()?)?, "--name", manifests::APP], "app.tar")?;
         world.cluster.xtask("load", &[path(&app)?])?;
         let [first, second] = world.node_names()?;
