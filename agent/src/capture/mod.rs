@@ -337,12 +337,10 @@ impl Inner {
     }
 
     /// Loads programs for the pods that come next.
-    fn prepare(self: &Arc<Self>) {
-        let inner = Arc::clone(self);
-        tokio::task::spawn_blocking(move || {
-            let numbers = inner.registry().next_ids(loader::SPARES);
-            inner.objects.prepare(&numbers);
-        });
+    fn prepare(&self) {
+        let (objects, numbers) = (Arc::clone(&self.objects), self.registry().next_ids(loader::SPARES));
+        // Without the rest of it: this must not keep the lock of an agent that has ended.
+        tokio::task::spawn_blocking(move || objects.prepare(&numbers));
     }
 
     /// Drops the slots of workloads that are neither enrolled nor being worked on.

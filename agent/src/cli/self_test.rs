@@ -35,7 +35,7 @@ const OPENED: &str = "istio_tcp_connections_opened_total";
 `helm test` runs this in a pod of the mesh. It answers on its own port, dials its own Service until it gets its own answer, and
 then asks its node's agent whether such a connection was mutual TLS. It needs no rights.
 
-Example:
+Examples:
   underpass self-test --service web.shop.svc:8080 --listen [::]:8080 --metrics http://192.0.2.1:15020/metrics"))]
 pub(super) struct SelfTestArgs {
     /// The Service that leads to this pod: HOST:PORT.

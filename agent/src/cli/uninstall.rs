@@ -30,7 +30,7 @@ const SETTLE: Duration = Duration::from_secs(2);
 Helm runs this before it deletes the release. Every agent un-enrols its pods, which keep running and talk plain TCP from
 then on, and removes programs, pins, routes and the CNI plugin from its node.
 
-Example:
+Examples:
   underpass uninstall --configmap underpass-system/underpass-uninstall --daemonset underpass-system/underpass-agent"))]
 pub(super) struct UninstallArgs {
     /// The ConfigMap that the agents watch (their --uninstall-configmap).

@@ -84,14 +84,14 @@ pub struct Reconciler {
     prepare: Box<dyn Fn(&Snapshot) + Send + Sync>,
     states: Mutex<BTreeMap<WorkloadKey, Standing>>,
     applied: Mutex<Applied>,
+    /// The last snapshot of which every pod is enrolled; `None` while there is something to be tried again.
+    done: Mutex<Option<Arc<Snapshot>>>,
     /// Told whenever the state of a pod is another one.
     changes: watch::Sender<()>,
     /// Held while the node is being changed.
     turn: tokio::sync::Mutex<()>,
     /// Pods and maps are another agent's.
     retired: AtomicBool,
-    /// The last snapshot of which every pod is enrolled; `None` while there is something to be tried again.
-    done: Mutex<Option<Arc<Snapshot>>>,
 }
 
 /// A pod of this node, and what it was enrolled with.
@@ -108,7 +108,7 @@ struct Enrolled {
     /// Ports that the mesh excludes.
     excluded: Vec<u16>,
     /// Device and inode of the namespace: another one may have the same path.
-    namespace: (u64, u64),
+    namespace: NetnsId,
 }
 
 /// Equal when it is the same allocation.
@@ -134,10 +134,10 @@ impl Reconciler {
             prepare,
             states: Mutex::default(),
             applied: Mutex::default(),
+            done: Mutex::default(),
             changes: watch::Sender::new(()),
             turn: tokio::sync::Mutex::default(),
             retired: AtomicBool::new(false),
-            done: Mutex::default(),
         })
     }
 
@@ -159,7 +159,7 @@ impl Reconciler {
         loop {
             changes.borrow_and_update();
             let pod = self.states().get(key).map(|pod| pod.status.clone());
-            let is = |pod: &PodStatus| std::fs::metadata(&pod.netns).is_ok_and(|m| (m.dev(), m.ino()) == netns);
+            let is = |pod: &PodStatus| identity(&pod.netns) == Some(netns);
             if let Some(pod) = pod.filter(is) {
                 return pod.state.result();
             }
@@ -309,7 +309,7 @@ impl Reconciler {
 }
 
 /// What tells a namespace from others that have had its path.
-fn identity(namespace: &Path) -> Option<(u64, u64)> {
+fn identity(namespace: &Path) -> Option<NetnsId> {
     let meta = std::fs::metadata(namespace).ok()?;
     Some((meta.dev(), meta.ino()))
 }

@@ -16,7 +16,7 @@ use anyhow::Result;
 use crate::ui::Ui;
 use parts::Group;
 use playground::{Installation, Which};
-pub(crate) use tests::run_all;
+pub(crate) use tests::{install, run_all};
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -35,7 +35,7 @@ enum Command {
         #[arg(long, conflicts_with = "all")]
         chart: bool,
     },
-    /// Run the tests that need a Kubernetes control plane (root).
+    /// Run the tests that need a Kubernetes control plane, then install Underpass on a whole cluster and see what becomes of it (root).
     Test {
         /// Only tests whose name contains this.
         #[arg(last = true)]

@@ -1,4 +1,5 @@
-//! The tests that need a control plane: a target of the agent's of its own, because others run without anything that has to be built first.
+//! The tests that need a control plane, and those that need a whole cluster: targets of their own, because others run without anything
+//! that has to be built first.
 
 use anyhow::{Result, ensure};
 use nix::unistd::geteuid;
@@ -19,8 +20,15 @@ pub(super) fn run(ui: &Ui, filter: Option<&str>) -> Result<()> {
     setup::ensure(ui)?;
     Testbed::sweep()?;
     test::build_programs(ui)?;
-    let total = run_all(ui, filter, false)?;
+    let mut total = run_all(ui, filter, false)?;
+    total += install(ui, filter)?;
     test::close(ui, total, filter)
+}
+
+/// Makes the programs of a whole cluster and runs the scenarios on one. The programs under test are built.
+pub(crate) fn install(ui: &Ui, filter: Option<&str>) -> Result<Tally> {
+    parts::ensure(ui, &[Group::Tests, Group::Chart, Group::Playground])?;
+    test::install(ui, filter)
 }
 
 /// Makes what the tests need and runs them; `full`: also those marked ignored. The programs under test are built.

@@ -23,6 +23,8 @@ const FUZZ: [Duration; 2] = [Duration::from_secs(10), Duration::from_mins(1)];
 const THREADS: &str = "2";
 /// The agent's tests that need a Kubernetes control plane, whose programs have to be built first: `cargo xtask cluster test`.
 const KUBERNETES: &str = "kubernetes";
+/// Target of the scenarios that install on a whole cluster; it has a harness of its own.
+const INSTALL: &str = "install";
 
 #[derive(clap::Args)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a switch of the command line")]
@@ -57,7 +59,7 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
 
     let mut total = Tally::default();
     if places::program("cargo-nextest").is_some() {
-        let others = format!("not binary(={KUBERNETES})");
+        let others = format!("not (binary(={KUBERNETES}) | binary(={INSTALL}))");
         total += nextest(ui, options.full, options.filter.as_deref(), &others)?;
         if options.filter.is_none() {
             // nextest leaves the examples in the documentation out.
@@ -81,6 +83,9 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
             ui.say("No tests run on Kubernetes (--no-cluster).");
         } else {
             total += cluster::run_all(ui, None, options.full)?;
+            if options.full {
+                total += cluster::install(ui, None)?;
+            }
         }
     }
     if options.filter.is_none() {
@@ -141,11 +146,16 @@ pub(crate) fn kubernetes(ui: &Ui, filter: Option<&str>, full: bool) -> Result<Ta
     }
 }
 
+/// Runs the scenarios that install on a whole cluster, whose programs are there.
+pub(crate) fn install(ui: &Ui, filter: Option<&str>) -> Result<Tally> {
+    cargo_test(ui, false, filter, &["--test", INSTALL])
+}
+
 /// Every test but those on Kubernetes.
 fn without_nextest(ui: &Ui, options: &Options) -> Result<Tally> {
     // cargo can leave nothing out, so all others are named.
     let mut arguments = vec!["--lib".to_owned(), "--bins".to_owned()];
-    for target in test_targets()?.into_iter().filter(|target| target != KUBERNETES) {
+    for target in test_targets()?.into_iter().filter(|target| target != KUBERNETES && target != INSTALL) {
         arguments.extend(["--test".to_owned(), target]);
     }
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();

@@ -63,7 +63,7 @@ accessLog:
 agent:
   hardened: true
   drainSeconds: 300
-  cgroup: /sys/fs/cgroup/pods
+  cgroup: /sys/fs/cgroup/$(UNDERPASS_NODE)/pods
   update: { surge: false, nodes: 10% }
   ports: { metrics: 25020, health: 25021 }
   nodeTaint: underpass.io/agent-not-ready

@@ -32,7 +32,7 @@ impl Objects {
         self.0.iter().map(|object| text(&object["kind"]) + "/" + &text(&object["metadata"]["name"])).collect()
     }
 
-    /// Options of the container in a DaemonSet, Deployment, Job or Pod.
+    /// Options of the container in a `DaemonSet`, Deployment, Job or Pod.
     pub fn arguments(&self, kind: &str, name: &str) -> Result<Vec<String>> {
         let arguments = container(self.get(kind, name)?)["args"].as_array().context("no args")?;
         Ok(arguments.iter().map(|argument| argument.as_str().unwrap_or_default().to_owned()).collect())

@@ -46,7 +46,7 @@ fn objects_are_valid_in_1_29() -> Result<()> {
     valid_in("1.29")
 }
 
-/// With the field for AppArmor, which came here.
+/// With the field for `AppArmor`, which came here.
 #[test]
 fn objects_are_valid_in_1_30() -> Result<()> {
     valid_in("1.30")

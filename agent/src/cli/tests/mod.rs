@@ -55,6 +55,8 @@ fn every_command_has_help_with_exit_codes_and_examples() {
         "bpf",
         "debug",
         "cleanup",
+        "self-test",
+        "uninstall",
         "completions",
         "man",
     ];

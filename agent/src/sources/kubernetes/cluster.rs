@@ -118,23 +118,6 @@ impl Cluster {
         changed
     }
 
-    /// A pod was handed over: its addresses are known before the API server tells them.
-    pub(super) fn attach(&mut self, key: Key, attached: Attached) {
-        if let Some(record) = self.pods.get(&key) {
-            let mut completed = PodRecord::clone(record);
-            complete(&mut completed, Some(&attached));
-            self.pods.take(Delta::Apply(key.clone(), Some(completed)));
-        }
-        self.attached.insert(key, attached);
-    }
-
-    /// Forgets the pod with this sandbox; its key.
-    pub(super) fn detach(&mut self, container: &str) -> Option<Key> {
-        let key = self.attached.iter().find(|(_, a)| a.container == container).map(|(key, _)| key.clone())?;
-        self.attached.remove(&key);
-        Some(key)
-    }
-
     /// What has changed since this was last called. `None` the first time: everything.
     pub(super) fn changes(&mut self) -> Option<Changes> {
         // All of them, so that each begins to note from now on.
@@ -156,6 +139,23 @@ impl Cluster {
     pub(super) fn pods_in<'a>(&'a self, namespace: &'a Arc<str>) -> impl Iterator<Item = &'a Key> {
         let first = Key { namespace: Arc::clone(namespace), name: "".into() };
         self.pods.keys_from(first).take_while(move |key| key.namespace == *namespace)
+    }
+
+    /// A pod was handed over: its addresses are known before the API server tells them.
+    pub(super) fn attach(&mut self, key: Key, attached: Attached) {
+        if let Some(record) = self.pods.get(&key) {
+            let mut completed = PodRecord::clone(record);
+            complete(&mut completed, Some(&attached));
+            self.pods.take(Delta::Apply(key.clone(), Some(completed)));
+        }
+        self.attached.insert(key, attached);
+    }
+
+    /// Forgets the pod with this sandbox; its key.
+    pub(super) fn detach(&mut self, container: &str) -> Option<Key> {
+        let key = self.attached.iter().find(|(_, a)| a.container == container).map(|(key, _)| key.clone())?;
+        self.attached.remove(&key);
+        Some(key)
     }
 
     /// Has every kind been listed?

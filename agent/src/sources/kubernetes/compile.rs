@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
-    path::PathBuf,
+    mem,
     sync::Arc,
     time::Instant,
 };
@@ -52,6 +52,8 @@ pub(super) struct Compiled {
 struct Made {
     /// Those of the base; the snapshot's have the node's addresses, too.
     settings: MeshSettings,
+    /// Of the cluster: nobody takes part any more.
+    leaving: bool,
     snapshot: Snapshot,
     modes: Modes,
     wiring: Wiring,
@@ -71,10 +73,11 @@ struct Here {
 }
 
 impl Made {
-    fn nothing(base: &Snapshot) -> Self {
+    fn nothing(base: &Snapshot, leaving: bool) -> Self {
         let builder = SnapshotBuilder::new(&base.node, base.trust_domain.clone(), base.settings.clone());
         Self {
             settings: base.settings.clone(),
+            leaving,
             snapshot: builder.build(),
             modes: Modes::default(),
             wiring: Wiring::default(),
@@ -102,6 +105,7 @@ impl Compiler {
     }
 
     /// Forgets what was made, so that everything is made anew.
+    #[cfg(test)]
     pub(super) fn forget(&mut self) {
         self.made = None;
     }
@@ -119,7 +123,7 @@ impl Compiler {
             (made, changes)
         } else {
             self.enrolments.retain(|key| cluster.pods.get(key).is_some());
-            (Made::nothing(base), Changes::everything(cluster))
+            (Made::nothing(base, cluster.leaving), Changes::everything(cluster))
         };
         if changes.authentications {
             let (settings, problems) = (&base.settings, &mut made.problems.modes);
@@ -162,6 +166,9 @@ impl Compiler {
         }
         if changes.authentications {
             dirty.extend(made.here.keys().cloned());
+        }
+        if mem::replace(&mut made.leaving, cluster.leaving) != cluster.leaving {
+            dirty.extend(cluster.pods.iter().map(|(key, _)| key.clone()));
         }
         dirty.extend(self.enrolments.ended(now).cloned());
         for key in changes.pods.keys().filter(|key| cluster.pods.get(key).is_none()) {
@@ -211,10 +218,8 @@ impl Compiler {
                 (None, None) => false,
                 // As text: comparing paths by their components takes ten times as long.
                 (Some(was), Some(is)) => {
-                    fn text(path: &Option<PathBuf>) -> Option<&std::ffi::OsStr> {
-                        path.as_deref().map(std::path::Path::as_os_str)
-                    }
-                    was.netns.as_os_str() != is.netns.as_os_str() || text(&was.cgroup) != text(&is.cgroup)
+                    let [old, new] = [was.cgroup.as_ref(), is.cgroup.as_ref()].map(|path| path.map(|p| p.as_os_str()));
+                    was.netns.as_os_str() != is.netns.as_os_str() || old != new
                 }
                 _ => true,
             };

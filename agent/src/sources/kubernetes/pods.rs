@@ -42,8 +42,7 @@ pub(super) fn place<'a>(
     now: Instant,
 ) -> Placed<'a> {
     let namespace = cluster.namespaces.get(&cluster_scoped(&key.namespace));
-    let wanted = !cluster.leaving && wanted(record, namespace.map(Arc::as_ref));
-    let phase = enrolments.phase(key, record, wanted, now);
+    let phase = enrolments.phase(key, record, !cluster.leaving && wanted(record, namespace.map(Arc::as_ref)), now);
     let captured_here = phase != Phase::Out && record.node.as_deref() == Some(node) && !record.addresses.is_empty();
     Placed { key, record, phase, captured_here }
 }

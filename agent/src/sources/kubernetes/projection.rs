@@ -78,8 +78,12 @@ fn project(cluster: &Cluster) -> Projection {
         .collect();
     // Where single pods take part, so may the next one.
     let own = cluster.pods.iter().filter(|(_, pod)| pod.choice == Some(Choice::In) && !pod.host_network);
+    let mut last = None;
     for (key, _) in own.filter(|_| !cluster.leaving) {
-        namespaces.insert(key.namespace.to_string(), Treatment::Held);
+        // They are in order, so each namespace is noted once.
+        if last.replace(&key.namespace) != Some(&key.namespace) {
+            namespaces.insert(key.namespace.to_string(), Treatment::Held);
+        }
     }
     Projection { version: VERSION, namespaces }
 }

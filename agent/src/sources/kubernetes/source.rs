@@ -101,6 +101,8 @@ impl KubernetesSource {
             None => Config::incluster().map_err(|e| SourceError::InCluster(e.to_string()))?,
         };
         client.connect_timeout = Some(Duration::from_secs(5));
+        // The client's own retries say nothing of what is wrong, and pause for minutes in the end; watches have theirs.
+        client.default_retry = false;
         let client = Client::try_from(client).map_err(|e| SourceError::Client(e.to_string()))?;
         Ok(Self {
             client,
@@ -327,7 +329,6 @@ impl Owner {
             News::Leaving(leaving) => {
                 if std::mem::replace(&mut self.cluster.leaving, leaving) != leaving {
                     info!(leaving, "asked whether to un-enrol everything");
-                    self.compiler.forget();
                     self.changed();
                     if let Some(projector) = &mut self.outside.projector {
                         projector.changed();
@@ -351,7 +352,10 @@ impl Owner {
 
     /// When the next snapshot is to be made.
     fn compile_at(&self) -> Option<Instant> {
-        let changed = self.dirty.map(|since| if self.urgent { since } else { since + SETTLE });
+        let changed = self.dirty.map(|since| match self.urgent {
+            true => since,
+            false => since + SETTLE,
+        });
         let look = self.look.map(|(at, _)| at);
         let wanted = [changed, self.due, look].into_iter().flatten().min()?;
         Some(wanted.max(self.compilable()?))
