@@ -20,6 +20,9 @@ pub enum Purpose {
     Plaintext,
 }
 
+/// Listeners with what they are for.
+type Sockets = Vec<(Purpose, OwnedFd)>;
+
 /// The listeners in one network namespace.
 #[derive(Debug)]
 pub struct Listening {
@@ -31,7 +34,7 @@ pub struct Listening {
 
 /// Listeners of an agent that was here before, until they are taken up. Clones are the same.
 #[derive(Clone, Debug, Default)]
-pub struct Inheritance(Arc<Mutex<HashMap<u64, Vec<(Purpose, OwnedFd)>>>>);
+pub struct Inheritance(Arc<Mutex<HashMap<u64, Sockets>>>);
 
 impl Inheritance {
     /// Adds the listeners of a namespace.
@@ -54,7 +57,7 @@ impl Inheritance {
         self.lock().remove(&netns)
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Vec<(Purpose, OwnedFd)>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Sockets>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -18,6 +18,7 @@ Use --cleanup-on-exit, or `underpass cleanup` later, to end that.
 Examples:
   underpass run --config /etc/underpass/node.yaml
   underpass run --config node.yaml --cgroup /sys/fs/cgroup/pods --log debug"))]
+#[expect(clippy::struct_excessive_bools, reason = "each is an option of its own")]
 pub struct RunArgs {
     /// The node's configuration (YAML, see docs/configuration.md). Watched for changes.
     #[arg(long, value_name = "FILE")]
@@ -95,7 +96,7 @@ pub struct RunArgs {
     /// Taint to remove from this node once the agent serves, e.g. underpass.io/agent-not-ready.
     #[arg(long, value_name = "KEY", help_heading = "Kubernetes")]
     pub node_taint: Option<String>,
-    /// A ConfigMap whose key `uninstall` asks the agent to give everything back (see `underpass uninstall`).
+    /// A `ConfigMap` whose key `uninstall` asks the agent to give everything back (see `underpass uninstall`).
     #[arg(long, value_name = "NAMESPACE/NAME", help_heading = "Kubernetes")]
     pub uninstall_configmap: Option<ObjectName>,
     /// Give the pods plain traffic back on SIGTERM or SIGINT, instead of keeping capture in place (fail closed).

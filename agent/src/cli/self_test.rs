@@ -45,11 +45,23 @@ pub(super) struct SelfTestArgs {
     #[arg(long, value_name = "ADDRESS", default_value = "[::]:8080")]
     listen: SocketAddr,
     /// The metrics of this node's agent.
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", value_parser = url)]
     metrics: Uri,
     /// How long to try, e.g. 1m.
     #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = humantime::parse_duration)]
     timeout: Duration,
+}
+
+/// A URL whose host may be an IPv6 address without brackets: Kubernetes fills addresses in as they are.
+fn url(text: &str) -> Result<Uri, String> {
+    let wrong = || "write http://HOST:PORT/PATH".to_owned();
+    let rest = text.strip_prefix("http://").ok_or_else(wrong)?;
+    let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let uri = match authority.rsplit_once(':') {
+        Some((host, port)) if host.contains(':') && !host.starts_with('[') => format!("http://[{host}]:{port}/{path}"),
+        _ => text.to_owned(),
+    };
+    uri.parse().map_err(|e| format!("{e}; {}", wrong()))
 }
 
 /// Runs it.
@@ -163,7 +175,22 @@ fn mutual(page: &str, service: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::mutual;
+    use super::{mutual, url};
+
+    #[test]
+    fn addresses_need_no_brackets() {
+        for (text, host) in [
+            ("http://192.0.2.1:15020/metrics", "192.0.2.1"),
+            ("http://2001:db8::1:15020/metrics", "[2001:db8::1]"),
+            ("http://[2001:db8::1]:15020/metrics", "[2001:db8::1]"),
+        ] {
+            let url = url(text).unwrap();
+            assert_eq!((url.host(), url.port_u16(), url.path()), (Some(host), Some(15020), "/metrics"), "{text}");
+        }
+        for text in ["https://a:1/", "a:1", "http://a b/"] {
+            assert!(url(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn only_mutual_tls_to_this_service_counts() {

@@ -33,10 +33,10 @@ then on, and removes programs, pins, routes and the CNI plugin from its node.
 Examples:
   underpass uninstall --configmap underpass-system/underpass-uninstall --daemonset underpass-system/underpass-agent"))]
 pub(super) struct UninstallArgs {
-    /// The ConfigMap that the agents watch (their --uninstall-configmap).
+    /// The `ConfigMap` that the agents watch (their --uninstall-configmap).
     #[arg(long, value_name = "NAMESPACE/NAME")]
     configmap: ObjectName,
-    /// The agents' DaemonSet.
+    /// The agents' `DaemonSet`.
     #[arg(long, value_name = "NAMESPACE/NAME")]
     daemonset: ObjectName,
     /// How long to wait, e.g. 2m.

@@ -190,10 +190,11 @@ impl Desk {
     /// Is the pod as it has to be?
     async fn check(&self, container: &str, pod: &WorkloadKey) -> Answer {
         let known = self.attachments.containers().iter().any(|c| c == container);
-        let verdict = match known {
-            // Just looked at: a verdict is there, or comes with the next snapshot.
-            true => timeout(TRANSFER, self.attachments.verdict(container)).await.unwrap_or(Verdict::Unknown),
-            false => Verdict::Unknown,
+        let verdict = if known {
+            // It is there, or comes with the next snapshot.
+            timeout(TRANSFER, self.attachments.verdict(container)).await.unwrap_or(Verdict::Unknown)
+        } else {
+            Verdict::Unknown
         };
         match (verdict, self.pods.state(pod)) {
             (Verdict::Inside | Verdict::Unknown, Some(Ok(()))) => Answer::Done { held: true },

@@ -151,9 +151,10 @@ mod tests {
             let untouched = model.clone();
             let mut copy = original.clone();
             for (key, value) in changes {
-                match value {
-                    Some(value) => prop_assert_eq!(copy.insert(key, value), model.insert(key, value)),
-                    None => prop_assert_eq!(copy.remove(&key), model.remove(&key)),
+                if let Some(value) = value {
+                    prop_assert_eq!(copy.insert(key, value), model.insert(key, value));
+                } else {
+                    prop_assert_eq!(copy.remove(&key), model.remove(&key));
                 }
             }
             prop_assert_eq!(&copy.iter().map(|(k, v)| (*k, *v)).collect::<HashMap<_, _>>(), &model);

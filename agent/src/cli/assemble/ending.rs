@@ -154,7 +154,7 @@ impl Ending {
             match removed {
                 Ok(removed) => info!(?removed, "the CNI plugin is removed"),
                 Err(error) => {
-                    warn!(%error, "the CNI plugin is not removed; take it out of the node's configuration by hand")
+                    warn!(%error, "the CNI plugin is not removed; take it out of the node's configuration by hand");
                 }
             }
         }

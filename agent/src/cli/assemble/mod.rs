@@ -85,15 +85,12 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
     // What another agent on this node must not do at the same time, and what goes on beside one that has taken over.
     let (mut front, mut cni, mut tasks) = (JoinSet::new(), JoinSet::new(), JoinSet::new());
     let reload = source.stats();
-    let cluster = match &config.kubernetes {
-        Some(kubernetes) => {
-            let source = KubernetesSource::new(kubernetes, &config.snapshot.node, &cgroup, &args.state_dir).await?;
-            Some(plugin::wired(source, &args))
-        }
-        None => {
-            plugin::refuse_without_kubernetes(&args)?;
-            None
-        }
+    let cluster = if let Some(kubernetes) = &config.kubernetes {
+        let source = KubernetesSource::new(kubernetes, &config.snapshot.node, &cgroup, &args.state_dir).await?;
+        Some(plugin::wired(source, &args))
+    } else {
+        plugin::refuse_without_kubernetes(&args)?;
+        None
     };
     let cluster_status = cluster.as_ref().map(KubernetesSource::statuses);
     let attachments = cluster.as_ref().map(KubernetesSource::attachments);

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// How long this agent may take to know the mesh, with another one that goes on meanwhile.
-const KNOWN: Duration = Duration::from_secs(60);
+const KNOWN: Duration = Duration::from_mins(1);
 /// How long certificates are waited for. A connection whose certificate is still missing then waits for it itself.
 const CERTIFICATES: Duration = Duration::from_secs(10);
 

@@ -24,6 +24,7 @@ pub(super) enum Change {
 }
 
 /// What the owner of the state hears.
+#[expect(clippy::large_enum_variant, reason = "nearly all news are changes")]
 pub(super) enum News {
     /// Of a watch.
     Change(Change),

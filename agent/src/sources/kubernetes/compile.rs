@@ -137,7 +137,7 @@ impl Compiler {
             // The zone may be another one.
             dirty.extend(cluster.services.iter().map(|(key, _)| key.clone()));
         }
-        let (placed, complete) = self.place(&mut made, cluster, base, pods, now, &mut dirty);
+        let (placed, complete) = self.place(&mut made, cluster, base, &pods, now, &mut dirty);
         let mut pass =
             Pass { builder: SnapshotBuilder::amend(made.snapshot.clone()), disputed: false, made: &mut made };
         pass.pods(&self.finder, cluster, base, placed);
@@ -183,13 +183,13 @@ impl Compiler {
         made: &mut Made,
         cluster: &'a Cluster,
         base: &Snapshot,
-        dirty: HashSet<Key>,
+        dirty: &HashSet<Key>,
         now: Instant,
         services: &mut BTreeSet<Key>,
     ) -> (Vec<(Key, Option<Placed<'a>>)>, bool) {
         let mut placed = Vec::with_capacity(dirty.len());
         let mut others = false;
-        for key in &dirty {
+        for key in dirty {
             let pod = cluster.pods.entry(key);
             let pod = pod.map(|(key, record)| pods::place(cluster, &base.node, &mut self.enrolments, key, record, now));
             let here = pod

@@ -231,6 +231,7 @@ fn follow_as<T>(
 }
 
 /// What is known, and what is to be done about it.
+#[expect(clippy::struct_excessive_bools, reason = "they are independent of each other")]
 struct Owner {
     node: Arc<str>,
     state_dir: PathBuf,
@@ -352,10 +353,7 @@ impl Owner {
 
     /// When the next snapshot is to be made.
     fn compile_at(&self) -> Option<Instant> {
-        let changed = self.dirty.map(|since| match self.urgent {
-            true => since,
-            false => since + SETTLE,
-        });
+        let changed = self.dirty.map(|since| if self.urgent { since } else { since + SETTLE });
         let look = self.look.map(|(at, _)| at);
         let wanted = [changed, self.due, look].into_iter().flatten().min()?;
         Some(wanted.max(self.compilable()?))
