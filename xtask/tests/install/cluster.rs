@@ -110,6 +110,11 @@ impl Cluster {
         Process::spawn(self.program("helm").args(arguments))?.output(WITHIN)
     }
 
+    /// A directory that is removed with it.
+    pub(crate) fn directory(&self) -> Result<&Path> {
+        self.about.logs.parent().context("logs are in the cluster's directory")
+    }
+
     pub(crate) fn nodes(&self) -> &[Node] {
         &self.about.nodes
     }

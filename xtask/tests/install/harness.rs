@@ -25,7 +25,7 @@ struct Arguments {
 /// Runs what the command line selects, until something fails.
 pub(crate) fn main(scenarios: &[Scenario]) -> ExitCode {
     let arguments = Arguments::parse(std::env::args().skip(1));
-    let selected: Vec<_> = scenarios.iter().filter(|scenario| arguments.select(scenario)).collect();
+    let selected = arguments.select(scenarios);
     if arguments.list {
         for scenario in selected {
             println!("{}: test", scenario.name);
@@ -95,13 +95,17 @@ impl Arguments {
         parsed
     }
 
-    fn select(&self, scenario: &Scenario) -> bool {
-        // None is.
-        if self.ignored {
-            return false;
+    /// What was asked for, and what that builds on.
+    fn select<'a>(&self, scenarios: &'a [Scenario]) -> Vec<&'a Scenario> {
+        let matches = |scenario: &Scenario| {
+            let fits =
+                |filter: &String| if self.exact { scenario.name == filter } else { scenario.name.contains(filter) };
+            // None is marked as to be ignored.
+            !self.ignored && (self.filters.is_empty() || self.filters.iter().any(fits))
+        };
+        if !scenarios.iter().any(matches) {
+            return Vec::new();
         }
-        let matches =
-            |filter: &String| if self.exact { scenario.name == filter } else { scenario.name.contains(filter) };
-        self.filters.is_empty() || self.filters.iter().any(matches) || (scenario.needed && !self.list)
+        scenarios.iter().filter(|scenario| matches(scenario) || (scenario.needed && !self.list)).collect()
     }
 }

@@ -31,12 +31,12 @@ const SCENARIOS: &[Scenario] = &[
         run: s::cni::agent_killed_while_pods_come_and_go,
     },
     Scenario { name: "put_back_when_others_write", needed: false, run: s::cni::put_back_when_others_write },
-    Scenario { name: "a_label_removed_and_added", needed: false, run: s::label::removed_and_added },
     Scenario { name: "probes_of_strict_pods", needed: false, run: s::probes::of_strict_pods },
     Scenario { name: "scaled_under_traffic", needed: false, run: s::scale::under_traffic },
     Scenario { name: "a_node_starts_anew", needed: false, run: s::reboot::a_node_starts_anew },
     Scenario { name: "upgraded", needed: false, run: s::upgrade::to_another_image },
     Scenario { name: "failed_upgrades_are_rolled_back", needed: false, run: s::upgrade::rolled_back },
+    Scenario { name: "a_label_removed_and_added", needed: false, run: s::label::removed_and_added },
     Scenario { name: "uninstalled", needed: false, run: s::uninstall::leaves_nothing },
 ];
 

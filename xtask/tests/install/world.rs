@@ -32,15 +32,13 @@ pub(crate) struct World {
     pub(crate) cluster: Cluster,
     /// Measurements that are printed below the scenario's line.
     pub(crate) notes: Vec<String>,
-    images: tempfile::TempDir,
 }
 
 impl World {
     /// A cluster with images and pods, without Underpass.
     pub(crate) fn start() -> Result<Self> {
-        let images = tempfile::tempdir().context("making a directory")?;
         let cluster = Cluster::up()?;
-        let world = Self { cluster, notes: Vec::new(), images };
+        let world = Self { cluster, notes: Vec::new() };
         let app = world.image(&["--program", path(&testbed::app_path()?)?, "--name", manifests::APP], "app.tar")?;
         world.cluster.xtask("load", &[path(&app)?])?;
         let [first, second] = world.node_names()?;
@@ -68,7 +66,7 @@ impl World {
     }
 
     fn image(&self, arguments: &[&str], file: &str) -> Result<PathBuf> {
-        let output = self.images.path().join(file);
+        let output = self.cluster.directory()?.join(file);
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_xtask"));
         command.arg("image").args(arguments).arg("--output").arg(&output).env("CI", "1");
         testbed::Process::spawn(&mut command)?.output(Duration::from_mins(1))?.success()?;

@@ -96,6 +96,8 @@ pub(super) fn down(ui: &Ui, which: &Which) -> Result<()> {
     let _lock = place.lock()?;
     let there = place.directory().exists();
     let ended = ui.step("removing the playground", |_| teardown::remove(&place))?;
+    // Nobody waits for it: who finds it taken gives up.
+    place.unlock()?;
     ui.say(&if there {
         format!("The playground is gone; {ended} programs were killed.")
     } else {

@@ -52,7 +52,7 @@ impl Place {
 
     /// One command at a time.
     pub(super) fn lock(&self) -> Result<File> {
-        let path = self.directory.with_extension("lock");
+        let path = self.lock_file();
         let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
         match file.try_lock() {
             Ok(()) => Ok(file),
@@ -61,6 +61,16 @@ impl Place {
             }
             Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("locking {}", path.display())),
         }
+    }
+
+    /// Removes the file of the lock, which the caller holds.
+    pub(super) fn unlock(&self) -> Result<()> {
+        let path = self.lock_file();
+        fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))
+    }
+
+    fn lock_file(&self) -> PathBuf {
+        self.directory.with_extension("lock")
     }
 
     /// How a person calls a command for it.
