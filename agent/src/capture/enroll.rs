@@ -184,7 +184,8 @@ async fn enroll_in_slot(inner: &Arc<Inner>, wanted: &Wanted) -> Result<Arc<Pod>,
     }
 }
 
-/// In this order: who listens, what brings replies back, what guards; capture last.
+/// In this order: who listens, what brings replies back; then capture, and what guards last. A program of a running pod may be
+/// connecting at any moment: were the guard there before capture, it would drop that connection's SYN, and every one that is sent again.
 async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enrolled, EnrollError> {
     let &Candidate { workload, plaintext, local, ref netns, id, adopted, .. } = candidate;
     processes::check_below(netns, &inner.options.cgroup).await?;
@@ -214,18 +215,17 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
     let mut watch = interfaces::watch(netns)
         .await
         .map_err(|e| EnrollError::Setup { action: "watch interfaces", reason: e.to_string() })?;
-    let present = watcher::present(&mut watch);
-    attach(inner, netns, id, present).await?;
-    if before.is_some_and(|before| after.tightens(&before)) {
-        destroy_plaintext(netns, after).await?;
-    }
-
     inner.capture(Entry {
         pod: Arc::clone(&pod),
         netns: Arc::clone(netns),
         workload: workload.clone(),
         plaintext: plaintext.cloned(),
     })?;
+    let present = watcher::present(&mut watch);
+    attach(inner, netns, id, present).await?;
+    if before.is_some_and(|before| after.tightens(&before)) {
+        destroy_plaintext(netns, after).await?;
+    }
     let (stop, stopped) = oneshot::channel();
     let watcher = tokio::spawn(watcher::run(inner.attacher(netns, id), watch, stopped));
     Ok(Enrolled { pod, netns: Arc::clone(netns), watcher: Some((watcher, stop)) })

@@ -199,7 +199,7 @@ impl Capture {
         self.inner.probes.set(&snapshot.settings.probes.cgroups)
     }
 
-    /// Enrols a pod, with what modes and policies make of plaintext for it (without policies: `None`): listeners and routes first, then guard and inbound program on every interface, capture last. Fails
+    /// Enrols a pod, with what modes and policies make of plaintext for it (without policies: `None`): listeners and routes first, then capture, guard and inbound program on every interface last. Fails
     /// whole. For an already enrolled pod, applies what changed (mode, port rules, exclusions); switching to STRICT
     /// destroys plaintext connections already admitted. Runs to its end even when the caller stops waiting.
     pub async fn enroll(

@@ -59,6 +59,14 @@ fn socket(run_dir: &Path) -> PathBuf {
     run_dir.join("handover").join("agent.sock")
 }
 
+/// Removes the socket's directory, for good.
+pub fn remove(run_dir: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(run_dir.join("handover")) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Where successors come.
 pub struct Successors(SocketFile);
 

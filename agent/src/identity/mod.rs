@@ -78,6 +78,11 @@ pub trait Issuer: Send + Sync + 'static {
     /// Issues (or reads) a certificate for `identity`. Bounded in time by the caller.
     fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Svid, IssueError>>;
 
+    /// What it has to have before it can issue anything, and does not have; for people.
+    fn lacks(&self) -> Option<String> {
+        None
+    }
+
     /// Resolves when material may have changed outside of the renewal schedule (a file was rewritten, the CA's
     /// root was replaced); the store then issues everything again. Pending forever for issuers that never do.
     fn changed(&self) -> BoxFuture<'_, ()>;

@@ -71,6 +71,11 @@ impl CertificateStore {
         self.issuer.name()
     }
 
+    /// What has to be there before anything can be issued, and is not.
+    pub fn lacks(&self) -> Option<String> {
+        self.issuer.lacks()
+    }
+
     /// The current certificate, if there is one that is valid now.
     pub fn current(&self, identity: &SpiffeId) -> Option<Arc<Svid>> {
         self.current.load().get(identity).filter(|s| s.valid_at(SystemTime::now())).cloned()

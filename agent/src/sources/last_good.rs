@@ -24,6 +24,17 @@ impl Copy {
         state_dir.join(self.name)
     }
 
+    /// Removes it, whether it is there or not.
+    pub(super) fn forget(self, state_dir: &Path) -> io::Result<()> {
+        for path in [self.path(state_dir), self.temporary(state_dir)] {
+            match std::fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Name while it is written. Fixed, so that crashes cannot pile up files.
     fn temporary(self, state_dir: &Path) -> PathBuf {
         state_dir.join(format!(".{}.tmp", self.name))

@@ -47,23 +47,25 @@ fn no_new_connection_is_lost_and_live_ones_go_on() -> Result<()> {
     let steady = world.client.app(&["steady", &to, "--rate", "200", "--timeout", "10"])?;
     steady.wait_json("first", SOON)?;
 
-    // Both sides are upgraded under load, one of them twice.
-    let old_a = world.a.replace()?;
-    let old_b = world.b.replace()?;
-    let older_a = world.a.replace()?;
+    // Both sides are upgraded under load, several times: one upgrade takes a tenth of a second.
+    let mut old = Vec::new();
+    for _ in 0..3 {
+        old.push(world.a.replace()?);
+        old.push(world.b.replace()?);
+    }
     let report = steady.output(SOON)?.last_json()?;
-    ensure!(report["failed"] == 0 && report["ok"].as_u64() > Some(100), "{report}");
-    eprintln!("new connections during three upgrades: {report}");
+    ensure!(report["failed"] == 0 && report["ok"].as_u64() > Some(50), "{report}");
+    eprintln!("new connections during six upgrades: {report}");
 
     // The old ones keep what is theirs, also while they are told to end.
-    for old in [&old_a, &old_b, &older_a] {
+    for old in &old {
         ensure!(old.status().is_none(), "it has ended");
         old.signal(Signal::SIGTERM)?;
     }
     app(&world.client, &["request", &to])?;
     let output = live.output(SOON)?.last_json()?;
     ensure!(output["alive"] == 20, "live connections were cut: {output}");
-    for old in [old_a, old_b, older_a] {
+    for old in old {
         let status = old.wait(SOON)?;
         ensure!(status.success(), "the old agent ended with {status}");
     }

@@ -180,7 +180,9 @@ impl Node {
             (&of(&cali, "forwarding"), "1"),
             (&of("br0", "proxy_arp"), "1"),
         ])?;
-        self.namespace().ip("route replace local default dev lo table 10020\n")?;
+        // Proxy ARP answers for what the node has a route to, elsewhere: on a real one the default route.
+        self.namespace()
+            .ip("route replace local default dev lo table 10020\nroute replace 169.254.1.1/32 dev wire scope link\n")?;
         // Refused from the second pod on: it is there.
         let _ = self.namespace().ip("rule add fwmark 0x20000/0x20000 table 10020 priority 50\n");
         namespace.ip(&format!(

@@ -157,6 +157,10 @@ fn certificates(view: &View) -> Condition {
         .filter(|id| current.get(id).is_none_or(|svid| !svid.valid_at(now)))
         .map(ToString::to_string)
         .collect();
+    // Without an identity to issue for it would not be noticed, and the first pod would be without.
+    if let Some(lacks) = view.certificates.lacks().filter(|_| wanted.is_empty()) {
+        return Condition { name: "certificates", ready: false, detail: lacks };
+    }
     Condition {
         name: "certificates",
         ready: wanted.is_empty() || missing.len() < wanted.len(),

@@ -17,10 +17,10 @@ use crate::{
     capture::{Capture, cleanup},
     cli::RunArgs,
     cni,
-    handover::{Successor, Successors},
+    handover::{self, Successor, Successors},
     proxy::Reconciler,
     relay::{ConnectionTable, Relay},
-    sources::kubernetes::Leaving,
+    sources::{self, kubernetes::Leaving},
 };
 
 /// How often live connections are counted while the agent waits for their end.
@@ -176,10 +176,14 @@ impl Ending {
         spawn_blocking(move || relay.shutdown()).await.context("stopping the relay")?;
         drop((reconciler, capture, leaving));
         let report = cleanup::cleanup(&args.pin_root, &[], true).await.context("removing pins")?;
-        if args.cni
-            && let Err(error) = cni::remove(&args.run_dir)
-        {
-            warn!(%error, "cannot remove what was between agent and CNI plugin");
+        for (what, removed) in [
+            ("what was between agent and CNI plugin", cni::remove(&args.run_dir)),
+            ("the socket for an agent that follows", handover::remove(&args.run_dir)),
+            ("the last good configuration", sources::forget(&args.state_dir)),
+        ] {
+            if let Err(error) = removed {
+                warn!(%error, "cannot remove {what}");
+            }
         }
         info!(?report, "nothing of Underpass is left on this node");
         self.told().await;

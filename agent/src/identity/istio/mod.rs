@@ -163,6 +163,17 @@ impl IstioIssuer {
 }
 
 impl Issuer for IstioIssuer {
+    fn lacks(&self) -> Option<String> {
+        let file = &self.ca.root_file;
+        let there = std::fs::metadata(file).is_ok_and(|meta| meta.len() > 0);
+        (!there).then(|| {
+            format!(
+                "the authority's roots are not in {} yet (a kubelet takes a minute to show what was published)",
+                file.display()
+            )
+        })
+    }
+
     fn name(&self) -> &'static str {
         "istio"
     }

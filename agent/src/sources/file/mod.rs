@@ -30,6 +30,11 @@ use super::{kubernetes::KubernetesConfig, last_good::Copy};
 use crate::mesh::{IstioCa, Snapshot};
 
 /// The copy of the last accepted document.
+/// Removes the last good copy.
+pub(super) fn forget(state_dir: &Path) -> std::io::Result<()> {
+    LAST_GOOD.forget(state_dir)
+}
+
 const LAST_GOOD: Copy = Copy { name: "last-good.yaml", longest: MAX_DOCUMENT };
 
 /// Largest document that is read, in bytes.

@@ -40,6 +40,7 @@ use std::path::PathBuf;
 
 pub use attachments::{Attachment, Attachments, Verdict};
 pub use leaving::Leaving;
+pub(super) use saved::forget;
 pub use source::{KubernetesSource, SourceError};
 pub use status::{Kind, KindStatus, Problem, SourceStatus, Statuses};
 
