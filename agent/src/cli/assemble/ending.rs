@@ -17,7 +17,7 @@ use crate::{
     capture::{Capture, cleanup},
     cli::RunArgs,
     cni,
-    handover::{self, Successor, Successors},
+    handover::{self, Predecessor, Successor, Successors},
     proxy::Reconciler,
     relay::{ConnectionTable, Relay},
     sources::{self, kubernetes::Leaving},
@@ -85,8 +85,10 @@ impl Ending {
             Why::Followed(successor) => {
                 let successor = parts.hand_over(successor).await?;
                 tokio::select! {
+                    // Both may have come; being told counts.
+                    biased;
                     () = self.told() => {}
-                    () = successor.gone() => bail!("the agent that had taken over has gone; this one has to be started again"),
+                    () = alone(successor, args) => bail!("the agent that had taken over has gone; this one has to be started again"),
                 }
                 self.drain(args.drain_timeout, &mut parts, false).await?;
             }
@@ -222,6 +224,14 @@ async fn next(successors: Option<&Successors>) -> Successor {
     match successors {
         Some(successors) => successors.next().await,
         None => std::future::pending().await,
+    }
+}
+
+/// Resolves when the agent that took over has gone and was not followed by another one itself.
+async fn alone(successor: Successor, args: &RunArgs) {
+    successor.gone().await;
+    if matches!(Predecessor::find(&args.run_dir), Ok(Some(_))) {
+        std::future::pending().await
     }
 }
 
