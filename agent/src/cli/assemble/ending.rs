@@ -231,7 +231,7 @@ async fn next(successors: Option<&Successors>) -> Successor {
 async fn alone(successor: Successor, args: &RunArgs) {
     successor.gone().await;
     if matches!(Predecessor::find(&args.run_dir), Ok(Some(_))) {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 
