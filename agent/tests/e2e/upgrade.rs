@@ -12,7 +12,7 @@ use testbed::{
 
 use crate::world::{MARKER, Stage, World, app, app_error, assert_encrypted, at, serve, sniff, start_agent};
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_mins(1);
 
 /// A world whose agents keep connections after SIGTERM for some time, and leave their pins.
 fn world(label: &str, drain: &str) -> Result<World> {
