@@ -16,9 +16,12 @@ use tokio::{
     time::{Instant, sleep, timeout, timeout_at},
 };
 use tracing::{debug, info, warn};
-use underpass_cni::protocol::{self, Answer, Command, PodName, Request};
+use underpass_cni::protocol::{self, Answer, Command, Request};
 
-use super::{DIRECTORY, store::Store};
+use super::{
+    DIRECTORY,
+    store::{Store, handed, key},
+};
 use crate::{
     mesh::WorkloadKey,
     proxy::{NetnsId, Reconciler},
@@ -43,32 +46,23 @@ struct Desk {
     store: Store,
 }
 
-/// Opens the socket below the run directory, and hands over again what earlier agents were handed. The future answers until it is
-/// dropped.
-pub async fn serve(
+/// What earlier agents were handed, below the run directory.
+pub fn recall(run_dir: &Path) -> io::Result<Vec<Attachment>> {
+    Ok(store(run_dir)?.recall())
+}
+
+fn store(run_dir: &Path) -> io::Result<Store> {
+    Store::open(run_dir.join(DIRECTORY).join("attachments"))
+}
+
+/// Opens the socket below the run directory. The future answers until it is dropped.
+pub fn serve(
     run_dir: &Path,
     attachments: Attachments,
     pods: Arc<Reconciler>,
 ) -> io::Result<impl Future<Output = ()> + Send + 'static> {
     let socket = SocketFile::bind(&super::socket(run_dir))?;
-    let directory = run_dir.join(DIRECTORY).join("attachments");
-    let (store, remembered) = spawn_blocking(move || {
-        let store = Store::open(directory)?;
-        let remembered = store.recall();
-        io::Result::Ok((store, remembered))
-    })
-    .await
-    .map_err(io::Error::other)??;
-    for pod in remembered {
-        let attachment = Attachment {
-            pod: WorkloadKey { namespace: pod.namespace.into(), name: pod.name.into() },
-            uid: pod.uid,
-            container: pod.container,
-            namespace: pod.netns,
-            addresses: pod.addresses,
-        };
-        attachments.add(attachment).await;
-    }
+    let store = store(run_dir)?;
     Ok(accept(socket, Arc::new(Desk { attachments, pods, store })))
 }
 
@@ -156,9 +150,7 @@ impl Desk {
             Ok(namespace) => namespace,
             Err(error) => return refused(&format!("the pod cannot be remembered: {error}"), true),
         };
-        let protocol::Attachment { pod: PodName { uid, .. }, addresses, .. } = attachment;
-        let handed = Attachment { pod: pod.clone(), uid, container: container.clone(), namespace, addresses };
-        let answer = if self.attachments.add(handed).await {
+        let answer = if self.attachments.add(handed(attachment, namespace)).await {
             self.hold(&pod, &container, id, deadline).await
         } else {
             refused("the agent is ending", true)
@@ -212,10 +204,6 @@ impl Desk {
         }
         self.attachments.remove(container).await;
     }
-}
-
-fn key(pod: &PodName) -> WorkloadKey {
-    WorkloadKey { namespace: pod.namespace.as_str().into(), name: pod.name.as_str().into() }
 }
 
 fn refused(message: &str, retry: bool) -> Answer {

@@ -3,7 +3,6 @@
 use std::{
     fs::{self, DirBuilder, File},
     io::{self, Write as _},
-    net::IpAddr,
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::{Path, PathBuf},
 };
@@ -11,7 +10,9 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 use tracing::{debug, warn};
-use underpass_cni::protocol::Attachment;
+use underpass_cni::protocol::{self, PodName};
+
+use crate::{mesh::WorkloadKey, sources::kubernetes::Attachment};
 
 /// Longest number of a sandbox; runtimes use 64 hexadecimal digits.
 const MAX_NUMBER: usize = 128;
@@ -28,24 +29,9 @@ pub(super) struct Store(PathBuf);
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Kept {
-    namespace: String,
-    name: String,
-    uid: Option<String>,
-    container: String,
-    netns: PathBuf,
+    attachment: protocol::Attachment,
     /// Device and inode number of the namespace: its name may be given to another.
     id: (u64, u64),
-    addresses: Vec<IpAddr>,
-}
-
-/// A pod that was handed over to an earlier agent, and whose namespace is still there.
-pub(super) struct Remembered {
-    pub(super) namespace: String,
-    pub(super) name: String,
-    pub(super) uid: Option<String>,
-    pub(super) container: String,
-    pub(super) netns: File,
-    pub(super) addresses: Vec<IpAddr>,
 }
 
 impl Store {
@@ -66,7 +52,7 @@ impl Store {
     }
 
     /// Remembers a sandbox.
-    pub(super) fn keep(&self, attachment: &Attachment, namespace: &File) -> io::Result<()> {
+    pub(super) fn keep(&self, attachment: &protocol::Attachment, namespace: &File) -> io::Result<()> {
         let path = self.file(&attachment.container)?;
         if fs::read_dir(&self.0)?.take(MAX_FILES).count() == MAX_FILES {
             return Err(io::Error::other(format!(
@@ -75,16 +61,7 @@ impl Store {
             )));
         }
         let meta = namespace.metadata()?;
-        let pod = attachment.pod.clone();
-        let kept = Kept {
-            namespace: pod.namespace,
-            name: pod.name,
-            uid: pod.uid,
-            container: attachment.container.clone(),
-            netns: attachment.netns.clone(),
-            id: (meta.dev(), meta.ino()),
-            addresses: attachment.addresses.clone(),
-        };
+        let kept = Kept { attachment: attachment.clone(), id: (meta.dev(), meta.ino()) };
         let mut file = NamedTempFile::with_prefix_in(".", &self.0)?;
         file.write_all(&serde_json::to_vec(&kept)?)?;
         // On a tmpfs: nothing to flush.
@@ -101,39 +78,46 @@ impl Store {
     }
 
     /// What is there and still true. Files that are not are removed.
-    pub(super) fn recall(&self) -> Vec<Remembered> {
+    pub(super) fn recall(&self) -> Vec<Attachment> {
         let files = fs::read_dir(&self.0).into_iter().flatten().flatten().map(|entry| entry.path());
         files
             .take(MAX_FILES)
-            .filter_map(|path| {
-                let remembered = recall(&path);
-                match remembered {
-                    Ok(remembered) => Some(remembered),
-                    Err(error) => {
-                        debug!(file = %path.display(), %error, "of no use any more");
-                        if let Err(error) = fs::remove_file(&path) {
-                            warn!(file = %path.display(), %error, "cannot be removed");
-                        }
-                        None
+            .filter_map(|path| match recall(&path) {
+                Ok(attachment) => Some(attachment),
+                Err(error) => {
+                    debug!(file = %path.display(), %error, "of no use any more");
+                    if let Err(error) = fs::remove_file(&path) {
+                        warn!(file = %path.display(), %error, "cannot be removed");
                     }
+                    None
                 }
             })
             .collect()
     }
 }
 
-fn recall(path: &Path) -> io::Result<Remembered> {
+/// What the source of the mesh is told of a pod that was handed over.
+pub(super) fn handed(attachment: protocol::Attachment, namespace: File) -> Attachment {
+    let protocol::Attachment { pod, container, addresses, .. } = attachment;
+    Attachment { pod: key(&pod), uid: pod.uid, container, namespace, addresses }
+}
+
+/// The workload that a pod is.
+pub(super) fn key(pod: &PodName) -> WorkloadKey {
+    WorkloadKey { namespace: pod.namespace.as_str().into(), name: pod.name.as_str().into() }
+}
+
+fn recall(path: &Path) -> io::Result<Attachment> {
     if fs::metadata(path)?.len() > MAX_FILE {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "too long"));
     }
     let kept: Kept = serde_json::from_slice(&fs::read(path)?)?;
-    let netns = File::open(&kept.netns)?;
+    let netns = File::open(&kept.attachment.netns)?;
     let meta = netns.metadata()?;
     if (meta.dev(), meta.ino()) != kept.id {
         return Err(io::Error::new(io::ErrorKind::NotFound, "the namespace is another one now"));
     }
-    let Kept { namespace, name, uid, container, addresses, .. } = kept;
-    Ok(Remembered { namespace, name, uid, container, netns, addresses })
+    Ok(handed(kept.attachment, netns))
 }
 
 #[cfg(test)]
@@ -166,9 +150,12 @@ mod tests {
         store.forget("c2").unwrap();
         store.forget("c2").unwrap();
         fs::write(directory.path().join("a/garbage"), "{").unwrap();
-        let remembered = store.recall();
-        assert_eq!(remembered.len(), 1);
-        assert_eq!((&*remembered[0].container, &*remembered[0].namespace, &*remembered[0].name), ("c1", "shop", "web"));
+        let recalled = store.recall();
+        assert_eq!(recalled.len(), 1);
+        assert_eq!(
+            (&*recalled[0].container, &*recalled[0].pod.namespace, &*recalled[0].pod.name),
+            ("c1", "shop", "web")
+        );
         assert!(!directory.path().join("a/garbage").exists());
 
         let other = directory.path().join("other");

@@ -141,8 +141,8 @@ impl Reconciler {
         })
     }
 
-    /// From now on another agent enrols pods: only policies and identities are followed, for the connections that are still here.
-    /// Waits for what is under way.
+    /// From now on somebody else enrols pods, or nobody: only policies and identities are followed, for the connections that are still
+    /// here. Waits for what is under way.
     pub async fn retire(&self) {
         self.retired.store(true, Relaxed);
         drop(self.turn.lock().await);
@@ -182,9 +182,9 @@ impl Reconciler {
         change(&mut self.applied.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Follows the mesh until dropped. [`Self::reconcile`] has been called once before.
-    pub async fn run(self: Arc<Self>) {
-        let mut generations = self.proxy.mesh.subscribe();
+    /// Follows the mesh until dropped. [`Self::reconcile`] has been called once before, after these generations had been subscribed to:
+    /// what was published while it ran is not missed.
+    pub async fn run(self: Arc<Self>, mut generations: watch::Receiver<u64>) {
         loop {
             let refused = self.states().values().any(Standing::is_refused);
             tokio::select! {
@@ -264,6 +264,9 @@ impl Reconciler {
 
     async fn enrol(&self, workload: &Arc<Workload>, snapshot: &Snapshot) {
         let Some(local) = &workload.local else { return };
+        if self.retired.load(Relaxed) {
+            return;
+        }
         let wanted = self.proxy.policies.of(&workload.key).zip(identity(&local.netns)).map(|(policies, namespace)| {
             let excluded = snapshot.settings.exclude.inbound_ports.clone();
             Enrolled { workload: Arc::clone(workload), policies: ByAddress(policies), excluded, namespace }

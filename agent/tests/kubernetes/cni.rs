@@ -262,6 +262,8 @@ fn a_pod_between_add_and_its_first_process_survives_the_agents_death() -> Result
     nodes.mesh.a.restart()?;
     nodes.mesh.a.wait_status(SOON, crate::mesh::in_sync)?;
     nodes.mesh.a.wait_status(SOON, |s| Ok(s["pods"].to_string().contains("shop/client")))?;
+    let released = "removing a pod that is not configured";
+    ensure!(!nodes.mesh.a.log().contains(released), "there was a moment without capture:\n{}", nodes.mesh.a.log());
     let sniffer = nodes.mesh.sniff()?;
     app(&client, &["request", &to, "--line", MARKER])?;
     assert_encrypted(&sniffer.stop()?)?;

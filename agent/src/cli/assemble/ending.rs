@@ -95,6 +95,10 @@ impl Ending {
             Why::Told if args.cleanup_on_exit => {}
             Why::Told => self.drain(args.drain_timeout, &mut parts, true).await?,
         }
+        if args.cleanup_on_exit {
+            // Whatever is being done to a pod is brought to its end.
+            parts.reconciler.retire().await;
+        }
         parts.stop().await;
         let Parts { capture, reconciler, relay, successors, .. } = parts;
         let followed = successors.is_none();
@@ -160,6 +164,8 @@ impl Ending {
                 }
             }
         }
+        // Whatever is being done to a pod is brought to its end.
+        parts.reconciler.retire().await;
         parts.tasks.shutdown().await;
         parts.successors = None;
         // Goes on: the kubelet is told that the agent is well, and not ready.

@@ -15,7 +15,10 @@ use nix::sys::{
     resource::{Resource, getrlimit, setrlimit},
     signal::{SigSet, Signal},
 };
-use tokio::{sync::Notify, task::JoinSet};
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinSet,
+};
 use tracing::{info, warn};
 
 use self::{
@@ -87,7 +90,7 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
     let reload = source.stats();
     let cluster = if let Some(kubernetes) = &config.kubernetes {
         let source = KubernetesSource::new(kubernetes, &config.snapshot.node, &cgroup, &args.state_dir).await?;
-        Some(plugin::wired(source, &args))
+        Some(plugin::wired(source, &args).await?)
     } else {
         plugin::refuse_without_kubernetes(&args)?;
         None
@@ -125,7 +128,13 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
     // An agent that runs goes on until this one knows all that it needs.
     let mut before = Before::look(&args)?;
     let inheritance = match &mut before {
-        Some(before) => before.take_over(&mesh, &certificates).await?,
+        Some(before) => {
+            let inheritance = before.take_over(&mesh, &certificates).await?;
+            if let Some(attachments) = &attachments {
+                plugin::recall_latest(&args, attachments).await?;
+            }
+            inheritance
+        }
         None => Inheritance::default(),
     };
 
@@ -175,14 +184,16 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
     let reconciler = Reconciler::new(proxy, prepare);
     tasks.spawn(super::memory::give_back(Arc::clone(&table)));
     let known = follow(Arc::clone(&mesh), Arc::clone(&reconciler), Arc::clone(&capture));
+    let followed = Arc::clone(&reconciler);
     if from_file || before.is_some() {
-        known.await;
-        tasks.spawn(Arc::clone(&reconciler).run());
+        if let Some(generations) = known.await {
+            tasks.spawn(followed.run(generations));
+        }
     } else {
-        let reconciler = Arc::clone(&reconciler);
         tasks.spawn(async move {
-            known.await;
-            reconciler.run().await;
+            if let Some(generations) = known.await {
+                followed.run(generations).await;
+            }
         });
     }
     inheritance.close();
@@ -214,7 +225,7 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
         .with_context(|| format!("opening the admin socket {}", socket.display()))?;
     front.spawn(admin);
     if let Some(attachments) = attachments {
-        plugin::start(&mut cni, &args, attachments, &reconciler).await?;
+        plugin::start(&mut cni, &args, attachments, &reconciler)?;
     }
     let successors = Successors::listen(&args.run_dir).context("opening the socket for an agent that follows")?;
     let health_view = view.clone();
@@ -245,14 +256,17 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
 }
 
 /// Makes the node what the first snapshot says, once there is one: until then the pods that an earlier agent captured stay as they
-/// are.
-async fn follow(mesh: Arc<MeshStore>, reconciler: Arc<Reconciler>, capture: Arc<Capture>) {
+/// are. What comes later is told by the generations that are returned; `None` when there never was a snapshot.
+async fn follow(
+    mesh: Arc<MeshStore>,
+    reconciler: Arc<Reconciler>,
+    capture: Arc<Capture>,
+) -> Option<watch::Receiver<u64>> {
     let mut generations = mesh.subscribe();
-    if generations.wait_for(|generation| *generation > 0).await.is_err() {
-        return;
-    }
+    generations.wait_for(|generation| *generation > 0).await.ok()?;
     reconciler.reconcile().await;
     capture.collect_garbage().await;
+    Some(generations)
 }
 
 /// What the kernel can do with the tunnels' records; says so.

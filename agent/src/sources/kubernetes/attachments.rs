@@ -57,7 +57,7 @@ impl Attachments {
 
     /// Hands a pod over. `false` when the source has ended.
     pub async fn add(&self, attachment: Attachment) -> bool {
-        self.board.lock().insert(attachment.container.clone(), Verdict::Unknown);
+        self.board.expect(&attachment);
         self.news.send(News::Attached(attachment)).await.is_ok()
     }
 
@@ -101,6 +101,11 @@ pub(super) struct Board {
 impl Board {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Verdict>> {
         self.verdicts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// There is something to be said of this sandbox.
+    pub(super) fn expect(&self, attachment: &Attachment) {
+        self.lock().insert(attachment.container.clone(), Verdict::Unknown);
     }
 
     /// Says how sandboxes stand. Those that were removed meanwhile stay removed.

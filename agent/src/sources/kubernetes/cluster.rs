@@ -88,6 +88,7 @@ impl Cluster {
     /// Takes in an event; `true` when something is different now.
     pub(super) fn take(&mut self, reader: &mut Reader, change: Change) -> bool {
         let listed = matches!(change, Change::Pod(Seen::ListEnds) | Change::Slice(Seen::ListEnds));
+        let pods_listed = matches!(change, Change::Pod(Seen::ListEnds));
         let attached = &self.attached;
         let changed = match change {
             Change::Pod(seen) => {
@@ -113,6 +114,13 @@ impl Cluster {
                 take(&mut self.authentications, reader, seen, |o| &o.metadata, |_, o| Some(Reader::configured(o)))
             }
         };
+        if pods_listed {
+            // Those that were handed over while the list came were not known when it began.
+            let attached: Vec<_> = self.attached.keys().cloned().collect();
+            for key in attached {
+                self.complete(&key);
+            }
+        }
         if listed {
             reader.prune();
         }
@@ -144,12 +152,18 @@ impl Cluster {
 
     /// A pod was handed over: its addresses are known before the API server tells them.
     pub(super) fn attach(&mut self, key: Key, attached: Attached) {
-        if let Some(record) = self.pods.get(&key) {
+        self.attached.insert(key.clone(), attached);
+        self.complete(&key);
+    }
+
+    /// Gives a pod the addresses that it was handed over with, while it has none.
+    fn complete(&mut self, key: &Key) {
+        let attached = self.attached.get(key);
+        if let Some(record) = self.pods.get(key).filter(|record| record.addresses.is_empty()) {
             let mut completed = PodRecord::clone(record);
-            complete(&mut completed, Some(&attached));
+            complete(&mut completed, attached);
             self.pods.take(Delta::Apply(key.clone(), Some(completed)));
         }
-        self.attached.insert(key, attached);
     }
 
     /// Forgets the pod with this sandbox; its key.

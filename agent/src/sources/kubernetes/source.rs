@@ -20,7 +20,7 @@ use tracing::{info, warn};
 
 use super::{
     KubernetesConfig,
-    attachments::{Attached, Attachments, Board, Verdict},
+    attachments::{Attached, Attachment, Attachments, Board, Verdict},
     cluster::{Change, Cluster, News},
     compile::{Compiled, Compiler},
     enrolment::wanted,
@@ -79,6 +79,7 @@ pub struct KubernetesSource {
     projector: Option<Projector>,
     notice: Option<(String, String)>,
     leaving: Arc<Leaving>,
+    attached: Vec<Attachment>,
 }
 
 impl KubernetesSource {
@@ -115,6 +116,7 @@ impl KubernetesSource {
             projector: None,
             notice: None,
             leaving: Arc::default(),
+            attached: Vec::new(),
         })
     }
 
@@ -129,6 +131,13 @@ impl KubernetesSource {
     #[must_use]
     pub fn with_notice(mut self, namespace: String, name: String) -> Self {
         self.notice = Some((namespace, name));
+        self
+    }
+
+    /// Knows these pods, which were handed to earlier agents, before anything else is known: no snapshot is without them.
+    #[must_use]
+    pub fn with_attached(mut self, attached: Vec<Attachment>) -> Self {
+        self.attached = attached;
         self
     }
 
@@ -155,9 +164,14 @@ impl KubernetesSource {
     /// Follows the API server and puts snapshots into `store` until dropped. Name, trust domain and settings are those of the
     /// snapshot in `base`, which may change.
     pub async fn run(self, base: Arc<MeshStore>, store: Arc<MeshStore>) {
-        let Self { client, node, state_dir, statuses, compiler, news, board, projector, notice, leaving } = self;
+        let Self { client, node, state_dir, statuses, compiler, news, board, projector, notice, leaving, attached } =
+            self;
         let outside = Outside { board, projector, leaving };
         let mut owner = Owner::new(&node, state_dir, statuses.clone(), compiler, outside).await;
+        for attachment in attached {
+            owner.outside.board.expect(&attachment);
+            owner.take(News::Attached(attachment));
+        }
         let (sender, mut news) = news;
         let mut watches = JoinSet::new();
         watch(&mut watches, &client, &node, &statuses, &sender);
