@@ -17,6 +17,8 @@ use nix::{
 };
 use tokio::net::UnixListener;
 
+use crate::sys::file::removed;
+
 /// Longest path of a unix socket, in bytes: `sun_path` without its terminator (unix(7)).
 const MAX_PATH: usize = 107;
 /// Private directory that the socket is made in before it is moved into place.
@@ -49,8 +51,8 @@ impl SocketFile {
             return Err(invalid(problem));
         }
         // What an agent that died between these lines left.
-        remove(|| fs::remove_file(&temporary))?;
-        remove(|| fs::remove_dir(&nursery))?;
+        removed(fs::remove_file(&temporary))?;
+        removed(fs::remove_dir(&nursery))?;
         DirBuilder::new().mode(0o700).create(&nursery)?;
         let bound = UnixListener::bind(&temporary).and_then(|listener| {
             fs::set_permissions(&temporary, Permissions::from_mode(0o600))?;
@@ -115,13 +117,6 @@ fn check_stale(path: &Path) -> io::Result<()> {
             Err(e) => Err(e),
             Ok(_) => Err(in_use(format!("somebody listens on {}; stop it, or use another --run-dir", path.display()))),
         },
-    }
-}
-
-fn remove(remove: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-    match remove() {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
     }
 }
 

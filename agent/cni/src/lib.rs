@@ -6,6 +6,7 @@
 //! [`install`] puts the plugin and its entry in place, [`conflist`] edits the file that the entry belongs in.
 
 pub mod conflist;
+pub mod descriptors;
 pub mod install;
 pub mod plugin;
 pub mod projection;

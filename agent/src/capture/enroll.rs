@@ -125,14 +125,7 @@ struct Candidate<'a> {
 
 /// See [`super::Capture::enroll`].
 pub async fn enroll(inner: Arc<Inner>, wanted: Wanted) -> Result<Arc<Pod>, EnrollError> {
-    let (result, new) = {
-        let before = inner.registry().claimed();
-        let result = enroll_in_slot(&inner, &wanted).await;
-        (result, inner.registry().claimed() != before)
-    };
-    if new {
-        inner.prepare();
-    }
+    let result = enroll_in_slot(&inner, &wanted).await;
     inner.prune_slots();
     result
 }
@@ -175,6 +168,8 @@ async fn enroll_in_slot(inner: &Arc<Inner>, wanted: &Wanted) -> Result<Arc<Pod>,
         Ok(enrolled) => {
             let pod = Arc::clone(&enrolled.pod);
             *slot = Some(enrolled);
+            // The next pod needs programs, too.
+            inner.prepare();
             Ok(pod)
         }
         Err(e) => {

@@ -21,7 +21,7 @@ pub enum Purpose {
 }
 
 /// Listeners with what they are for.
-type Sockets = Vec<(Purpose, OwnedFd)>;
+pub type Sockets = Vec<(Purpose, OwnedFd)>;
 
 /// The listeners in one network namespace.
 #[derive(Debug)]
@@ -29,7 +29,7 @@ pub struct Listening {
     /// Cookie of the namespace.
     pub netns: u64,
     /// The sockets.
-    pub sockets: Vec<(Purpose, OwnedFd)>,
+    pub sockets: Sockets,
 }
 
 /// Listeners of an agent that was here before, until they are taken up. Clones are the same.
@@ -53,7 +53,7 @@ impl Inheritance {
     }
 
     /// The listeners in a namespace.
-    pub fn take(&self, netns: u64) -> Option<Vec<(Purpose, OwnedFd)>> {
+    pub fn take(&self, netns: u64) -> Option<Sockets> {
         self.lock().remove(&netns)
     }
 

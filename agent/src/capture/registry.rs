@@ -71,11 +71,6 @@ impl Registry {
         Ok(id)
     }
 
-    /// How many namespaces are enrolled or being enrolled.
-    pub fn claimed(&self) -> usize {
-        self.claims.len()
-    }
-
     /// The numbers that the next pods will have.
     pub fn next_ids(&self, count: usize) -> Vec<u32> {
         (1..=capacity::PODS as u32).filter(|id| !self.ids.contains(id)).take(count).collect()

@@ -2,9 +2,8 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context as _;
 use clap::Args;
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::Runtime;
 
 use super::DEFAULT_RUN_DIR;
 use crate::admin::client::{Client, ClientError};
@@ -28,8 +27,7 @@ impl AgentArgs {
 
     /// For asking it, again and again. Connects to nothing yet.
     pub fn asker(&self) -> anyhow::Result<Asker> {
-        let runtime = Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
-        Ok(Asker { runtime, client: self.client() })
+        Ok(Asker { runtime: super::runtime::small()?, client: self.client() })
     }
 }
 

@@ -100,12 +100,7 @@ pub struct CaArgs {
 /// Runs the authority until SIGTERM or SIGINT.
 pub(super) fn ca(args: CaArgs) -> anyhow::Result<()> {
     super::assemble::harden();
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .thread_name("underpass")
-        .build()
-        .context("starting the runtime")?
-        .block_on(run(args))
+    super::runtime::full()?.block_on(run(args))
 }
 
 async fn run(args: CaArgs) -> anyhow::Result<()> {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use clap::Args;
 
-use underpass_cni::install::{Entry, Installer};
+use underpass_cni::install::Installer;
 
 use super::{DEFAULT_PIN_ROOT, DEFAULT_RUN_DIR, exit::EXIT_CODES, output::shown};
 use crate::{capture, cni};
@@ -56,11 +56,7 @@ fn remove_plugin(args: &CleanupArgs) -> anyhow::Result<()> {
         // Only installing needs these.
         program: PathBuf::new(),
         conf_name: None,
-        entry: Entry {
-            socket: cni::socket(&args.run_dir),
-            projection: cni::projection(&args.run_dir),
-            exempt_namespaces: Vec::new(),
-        },
+        entry: cni::entry(&args.run_dir, Vec::new()),
         bin_dir: args.cni_bin_dir.clone(),
         conf_dir: args.cni_conf_dir.clone(),
     };
@@ -80,8 +76,7 @@ fn remove_plugin(args: &CleanupArgs) -> anyhow::Result<()> {
 
 /// Removes, prints what was removed, and fails when something is left.
 fn remove(pin_root: &Path, pods: &[PathBuf], force: bool) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
-    let report = runtime.block_on(capture::cleanup::cleanup(pin_root, pods, force))?;
+    let report = super::runtime::small()?.block_on(capture::cleanup::cleanup(pin_root, pods, force))?;
     println!(
         "removed {} links, {} maps, {} filters; cleaned {} namespaces",
         report.links,

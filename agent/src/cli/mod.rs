@@ -17,6 +17,7 @@ mod output;
 mod policy;
 mod ports;
 mod run;
+mod runtime;
 mod self_test;
 mod services;
 mod show;

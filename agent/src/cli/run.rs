@@ -217,7 +217,7 @@ impl FromStr for ObjectName {
 
 /// A time that may be none, and at most an hour.
 fn pause(text: &str) -> Result<Duration, String> {
-    let duration = humantime::parse_duration(text).map_err(|e| format!("{e}; write a number and a unit, like 30s"))?;
+    let duration = humantime::parse_duration(text).map_err(|e| format!("{e}; write a number and a unit, like 10s"))?;
     if duration > Duration::from_hours(1) {
         return Err("must be at most 1h".to_owned());
     }
@@ -226,9 +226,8 @@ fn pause(text: &str) -> Result<Duration, String> {
 
 /// A deadline: positive and at most an hour.
 fn limit(text: &str) -> Result<Duration, String> {
-    let duration = humantime::parse_duration(text).map_err(|e| format!("{e}; write a number and a unit, like 10s"))?;
-    if duration.is_zero() || duration > Duration::from_hours(1) {
-        return Err("must be more than 0s and at most 1h".to_owned());
+    match pause(text)? {
+        Duration::ZERO => Err("must be more than 0s".to_owned()),
+        duration => Ok(duration),
     }
-    Ok(duration)
 }

@@ -66,11 +66,7 @@ fn url(text: &str) -> Result<Uri, String> {
 
 /// Runs it.
 pub(super) fn self_test(args: &SelfTestArgs) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("starting the runtime")?
-        .block_on(test(args))
+    super::runtime::small()?.block_on(test(args))
 }
 
 async fn test(args: &SelfTestArgs) -> anyhow::Result<()> {

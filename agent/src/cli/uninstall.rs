@@ -17,6 +17,7 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::{exit::EXIT_CODES, run::ObjectName};
+use crate::sources::kubernetes::UNINSTALL;
 
 /// How often the agents are looked at.
 const LOOK: Duration = Duration::from_secs(1);
@@ -49,11 +50,7 @@ pub(super) struct UninstallArgs {
 
 /// Runs it.
 pub(super) fn uninstall(args: &UninstallArgs) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("starting the runtime")?
-        .block_on(ask_and_wait(args))
+    super::runtime::small()?.block_on(ask_and_wait(args))
 }
 
 async fn ask_and_wait(args: &UninstallArgs) -> anyhow::Result<()> {
@@ -71,10 +68,10 @@ async fn ask_and_wait(args: &UninstallArgs) -> anyhow::Result<()> {
     let ObjectName { namespace, name } = &args.configmap;
     let maps = Api::<ConfigMap>::namespaced(client.clone(), namespace);
     let now = humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string();
-    let patch = json!({ "data": { "uninstall": now } });
+    let patch = json!({ "data": { UNINSTALL: now } });
     maps.patch(name, &PatchParams::default(), &Patch::Merge(patch))
         .await
-        .with_context(|| format!("writing `uninstall` into the ConfigMap {namespace}/{name}"))?;
+        .with_context(|| format!("writing `{UNINSTALL}` into the ConfigMap {namespace}/{name}"))?;
     println!("asked the agents to give their nodes back");
 
     let ObjectName { namespace, name } = &args.daemonset;

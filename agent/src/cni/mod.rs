@@ -11,6 +11,10 @@ mod store;
 
 use std::path::{Path, PathBuf};
 
+use underpass_cni::install::Entry;
+
+use crate::sys::file::removed;
+
 /// Directory below the agent's run directory for everything between agent and plugin.
 const DIRECTORY: &str = "cni";
 
@@ -24,10 +28,13 @@ pub fn projection(run_dir: &Path) -> PathBuf {
     run_dir.join(DIRECTORY).join("enrolment.json")
 }
 
+/// The plugin's entry in the node's network configuration, by the agent's run directory. Pods of the exempt namespaces start without an
+/// agent.
+pub fn entry(run_dir: &Path, exempt_namespaces: Vec<String>) -> Entry {
+    Entry { socket: socket(run_dir), projection: projection(run_dir), exempt_namespaces }
+}
+
 /// Removes everything that is between agent and plugin, for good.
 pub fn remove(run_dir: &Path) -> std::io::Result<()> {
-    match std::fs::remove_dir_all(run_dir.join(DIRECTORY)) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    removed(std::fs::remove_dir_all(run_dir.join(DIRECTORY)))
 }

@@ -12,7 +12,7 @@ use tempfile::NamedTempFile;
 use tracing::{debug, warn};
 use underpass_cni::protocol::{self, PodName};
 
-use crate::{mesh::WorkloadKey, sources::kubernetes::Attachment};
+use crate::{mesh::WorkloadKey, sources::kubernetes::Attachment, sys::file::removed};
 
 /// Longest number of a sandbox; runtimes use 64 hexadecimal digits.
 const MAX_NUMBER: usize = 128;
@@ -71,10 +71,7 @@ impl Store {
 
     /// Forgets a sandbox; one that is not known is no error.
     pub(super) fn forget(&self, container: &str) -> io::Result<()> {
-        match fs::remove_file(self.file(container)?) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        removed(fs::remove_file(self.file(container)?))
     }
 
     /// What is there and still true. Files that are not are removed.

@@ -34,6 +34,7 @@ use tokio::task::spawn_blocking;
 use crate::{
     capture::inheritance::{Inheritance, Listening, Purpose},
     socket_file::SocketFile,
+    sys::file::removed,
 };
 
 /// Of what both sides say.
@@ -61,10 +62,7 @@ fn socket(run_dir: &Path) -> PathBuf {
 
 /// Removes the socket's directory, for good.
 pub fn remove(run_dir: &Path) -> io::Result<()> {
-    match std::fs::remove_dir_all(run_dir.join("handover")) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    removed(std::fs::remove_dir_all(run_dir.join("handover")))
 }
 
 /// Where successors come.

@@ -2,28 +2,33 @@
 
 use std::{
     io::{self, ErrorKind, Read as _, Write as _},
-    os::{fd::OwnedFd, unix::net::UnixStream},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::net::UnixStream,
+    },
 };
 
+use nix::sys::socket::MsgFlags;
+use underpass_cni::descriptors;
+
 use super::Message;
-use crate::sys::descriptors;
 
 /// Largest message, in bytes; a pod's has some hundred.
 const LIMIT: usize = 64 * 1024;
 
-pub(super) fn send(mut stream: &UnixStream, message: &Message, descriptors: &[OwnedFd]) -> io::Result<()> {
+pub(super) fn send(mut stream: &UnixStream, message: &Message, with: &[OwnedFd]) -> io::Result<()> {
     let text = serde_json::to_vec(message)?;
-    let length =
-        u32::try_from(text.len()).ok().filter(|_| text.len() <= LIMIT && descriptors.len() <= descriptors::MOST);
+    let length = u32::try_from(text.len()).ok().filter(|_| text.len() <= LIMIT && with.len() <= descriptors::MOST);
     let length = length.ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "too much for one message"))?;
     let bytes: Vec<u8> = length.to_be_bytes().into_iter().chain(text).collect();
-    let sent = descriptors::send(stream, &bytes, descriptors)?;
+    let with: Vec<_> = with.iter().map(|descriptor| descriptor.as_fd()).collect();
+    let sent = descriptors::send(stream, &bytes, &with, MsgFlags::empty())?;
     stream.write_all(&bytes[sent..])
 }
 
 pub(super) fn receive(mut stream: &UnixStream) -> io::Result<(Message, Vec<OwnedFd>)> {
     let mut length = [0; 4];
-    let (received, descriptors) = descriptors::receive(stream, &mut length)?;
+    let (received, descriptors) = descriptors::receive(stream, &mut length, MsgFlags::empty())?;
     if received == 0 {
         return Err(io::Error::new(ErrorKind::UnexpectedEof, "the other agent has gone"));
     }

@@ -15,6 +15,7 @@ use std::{
 use zeroize::Zeroizing;
 
 use super::IssueError;
+use crate::sys::file::removed;
 
 const LOCK: &str = "ca.lock";
 
@@ -80,10 +81,7 @@ impl<'a> Locked<'a> {
         let path = self.path(name);
         let temporary = self.path(&format!(".{name}.new"));
         let write = || {
-            match fs::remove_file(&temporary) {
-                Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
+            removed(fs::remove_file(&temporary))?;
             let mut file = OpenOptions::new().create_new(true).write(true).mode(mode).open(&temporary)?;
             file.write_all(contents)?;
             file.sync_all()?;

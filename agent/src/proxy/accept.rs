@@ -9,32 +9,21 @@ use tokio::{
 use tracing::{debug, warn};
 
 use super::{PodContext, inbound, outbound, plaintext};
-use crate::telemetry::RefusalReason;
+use crate::{capture::inheritance::Purpose, telemetry::RefusalReason};
 
 /// How long a listener rests when the process is out of descriptors or memory: nothing signals their return.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 
-/// What arrives on a listener.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// Captured connections of the pod's own programs.
-    Outbound,
-    /// Tunnels from peers.
-    Tunnel,
-    /// Plaintext handed over by the tc program.
-    Plaintext,
-}
-
-/// One loop per listener. All loops of a kind share the pod's bound on pending connections, so the kernel's backlog is
+/// One loop per listener. All loops of a purpose share the pod's bound on pending connections, so the kernel's backlog is
 /// where a flood waits, not the agent's memory.
-pub(super) fn run(context: &Arc<PodContext>, listeners: Vec<Arc<TcpListener>>, kind: Kind) {
+pub(super) fn run(context: &Arc<PodContext>, listeners: Vec<Arc<TcpListener>>, purpose: Purpose) {
     let pending = Arc::new(Semaphore::new(context.proxy.limits.pending_per_pod));
     for listener in listeners {
-        tokio::spawn(accept_loop(Arc::clone(context), listener, kind, Arc::clone(&pending)));
+        tokio::spawn(accept_loop(Arc::clone(context), listener, purpose, Arc::clone(&pending)));
     }
 }
 
-async fn accept_loop(context: Arc<PodContext>, listener: Arc<TcpListener>, kind: Kind, pending: Arc<Semaphore>) {
+async fn accept_loop(context: Arc<PodContext>, listener: Arc<TcpListener>, purpose: Purpose, pending: Arc<Semaphore>) {
     let unenrolled = context.pod.unenrolled();
     tokio::pin!(unenrolled);
     loop {
@@ -44,7 +33,7 @@ async fn accept_loop(context: Arc<PodContext>, listener: Arc<TcpListener>, kind:
             accepted = next(&listener, &pending) => accepted,
         };
         match accepted {
-            Ok((stream, peer, permit)) => admit(&context, kind, stream, peer, permit),
+            Ok((stream, peer, permit)) => admit(&context, purpose, stream, peer, permit),
             Err(e) if is_exhaustion(&e) => {
                 warn!(pod = %context.pod.key, error = %e, "cannot accept; raise the descriptor limit (LimitNOFILE)");
                 context.proxy.counters.refuse(RefusalReason::Resources);
@@ -66,7 +55,13 @@ async fn next(
 }
 
 /// Starts the connection's task, or resets it when the pod has all the connections it may have.
-fn admit(context: &Arc<PodContext>, kind: Kind, stream: TcpStream, peer: SocketAddr, pending: OwnedSemaphorePermit) {
+fn admit(
+    context: &Arc<PodContext>,
+    purpose: Purpose,
+    stream: TcpStream,
+    peer: SocketAddr,
+    pending: OwnedSemaphorePermit,
+) {
     let Ok(slot) = Arc::clone(&context.connections).try_acquire_owned() else {
         context.proxy.counters.refuse(RefusalReason::PodLimit);
         debug!(pod = %context.pod.key, %peer, "refused: the pod has its maximum of connections");
@@ -74,16 +69,16 @@ fn admit(context: &Arc<PodContext>, kind: Kind, stream: TcpStream, peer: SocketA
         return;
     };
     let context = Arc::clone(context);
-    match kind {
-        Kind::Outbound => drop(tokio::spawn(async move {
+    match purpose {
+        Purpose::Outbound => drop(tokio::spawn(async move {
             outbound::serve(&context, stream, peer, slot).await;
             drop(pending);
         })),
-        Kind::Tunnel => drop(tokio::spawn(async move {
+        Purpose::Tunnel => drop(tokio::spawn(async move {
             inbound::serve(&context, stream, peer, slot).await;
             drop(pending);
         })),
-        Kind::Plaintext => drop(tokio::spawn(async move {
+        Purpose::Plaintext => drop(tokio::spawn(async move {
             plaintext::serve(&context, stream, peer, slot).await;
             drop(pending);
         })),

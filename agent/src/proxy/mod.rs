@@ -28,7 +28,7 @@ pub use policy::Enforcement;
 pub use reconcile::{Applied, NetnsId, PodState, PodStatus, Reconciler};
 
 use crate::{
-    capture::{Capture, Pod},
+    capture::{Capture, Pod, inheritance::Purpose},
     identity::CertificateStore,
     mesh::MeshStore,
     relay::{CloseReason, ConnectionTable, DataPath, Direction, Job, NewConnection, Relay, Upstream},
@@ -108,9 +108,9 @@ impl Proxy {
             pod: Arc::clone(pod),
             connections: Arc::new(Semaphore::new(self.limits.connections_per_pod)),
         });
-        accept::run(&context, listeners.outbound, accept::Kind::Outbound);
-        accept::run(&context, listeners.tunnel, accept::Kind::Tunnel);
-        accept::run(&context, listeners.plaintext, accept::Kind::Plaintext);
+        accept::run(&context, listeners.outbound, Purpose::Outbound);
+        accept::run(&context, listeners.tunnel, Purpose::Tunnel);
+        accept::run(&context, listeners.plaintext, Purpose::Plaintext);
     }
 }
 

@@ -9,6 +9,8 @@ use std::{
 
 use nix::{libc, unistd::geteuid};
 
+use crate::sys::file::removed;
+
 /// A copy that a source keeps in the state directory.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Copy {
@@ -27,10 +29,7 @@ impl Copy {
     /// Removes it, whether it is there or not.
     pub(super) fn forget(self, state_dir: &Path) -> io::Result<()> {
         for path in [self.path(state_dir), self.temporary(state_dir)] {
-            match std::fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
+            removed(fs::remove_file(path))?;
         }
         Ok(())
     }
@@ -69,10 +68,7 @@ fn write(copy: Copy, state_dir: &Path, text: impl FnOnce(&mut BufWriter<File>) -
         fs::set_permissions(state_dir, Permissions::from_mode(0o700))?;
     }
     let temporary = copy.temporary(state_dir);
-    match fs::remove_file(&temporary) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
+    removed(fs::remove_file(&temporary))?;
     let written = write_new(&temporary, text).and_then(|()| fs::rename(&temporary, copy.path(state_dir)));
     if written.is_err() {
         // Best effort: on a full disk even a truncated file takes room that the next attempt needs.

@@ -18,6 +18,7 @@ use nix::{
 };
 
 use super::*;
+use crate::descriptors;
 
 fn attachment() -> Attachment {
     Attachment {
@@ -111,7 +112,7 @@ fn surplus_descriptors_are_closed() {
     let (reader, writer) = nix::unistd::pipe().unwrap();
     let wanted = File::open("/dev/null").unwrap();
     let mut first: Vec<RawFd> = vec![wanted.as_raw_fd()];
-    first.resize(wire::MOST_DESCRIPTORS, writer.as_raw_fd());
+    first.resize(descriptors::MOST, writer.as_raw_fd());
     let second = [writer.as_raw_fd()];
     for (part, descriptors) in [(&bytes[..1], &first[..]), (&bytes[1..9], &second[..]), (&bytes[9..], &[])] {
         let rights = [ControlMessage::ScmRights(descriptors)];

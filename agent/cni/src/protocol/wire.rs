@@ -1,27 +1,24 @@
 //! Bytes and descriptors over a Unix stream socket.
 
 use std::{
-    io::{self, IoSlice, IoSliceMut},
+    io,
     net::Shutdown,
     os::{
-        fd::{AsFd as _, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
     time::{Duration, Instant},
 };
 
 use nix::{
-    cmsg_space,
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, sendmsg},
+    sys::socket::MsgFlags,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::LIMIT;
-
-/// `SCM_MAX_FD` of `net/scm.h`: the kernel passes no more with one message.
-pub(super) const MOST_DESCRIPTORS: usize = 253;
+use crate::descriptors;
 
 pub(super) fn encode(value: &impl Serialize) -> io::Result<Vec<u8>> {
     let bytes = serde_json::to_vec(value)?;
@@ -49,15 +46,11 @@ pub(super) fn decode<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> io::Resul
 /// Sends all bytes, the descriptor with the first, then shuts down the direction.
 pub(super) fn send(stream: &UnixStream, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let deadline = Deadline::after(stream.write_timeout()?);
-    let descriptors: Vec<RawFd> = descriptor.iter().map(AsRawFd::as_raw_fd).collect();
-    let rights = [ControlMessage::ScmRights(&descriptors)];
     let mut sent = 0;
     while sent < bytes.len() {
         deadline.wait(stream, PollFlags::POLLOUT)?;
-        let control = if sent == 0 && !descriptors.is_empty() { &rights[..] } else { &[] };
-        let part = [IoSlice::new(&bytes[sent..])];
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        match sendmsg::<()>(stream.as_raw_fd(), &part, control, flags, None) {
+        let with = if sent == 0 { descriptor.as_slice() } else { &[] };
+        match descriptors::send(stream, &bytes[sent..], with, MsgFlags::MSG_DONTWAIT) {
             Ok(count) => sent += count,
             Err(Errno::EAGAIN | Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
@@ -72,21 +65,16 @@ pub(super) fn receive(stream: &UnixStream) -> io::Result<(Vec<u8>, Option<OwnedF
     let mut bytes = Vec::new();
     let mut chunk = [0; 4096];
     let mut first = None;
-    // Credentials come unasked for where the socket's owner has switched them on.
-    let mut control = cmsg_space!([RawFd; MOST_DESCRIPTORS], UnixCredentials);
     loop {
         deadline.wait(stream, PollFlags::POLLIN)?;
-        let mut part = [IoSliceMut::new(&mut chunk)];
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = match recvmsg::<()>(stream.as_raw_fd(), &mut part, Some(&mut control), flags) {
-            Ok(message) => message,
+        let (count, descriptors) = match descriptors::receive(stream, &mut chunk, MsgFlags::MSG_DONTWAIT) {
+            Ok(received) => received,
             Err(Errno::EAGAIN | Errno::EINTR) => continue,
             Err(error) => return Err(error.into()),
         };
-        for descriptor in descriptors(message.cmsgs()?) {
+        for descriptor in descriptors {
             first.get_or_insert(descriptor);
         }
-        let count = message.bytes;
         if count == 0 {
             return Ok((bytes, first));
         }
@@ -96,18 +84,6 @@ pub(super) fn receive(stream: &UnixStream) -> io::Result<(Vec<u8>, Option<OwnedF
             return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
         }
     }
-}
-
-/// Takes the descriptors out of a message. All of them, before anything can return: what is not taken stays open.
-fn descriptors(messages: impl Iterator<Item = ControlMessageOwned>) -> Vec<OwnedFd> {
-    let mut descriptors = Vec::new();
-    for message in messages {
-        if let ControlMessageOwned::ScmRights(numbers) = message {
-            // SAFETY: the kernel has just opened these for this process, and nothing else knows their numbers.
-            descriptors.extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
-        }
-    }
-    descriptors
 }
 
 /// A limit for a whole exchange. A socket's own timeout starts anew with every byte that trickles in.

@@ -168,19 +168,12 @@ impl Ending {
         parts.reconciler.retire().await;
         parts.tasks.shutdown().await;
         parts.successors = None;
-        // Goes on: the kubelet is told that the agent is well, and not ready.
-        let front = std::mem::take(&mut parts.front);
-        let Parts { capture, reconciler, table, relay, leaving, .. } = parts;
-        capture.leave_nothing();
-        reconciler.unenrol_all().await;
+        parts.capture.leave_nothing();
+        parts.reconciler.unenrol_all().await;
         // Connections that were made through the mesh end by themselves, or with the agent.
-        let end = Instant::now() + args.drain_timeout;
-        while !table.is_empty() && Instant::now() < end {
-            tokio::select! {
-                () = sleep(LOOK) => {}
-                () = self.told() => break,
-            }
-        }
+        self.drain(args.drain_timeout, &mut parts, false).await?;
+        // What answers probes goes on: the kubelet is told that the agent is well, and not ready.
+        let Parts { front, capture, reconciler, relay, leaving, .. } = parts;
         spawn_blocking(move || relay.shutdown()).await.context("stopping the relay")?;
         drop((reconciler, capture, leaving));
         let report = cleanup::cleanup(&args.pin_root, &[], true).await.context("removing pins")?;

@@ -25,7 +25,6 @@ use self::{
     ending::{Ending, Parts},
     issuer::issuer,
     node::NodeStatus,
-    predecessor::Before,
 };
 use super::{
     RunArgs,
@@ -55,12 +54,7 @@ use crate::{
 pub(super) fn run(args: RunArgs, format: LogFormat) -> anyhow::Result<()> {
     harden();
     let (access, _writer) = AccessLog::stdout(format).context("opening standard output for the access log")?;
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .thread_name("underpass")
-        .build()
-        .context("starting the runtime")?
-        .block_on(agent(args, access))
+    super::runtime::full()?.block_on(agent(args, access))
 }
 
 /// Keys must not reach a core file, and two descriptors per connection need a high limit. Neither failing is a reason not to run.
@@ -126,16 +120,15 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
     });
 
     // An agent that runs goes on until this one knows all that it needs.
-    let mut before = Before::look(&args)?;
-    let inheritance = match &mut before {
+    let (inheritance, before) = match predecessor::look(&args)? {
         Some(before) => {
-            let inheritance = before.take_over(&mesh, &certificates).await?;
+            let (inheritance, before) = predecessor::take_over(before, &mesh, &certificates).await?;
             if let Some(attachments) = &attachments {
                 plugin::recall_latest(&args, attachments).await?;
             }
-            inheritance
+            (inheritance, Some(before))
         }
-        None => Inheritance::default(),
+        None => (Inheritance::default(), None),
     };
 
     let mut ports = Ports::open(&args).await?;
@@ -198,7 +191,7 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
     }
     inheritance.close();
     let _before = match before {
-        Some(before) => Some(before.serving().await?),
+        Some(before) => Some(predecessor::serving(before).await?),
         None => None,
     };
 

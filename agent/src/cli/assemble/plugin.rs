@@ -8,7 +8,7 @@ use tokio::{
     task::{JoinSet, spawn_blocking},
     time::timeout,
 };
-use underpass_cni::install::{Entry, Installer};
+use underpass_cni::install::Installer;
 
 use crate::{
     cli::RunArgs,
@@ -111,11 +111,7 @@ pub(super) fn installer(args: &RunArgs) -> anyhow::Result<Installer> {
         bin_dir: args.cni_bin_dir.clone(),
         conf_dir: args.cni_conf_dir.clone(),
         conf_name: args.cni_conf_name.clone(),
-        entry: Entry {
-            socket: cni::socket(&args.run_dir),
-            projection: cni::projection(&args.run_dir),
-            exempt_namespaces: exempt,
-        },
+        entry: cni::entry(&args.run_dir, exempt),
     })
 }
 

@@ -61,11 +61,7 @@ pub(super) fn top(args: &TopArgs) -> anyhow::Result<()> {
     if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
         bail!("top needs a terminal; `underpass connections --watch` prints the same for scripts");
     }
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("starting the runtime")?
-        .block_on(run(args))
+    super::runtime::small()?.block_on(run(args))
 }
 
 async fn run(args: &TopArgs) -> anyhow::Result<()> {

@@ -30,12 +30,12 @@ use super::{kubernetes::KubernetesConfig, last_good::Copy};
 use crate::mesh::{IstioCa, Snapshot};
 
 /// The copy of the last accepted document.
+const LAST_GOOD: Copy = Copy { name: "last-good.yaml", longest: MAX_DOCUMENT };
+
 /// Removes the last good copy.
 pub(super) fn forget(state_dir: &Path) -> std::io::Result<()> {
     LAST_GOOD.forget(state_dir)
 }
-
-const LAST_GOOD: Copy = Copy { name: "last-good.yaml", longest: MAX_DOCUMENT };
 
 /// Largest document that is read, in bytes.
 pub const MAX_DOCUMENT: usize = 16 * 1024 * 1024;

@@ -151,9 +151,9 @@ impl Cluster {
     }
 
     /// A pod was handed over: its addresses are known before the API server tells them.
-    pub(super) fn attach(&mut self, key: Key, attached: Attached) {
+    pub(super) fn attach(&mut self, key: &Key, attached: Attached) {
         self.attached.insert(key.clone(), attached);
-        self.complete(&key);
+        self.complete(key);
     }
 
     /// Gives a pod the addresses that it was handed over with, while it has none.

@@ -17,7 +17,7 @@ use tracing::warn;
 use super::cluster::News;
 
 /// Key in the `ConfigMap` that asks for it, whatever its value.
-pub const KEY: &str = "uninstall";
+pub const UNINSTALL: &str = "uninstall";
 
 /// How far the way out of the mesh has been gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -60,7 +60,9 @@ pub(super) async fn follow(client: Client, namespace: String, name: String, news
     let mut said = None;
     loop {
         let asked = match events.try_next().await {
-            Ok(Some(Event::Apply(map) | Event::InitApply(map))) => map.data.is_some_and(|data| data.contains_key(KEY)),
+            Ok(Some(Event::Apply(map) | Event::InitApply(map))) => {
+                map.data.is_some_and(|data| data.contains_key(UNINSTALL))
+            }
             Ok(Some(Event::Delete(_))) => false,
             Ok(Some(Event::Init | Event::InitDone)) => continue,
             Ok(None) => return,

@@ -39,7 +39,7 @@ mod wiring;
 use std::path::PathBuf;
 
 pub use attachments::{Attachment, Attachments, Verdict};
-pub use leaving::Leaving;
+pub use leaving::{Leaving, UNINSTALL};
 pub(super) use saved::forget;
 pub use source::{KubernetesSource, SourceError};
 pub use status::{Kind, KindStatus, Problem, SourceStatus, Statuses};

@@ -14,12 +14,12 @@ use crate::sources::last_good::Copy;
 /// Names the format; a copy in another one is not read.
 const FORMAT: u32 = 1;
 /// A cluster of 50,000 pods takes about 25 MiB.
+const COPY: Copy = Copy { name: "last-good-cluster.json", longest: 256 * 1024 * 1024 };
+
 /// Removes the last good copy.
 pub(in crate::sources) fn forget(state_dir: &Path) -> io::Result<()> {
     COPY.forget(state_dir)
 }
-
-const COPY: Copy = Copy { name: "last-good-cluster.json", longest: 256 * 1024 * 1024 };
 
 #[derive(Deserialize)]
 struct Saved {

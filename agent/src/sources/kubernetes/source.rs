@@ -331,7 +331,7 @@ impl Owner {
                 if let Err(error) = self.compiler.finder().hand(&key, attached.uid.as_deref(), namespace) {
                     warn!(pod = %key, %error, "its network namespace was handed over and cannot be used");
                 }
-                self.cluster.attach(key, attached);
+                self.cluster.attach(&key, attached);
                 self.changed();
                 self.urgent = true;
             }

@@ -213,6 +213,15 @@ pub(crate) async fn exchange(stream: &mut TcpStream, line: &str) -> Result<()> {
     Ok(())
 }
 
+/// The same on a connection of its own, which both sides then end cleanly.
+pub(crate) async fn exchange_and_end(mut stream: TcpStream, line: &str) -> Result<()> {
+    exchange(&mut stream, line).await?;
+    stream.shutdown().await.context("closing")?;
+    let end = stream.read(&mut [0]).await.context("reading the end")?;
+    ensure!(end == 0, "a byte after the end");
+    Ok(())
+}
+
 fn addresses(stream: &TcpStream) -> Result<Value> {
     Ok(
         json!({ "peer": stream.peer_addr().context("getpeername")?, "local": stream.local_addr().context("getsockname")? }),

@@ -11,14 +11,14 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::AsyncWriteExt,
     net::TcpStream,
     sync::Semaphore,
     task::JoinSet,
 };
 
 use crate::{
-    client::{exchange, unhex},
+    client::{exchange, exchange_and_end, unhex},
     millis, name_of, print,
     sockets::Target,
 };
@@ -41,12 +41,8 @@ impl Parallel {
     pub(crate) async fn run(&self) -> Result<Value> {
         let start = Instant::now();
         let (mut ok, mut slowest, mut errors) = (0_usize, Duration::ZERO, BTreeMap::<String, usize>::new());
-        let mut results = open(&self.target, self.count, self.concurrency, |mut stream, number| async move {
-            exchange(&mut stream, &format!("connection {number}")).await?;
-            stream.shutdown().await.context("closing")?;
-            let end = stream.read(&mut [0]).await.context("reading the end")?;
-            ensure!(end == 0, "a byte after the end");
-            Ok(())
+        let mut results = open(&self.target, self.count, self.concurrency, |stream, number| async move {
+            exchange_and_end(stream, &format!("connection {number}")).await
         });
         while let Some(result) = results.join_next().await {
             match result? {

@@ -5,16 +5,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
     task::JoinSet,
     time::{MissedTickBehavior, interval},
 };
 
-use crate::{client::exchange, millis, name_of, print, sockets::Target};
+use crate::{client::exchange_and_end, millis, name_of, print, sockets::Target};
 
 /// Connections that may be open at once; a server that hangs must not fill the memory.
 const MOST: usize = 20_000;
@@ -79,10 +78,5 @@ impl Steady {
 }
 
 async fn connection(target: &Target) -> Result<()> {
-    let mut stream = target.connect().await?;
-    exchange(&mut stream, "steady").await?;
-    stream.shutdown().await.context("closing")?;
-    let end = stream.read(&mut [0]).await.context("reading the end")?;
-    ensure!(end == 0, "a byte after the end");
-    Ok(())
+    exchange_and_end(target.connect().await?, "steady").await
 }
