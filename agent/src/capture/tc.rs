@@ -23,7 +23,10 @@ use super::{
     netns::Netns,
     pins::{self, Direction, TcPin},
 };
-use crate::sys::bpf::{self, LinkTarget};
+use crate::sys::{
+    bpf::{self, LinkTarget},
+    rcu::ShortGracePeriods,
+};
 
 /// clsact filters of ours come first and have a handle that is not the kernel's first choice, so that a restarted agent
 /// finds them.
@@ -84,6 +87,7 @@ pub async fn attach(
     let mut bpf = super::blocking(move || loader.load_for_pod(pod_id, &names)).await?;
     let objects = Arc::clone(objects);
     enter(netns, "attach tc programs", move || {
+        let _fast = (method == Method::Tcx).then(ShortGracePeriods::begin);
         for interface in &interfaces {
             for (name, direction) in programs_for(interface) {
                 let pin = TcPin { pod_id, interface: interface.index, direction };

@@ -6,5 +6,6 @@ pub mod bpf_probe;
 pub mod file;
 pub mod heap;
 pub mod net;
+pub mod rcu;
 pub mod tcp;
 pub mod tls;

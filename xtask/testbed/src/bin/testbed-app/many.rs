@@ -10,12 +10,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
-use tokio::{
-    io::AsyncWriteExt,
-    net::TcpStream,
-    sync::Semaphore,
-    task::JoinSet,
-};
+use tokio::{io::AsyncWriteExt, net::TcpStream, sync::Semaphore, task::JoinSet};
 
 use crate::{
     client::{exchange, exchange_and_end, unhex},
