@@ -38,6 +38,18 @@ struct Nodes {
     mesh: Mesh,
 }
 
+/// A plugin that has been started, and what it will be given.
+struct Plugin {
+    process: Process,
+    config: String,
+}
+
+/// A plugin that is at work.
+struct Asked {
+    process: Process,
+    began: Instant,
+}
+
 /// What a plugin said.
 struct Said {
     ok: bool,
@@ -125,8 +137,8 @@ impl Nodes {
         Ok(uid.as_str().context("a uid")?.to_owned())
     }
 
-    /// Starts the plugin that is installed on the pod's node.
-    fn start(&self, command: &str, pod: &Pod, namespace: &str, uid: &str, container: &str) -> Result<Process> {
+    /// Starts the plugin that is installed on the pod's node. It waits for its configuration.
+    fn start(&self, command: &str, pod: &Pod, namespace: &str, uid: &str, container: &str) -> Result<Plugin> {
         let node = pod.node().name();
         let program = self.directory(node)?.join("bin/underpass-cni");
         let mut entry = self.entry(node)?;
@@ -142,34 +154,47 @@ impl Nodes {
                 { "version": "6", "interface": 0, "address": format!("{}/64", pod.ipv6()) },
             ],
         });
-        let config = self.directory(node)?.join(format!("{container}-{command}.json"));
-        fs::write(&config, entry.to_string())?;
-        let mut plugin = pod.node().command("/bin/sh");
-        plugin.args(["-c", &format!("exec {} < {}", program.display(), config.display())]).stdin(Stdio::null());
+        let mut plugin = pod.node().command(program);
+        plugin.stdin(Stdio::piped());
         plugin.env("CNI_COMMAND", command).env("CNI_CONTAINERID", container).env("CNI_IFNAME", "eth0");
         plugin.env("CNI_NETNS", netns(pod)).env("CNI_PATH", self.directory(node)?.join("bin"));
         let args = format!(
             "IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={};K8S_POD_INFRA_CONTAINER_ID={container};K8S_POD_UID={uid}",
             pod.name()
         );
-        Process::spawn(plugin.env("CNI_ARGS", args))
+        let process = Process::spawn(plugin.env("CNI_ARGS", args))?;
+        Ok(Plugin { process, config: entry.to_string() })
     }
 
     fn call(&self, command: &str, pod: &Pod, namespace: &str, uid: &str, container: &str) -> Result<Said> {
-        let began = Instant::now();
-        said(self.start(command, pod, namespace, uid, container)?, began)
+        self.start(command, pod, namespace, uid, container)?.asked()?.said()
     }
 }
 
-fn said(plugin: Process, began: Instant) -> Result<Said> {
-    let output = plugin.output(SOON)?;
-    let took = began.elapsed();
-    let value = if output.stdout.trim().is_empty() {
-        Value::Null
-    } else {
-        serde_json::from_str(&output.stdout).with_context(|| format!("{}{}", output.stdout, output.stderr))?
-    };
-    Ok(Said { ok: output.status.success(), value, took })
+impl Plugin {
+    /// Gives it the configuration, as soon as it is the plugin: what starts it in the node's network takes longer than itself.
+    fn asked(mut self) -> Result<Asked> {
+        let name = format!("/proc/{}/comm", self.process.pid());
+        eventually(SOON, || Ok(ensure!(fs::read_to_string(&name)?.trim_end() == "underpass-cni", "not yet")))?;
+        let began = Instant::now();
+        self.process.write_stdin(self.config.as_bytes())?;
+        self.process.close_stdin();
+        Ok(Asked { process: self.process, began })
+    }
+}
+
+impl Asked {
+    /// Its answer.
+    fn said(self) -> Result<Said> {
+        let output = self.process.output(SOON)?;
+        let took = self.began.elapsed();
+        let value = if output.stdout.trim().is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_str(&output.stdout).with_context(|| format!("{}{}", output.stdout, output.stderr))?
+        };
+        Ok(Said { ok: output.status.success(), value, took })
+    }
 }
 
 fn netns(pod: &Pod) -> PathBuf {
@@ -270,11 +295,11 @@ fn a_pod_between_add_and_its_first_process_survives_the_agents_death() -> Result
 
     // An agent that dies while a pod is held: the pod does not start.
     let late = nodes.mesh.world.bed.node("a").pod("late")?;
-    let held = nodes.start("ADD", &late, "shop", "not-yet-known", "c2")?;
+    let held = nodes.start("ADD", &late, "shop", "not-yet-known", "c2")?.asked()?;
     let attachments = nodes.mesh.a.run_dir()?.join("cni/attachments/c2");
     eventually(SOON, || fs::metadata(&attachments).map(drop).context("the request has come"))?;
     nodes.mesh.a.kill()?;
-    let said = said(held, Instant::now())?;
+    let said = held.said()?;
     ensure!(!said.ok && said.value["code"] == 11, "{}", said.value);
     ensure!(nodes.call("DEL", &late, "shop", "not-yet-known", "c2")?.ok, "also without an agent");
     nodes.mesh.a.restart()?;
