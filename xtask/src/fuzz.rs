@@ -2,8 +2,11 @@
 
 use std::{
     fs,
+    num::NonZeroUsize,
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    thread,
     time::Duration,
 };
 
@@ -85,9 +88,14 @@ pub(crate) fn run_all(ui: &Ui, filter: Option<&str>, time: Duration) -> Result<O
         cargo.env("CARGO_PROFILE_RELEASE_LTO", "off").env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
         exec::quietly(&mut cargo, step)
     })?;
-    for target in targets {
-        let binary = target_dir.join(&host).join("release").join(&target);
-        match ui.step(&format!("fuzzing {target}"), |step| one(&binary, &target, &target_dir, time, step)) {
+    let programs = target_dir.join(&host).join("release");
+    let what = format!("fuzzing {} targets for {} s each", targets.len(), time.as_secs());
+    let results = ui.step(&what, |step| {
+        let run = |target: &str| one(&programs.join(target), target, &target_dir, time, step);
+        Ok(side_by_side(&targets, run, |done| step.progress(done, targets.len(), "targets have been fuzzed")))
+    })?;
+    for (target, result) in targets.into_iter().zip(results) {
+        match result {
             Ok(()) => outcome.passed += 1,
             Err(error) => {
                 ui.failure(&error);
@@ -96,6 +104,31 @@ pub(crate) fn run_all(ui: &Ui, filter: Option<&str>, time: Duration) -> Result<O
         }
     }
     Ok(outcome)
+}
+
+/// Runs every target, one per processor at a time; their results in the order of the targets.
+fn side_by_side(
+    targets: &[String],
+    run: impl Fn(&str) -> Result<()> + Sync,
+    done: impl Fn(usize) + Sync,
+) -> Vec<Result<()>> {
+    let (next, ended) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let work = || {
+        let mut results = Vec::new();
+        loop {
+            let number = next.fetch_add(1, Relaxed);
+            let Some(target) = targets.get(number) else { return results };
+            results.push((number, run(target)));
+            done(ended.fetch_add(1, Relaxed) + 1);
+        }
+    };
+    let workers = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let mut results: Vec<_> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().flat_map(|worker| worker.join().expect("no worker panics")).collect()
+    });
+    results.sort_by_key(|(number, _)| *number);
+    results.into_iter().map(|(_, result)| result).collect()
 }
 
 /// Runs one target. The corpus grows below the target directory; seeds from the repository are read only.

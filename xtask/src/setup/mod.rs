@@ -88,7 +88,8 @@ pub(crate) fn cargo_deny(ui: &Ui) -> Result<std::path::PathBuf> {
         let mut cargo = std::process::Command::new("cargo");
         cargo.args(["install", "--locked", "--version", VERSION, "cargo-deny", "--root"]).arg(&cache);
         // It runs for a second: compile it fast rather than make it fast.
-        cargo.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1").env("CARGO_PROFILE_RELEASE_LTO", "off");
+        cargo.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0").env("CARGO_PROFILE_RELEASE_LTO", "off");
+        cargo.env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "256");
         cargo.env("CARGO_TARGET_DIR", cache.join("build")).env("CARGO_PROFILE_RELEASE_DEBUG", "0");
         exec::quietly(&mut cargo, step)
     })?;

@@ -69,10 +69,14 @@ const TCX: &[&str] = &[
     "capture::tests::restart::tcx_and_clsact_replace_each_other",
 ];
 
+/// End-to-end tests but those of what operators see and of what the agent alone decides.
+const END_TO_END: Usual =
+    Usual::Parts(&[""], &["certificates::", "connections::", "limits::", "operators::", "telemetry::"]);
+
 /// What differs little between kernels and takes long: when everything runs, one kernel is enough for it.
 const ON_ONE_KERNEL: &[(&str, &[&str])] = &[
     ("cli", &[""]),
-    ("e2e", &["certificates::", "connections::", "limits::", "operators::", "telemetry::"]),
+    ("e2e", &["policy::", "probes::", "refusals::", "upgrade::no_new_connection_is_lost"]),
     ("underpass", &["admin::", "cli::"]),
 ];
 
@@ -83,7 +87,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "bpf-inbound", package: BPF, target: "inbound", kind: "test", retries: 1, usual: Usual::All },
     Suite { name: "bpf-interfaces", package: BPF, target: "interfaces", kind: "test", retries: 1, usual: Usual::All },
     Suite { name: "cli", package: AGENT, target: "cli", kind: "test", retries: 1, usual: Usual::All },
-    Suite { name: "e2e", package: AGENT, target: "e2e", kind: "test", retries: 1, usual: Usual::All },
+    Suite { name: "e2e", package: AGENT, target: "e2e", kind: "test", retries: 1, usual: END_TO_END },
     Suite { name: "underpass", package: AGENT, target: "underpass", kind: "lib", retries: 1, usual: KERNEL },
     Suite { name: "testbed", package: TESTBED, target: "testbed", kind: "test", retries: 1, usual: Usual::Nothing },
     Suite { name: "testbed-app", package: TESTBED, target: "app", kind: "test", retries: 1, usual: Usual::Nothing },
