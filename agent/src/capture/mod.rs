@@ -237,6 +237,12 @@ impl Capture {
         }
     }
 
+    /// Takes out the reply routes that ended connections of un-enrolled pods still hold, after which nothing of this process is left in
+    /// any pod. For its end.
+    pub async fn remove_reply_routes(&self) {
+        run(routes::remove_all()).await;
+    }
+
     /// Gives everything but the live connections up to another agent, which is about to start: maps, pins, interfaces. The listeners
     /// go on here, too, until [`Self::stop_accepting`]. Nothing may be applied or enrolled any more.
     pub async fn retire(&self) -> io::Result<Vec<Listening>> {

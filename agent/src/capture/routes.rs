@@ -61,8 +61,9 @@ pub(super) fn leave_all() {
 }
 
 /// What has to be undone in a namespace.
-#[derive(Default)]
 struct Installed {
+    /// Where.
+    netns: Netns,
     users: usize,
     /// Settings with the value they had before.
     sysctls: Vec<(&'static str, String)>,
@@ -70,9 +71,9 @@ struct Installed {
 
 /// Puts the way back into the namespace. Every success asks for one [`remove`].
 pub async fn install(netns: &Netns) -> Result<(), EnrollError> {
-    let cookie = netns.cookie();
+    let here = netns.clone();
     netns
-        .try_run(move || install_here(cookie))
+        .try_run(move || install_here(here))
         .await
         .map_err(|error| setup("enter the namespace for the reply route", &error))?
 }
@@ -105,26 +106,48 @@ pub(super) fn loopback_up_here() -> Result<(), EnrollError> {
         .map_err(|error| setup("bring loopback up", &error))
 }
 
-fn install_here(cookie: u64) -> Result<(), EnrollError> {
+/// Takes every way back out that this process has put in, whoever still needs it: for an agent that ends and leaves nothing.
+pub(super) async fn remove_all() {
+    let all: Vec<Netns> = {
+        let all = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
+        all.values().map(|installed| installed.netns.clone()).collect()
+    };
+    for netns in all {
+        let cookie = netns.cookie();
+        let work = move || {
+            let mut all = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(installed) = all.remove(&cookie) {
+                take(&installed.sysctls);
+            }
+        };
+        if let Err(error) = netns.try_run(work).await {
+            warn!(netns = %netns.path().display(), %error, "reply route not removed");
+        }
+    }
+}
+
+fn install_here(netns: Netns) -> Result<(), EnrollError> {
+    let cookie = netns.cookie();
     let mut all = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(installed) = all.get_mut(&cookie) {
         installed.users += 1;
         return Ok(());
     }
-    let mut installed = Installed { users: 1, ..Installed::default() };
-    match put(&mut installed) {
+    let mut sysctls = Vec::new();
+    match put(&mut sysctls) {
         Ok(()) => {
-            all.insert(cookie, installed);
+            all.insert(cookie, Installed { netns, users: 1, sysctls });
             Ok(())
         }
         Err(error) => {
-            take(installed);
+            take(&sysctls);
             Err(error)
         }
     }
 }
 
-fn put(installed: &mut Installed) -> Result<(), EnrollError> {
+/// `sysctls` gets the settings that were made, with the value they had before.
+fn put(sysctls: &mut Vec<(&'static str, String)>) -> Result<(), EnrollError> {
     loopback_up_here()?;
     let mut channel = Channel::open(NETLINK_ROUTE).map_err(|error| setup("open a netlink socket", &error))?;
     let mut adopted = false;
@@ -141,7 +164,7 @@ fn put(installed: &mut Installed) -> Result<(), EnrollError> {
             setup("set net.ipv4.tcp_fwmark_accept and fwmark_reflect (is /proc/sys writable here?)", &error)
         })?;
         // A rule of ours that is already there means that an earlier agent also set these; 0 is the kernel's default.
-        installed.sysctls.push((name, if adopted { "0".to_owned() } else { old }));
+        sysctls.push((name, if adopted { "0".to_owned() } else { old }));
     }
     Ok(())
 }
@@ -158,11 +181,12 @@ fn remove_here(cookie: u64, path: &Path) {
         return;
     }
     debug!(netns = %path.display(), "removing the reply route");
-    take(all.remove(&cookie).unwrap_or_default());
+    let removed = all.remove(&cookie);
+    take(removed.as_ref().map_or(&[], |installed| &installed.sysctls));
 }
 
 /// Undoes as much as there is. Failures are logged: there is nobody to act on them.
-fn take(installed: Installed) {
+fn take(sysctls: &[(&'static str, String)]) {
     let mut found = false;
     match Channel::open(NETLINK_ROUTE) {
         Ok(mut channel) => {
@@ -181,13 +205,14 @@ fn take(installed: Installed) {
         Err(error) => warn!(%error, "reply route not removed: no netlink socket"),
     }
     // What an earlier agent installed was not recorded here; its settings go back to the kernel's default.
-    let sysctls = if installed.sysctls.is_empty() && found {
-        SYSCTLS_V4.iter().chain(&SYSCTLS_V6).map(|name| (*name, "0".to_owned())).collect()
+    let kernels = || SYSCTLS_V4.iter().chain(&SYSCTLS_V6).map(|name| (*name, "0"));
+    let sysctls: Vec<_> = if sysctls.is_empty() && found {
+        kernels().collect()
     } else {
-        installed.sysctls
+        sysctls.iter().map(|(name, old)| (*name, old.as_str())).collect()
     };
     for (name, old) in sysctls {
-        match write_sysctl(name, &old) {
+        match write_sysctl(name, old) {
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => warn!(%error, name, value = old, "setting not restored"),

@@ -175,7 +175,10 @@ impl Plugin {
     /// Gives it the configuration, as soon as it is the plugin: what starts it in the node's network takes longer than itself.
     fn asked(mut self) -> Result<Asked> {
         let name = format!("/proc/{}/comm", self.process.pid());
-        eventually(SOON, || Ok(ensure!(fs::read_to_string(&name)?.trim_end() == "underpass-cni", "not yet")))?;
+        eventually(SOON, || {
+            ensure!(fs::read_to_string(&name)?.trim_end() == "underpass-cni", "it is being started");
+            Ok(())
+        })?;
         let began = Instant::now();
         self.process.write_stdin(self.config.as_bytes())?;
         self.process.close_stdin();

@@ -92,16 +92,11 @@ impl Mesh {
     }
 }
 
-#[test]
-#[ignore = "a measurement of minutes, better with UNDERPASS_BIN=target/release/underpass"]
-fn fifty_thousand_endpoints_in_a_simulated_api() -> Result<()> {
-    let bed = Testbed::new("kscale")?;
-    let node = bed.node("a");
-    let api = Simulated::start(node, Size { pods: PODS, local: LOCAL, services: SERVICES })?;
-    let _pods = LocalPods::start(node)?;
+/// Starts an agent and waits until its node's pods are enrolled; says what that took.
+fn enrolled(bed: &Testbed, api: &Simulated) -> Result<Agent> {
     let options = AgentOptions { ready_within: None, ..AgentOptions::default() };
     let began = Instant::now();
-    let agent = Agent::start(node, &underpass_path()?, &document(&bed, &api)?, options)?;
+    let agent = Agent::start(bed.node("a"), &underpass_path()?, &document(bed, api)?, options)?;
     agent.wait_status(Duration::from_mins(2), |s| Ok(s["cluster"]["synced"] == true && s["generation"] != 0))?;
     let pid = agent.process()?.pid();
     println!(
@@ -120,6 +115,33 @@ fn fifty_thousand_endpoints_in_a_simulated_api() -> Result<()> {
         used(pid)?,
         resident(pid)?
     );
+    Ok(agent)
+}
+
+#[test]
+#[ignore = "a measurement, better with UNDERPASS_BIN=target/release/underpass"]
+fn a_thousand_namespaces_of_a_small_cluster() -> Result<()> {
+    let bed = Testbed::new("kthousd")?;
+    let api = Simulated::start(bed.node("a"), Size { pods: LOCAL, local: LOCAL, services: LOCAL / 10 })?;
+    let _pods = LocalPods::start(bed.node("a"))?;
+    let agent = enrolled(&bed, &api)?;
+    let pid = agent.process()?.pid();
+    let (cpu, idle) = (used(pid)?, Duration::from_secs(30));
+    thread::sleep(idle);
+    let share = 100.0 * (used(pid)? - cpu) / idle.as_secs_f64();
+    println!("after {idle:?} of nothing: {share:.2} % of a core; {} MiB resident", resident(pid)?);
+    Ok(())
+}
+
+#[test]
+#[ignore = "a measurement of minutes, better with UNDERPASS_BIN=target/release/underpass"]
+fn fifty_thousand_endpoints_in_a_simulated_api() -> Result<()> {
+    let bed = Testbed::new("kscale")?;
+    let node = bed.node("a");
+    let api = Simulated::start(node, Size { pods: PODS, local: LOCAL, services: SERVICES })?;
+    let _pods = LocalPods::start(node)?;
+    let agent = enrolled(&bed, &api)?;
+    let pid = agent.process()?.pid();
     let mesh = Mesh::open(&agent)?;
     let known = |ip: Ipv4Addr| move |mesh: &Mesh| mesh.has(ip);
     wait(&mesh, known(address(PODS - 1)), Duration::from_mins(1))?;

@@ -2,7 +2,7 @@
 
 use std::{net::Ipv4Addr, thread, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use testbed::{Agent, AgentOptions, Testbed, underpass_path};
 
@@ -84,7 +84,7 @@ fn an_api_server_is_away_for_minutes_while_pods_come_and_go() -> Result<()> {
     ensure!(fails(&status), "an API server that is away is told: {status}");
     api.come_back()?;
     // The longest pause between two attempts is 30 s.
-    wait(&mesh, |mesh| mesh.has(moved(0)), Duration::from_mins(1))?;
+    wait(&mesh, |mesh| mesh.has(moved(0)), Duration::from_mins(1)).with_context(|| agent.log())?;
     agent.wait_status(Duration::from_mins(1), |status| Ok(!fails(status)))?;
     for i in 0..SIZE.pods {
         let (is, was) = (mesh.has(moved(i)), mesh.has(address(i)));

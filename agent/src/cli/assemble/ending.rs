@@ -110,6 +110,7 @@ impl Ending {
         if followed {
             info!("the agent that has taken over goes on");
         } else if args.cleanup_on_exit {
+            capture.remove_reply_routes().await;
             drop((reconciler, capture));
             let report = cleanup::cleanup(&args.pin_root, &[], true).await.context("removing pins")?;
             info!(?report, "pods have plain traffic again");
@@ -175,6 +176,7 @@ impl Ending {
         // What answers probes goes on: the kubelet is told that the agent is well, and not ready.
         let Parts { front, capture, reconciler, relay, leaving, .. } = parts;
         spawn_blocking(move || relay.shutdown()).await.context("stopping the relay")?;
+        capture.remove_reply_routes().await;
         drop((reconciler, capture, leaving));
         let report = cleanup::cleanup(&args.pin_root, &[], true).await.context("removing pins")?;
         for (what, removed) in [

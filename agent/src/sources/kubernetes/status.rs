@@ -149,10 +149,13 @@ impl Statuses {
         }
     }
 
-    pub(super) fn absent(&self, kind: Kind) {
+    /// The API server does not know the kind. Is that new?
+    pub(super) fn absent(&self, kind: Kind) -> bool {
         let mut state = self.lock();
         let watch = state.watches.entry(kind).or_default();
+        let new = watch.version.is_some() || watch.heard.is_none();
         (watch.version, watch.error, watch.heard) = (None, None, Some(SystemTime::now()));
+        new
     }
 
     pub(super) fn serving(&self, kind: Kind, version: &str) {

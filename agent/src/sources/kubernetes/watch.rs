@@ -1,6 +1,10 @@
 //! Follows one kind of object at the API server: list, watch, and again after whatever goes wrong.
 
-use std::{fmt::Debug, pin::pin, time::Duration};
+use std::{
+    fmt::Debug,
+    pin::pin,
+    time::{Duration, Instant},
+};
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use futures_util::TryStreamExt as _;
@@ -9,7 +13,7 @@ use kube::{
     api::ApiResource,
     runtime::{
         WatchStreamExt as _,
-        watcher::{self, Event, watcher},
+        watcher::{self, Event, ExponentialBackoff, watcher},
     },
 };
 use serde::de::DeserializeOwned;
@@ -26,6 +30,10 @@ const PAGE: u32 = 500;
 pub(super) const QUEUE: usize = 1024;
 /// How often a kind that the API server does not know is asked for again.
 const ABSENT: Duration = Duration::from_secs(10);
+/// The first pause after a failure, and the longest but for chance, which doubles it at most.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
+/// A watch that has missed too much begins with a list, at once when this long ago there was none of these.
+const EXPIRED: Duration = Duration::from_mins(1);
 
 /// What a watch says about objects as they came.
 pub(super) enum Seen<T> {
@@ -90,9 +98,12 @@ pub(super) async fn follow<T, C>(
     C: Send,
 {
     let kind = selection.kind;
+    let mut expired: Option<Instant> = None;
     loop {
         let Some(resource) = served(&client, &selection, &statuses).await else {
-            statuses.absent(kind);
+            if statuses.absent(kind) {
+                info!(?kind, "the API server does not know it; looking again from time to time");
+            }
             if changes.send(change(Seen::Absent)).await.is_err() {
                 return;
             }
@@ -101,7 +112,7 @@ pub(super) async fn follow<T, C>(
         };
         statuses.serving(kind, &resource.api_version);
         let api = Api::<T>::all_with(client.clone(), &resource);
-        let mut events = pin!(watcher(api, selection.config()).default_backoff());
+        let mut events = pin!(watcher(api, selection.config()).backoff(ExponentialBackoff::from(pauses())));
         loop {
             let seen = match events.try_next().await {
                 Ok(Some(Event::Apply(object))) => Seen::Applied(object),
@@ -112,6 +123,11 @@ pub(super) async fn follow<T, C>(
                 Ok(None) => break,
                 Err(error) => {
                     statuses.failed(kind, &error.to_string());
+                    if is_expired(&error) && expired.is_none_or(|at| at.elapsed() > EXPIRED) {
+                        // Not after the pause that was due for what came before it.
+                        expired = Some(Instant::now());
+                        break;
+                    }
                     if is_unknown(&error) {
                         // The kind was there, so what is known of it stays: an API that is taken away deletes its objects first.
                         sleep(ABSENT).await;
@@ -134,15 +150,7 @@ async fn served(client: &Client, selection: &Selection, statuses: &Statuses) -> 
     if group.is_empty() {
         return selection.versions.first().map(|v| selection.resource(v));
     }
-    let backoff = || {
-        ExponentialBuilder::new()
-            .with_min_delay(Duration::from_millis(500))
-            .with_max_delay(Duration::from_secs(15))
-            .with_jitter()
-            .without_max_times()
-            .build()
-    };
-    let mut pauses = backoff();
+    let mut pauses = pauses().build();
     'again: loop {
         for version in selection.versions {
             match client.list_api_group_resources(&format!("{group}/{version}")).await {
@@ -158,9 +166,23 @@ async fn served(client: &Client, selection: &Selection, statuses: &Statuses) -> 
                 }
             }
         }
-        info!(kind = ?selection.kind, "the API server does not know it; looking again later");
         return None;
     }
+}
+
+/// How long to wait after one failure, and the next.
+fn pauses() -> ExponentialBuilder {
+    ExponentialBuilder::new()
+        .with_min_delay(PAUSE.0)
+        .with_max_delay(PAUSE.1)
+        .with_factor(2.0)
+        .with_jitter()
+        .without_max_times()
+}
+
+/// The API server does not have everything any more that has happened since.
+fn is_expired(error: &watcher::Error) -> bool {
+    matches!(error, watcher::Error::WatchError(status) if status.code == 410)
 }
 
 fn is_unknown(error: &watcher::Error) -> bool {

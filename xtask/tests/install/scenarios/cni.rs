@@ -151,7 +151,7 @@ fn take_agent_away(world: &World, node: &Node) -> Result<String> {
     let agent = world.agent(node)?;
     let name = agent["metadata"]["name"].as_str().context("a pod has a name")?;
     world.cluster.kubectl(&["delete", "daemonset", "underpass-agent", &namespace, "--cascade=orphan"])?;
-    world.cluster.kubectl(&["delete", "pod", name, &namespace, "--timeout=60s"])?;
+    world.cluster.kubectl(&["delete", "pod", name, &namespace, "--timeout=180s"])?;
     Ok(set.to_string())
 }
 
@@ -188,7 +188,8 @@ fn leases(world: &World, node: &Node) -> Result<Vec<String>> {
 /// Waits until a pod is gone.
 pub(crate) fn delete(world: &World, pod: &str) -> Result<()> {
     let (namespace, name) = pod.split_once('/').context("a pod is called NAMESPACE/NAME here")?;
-    world.cluster.kubectl(&["delete", "pod", name, &format!("--namespace={namespace}"), "--timeout=60s"]).map(drop)
+    // A kubelet of this age says that a pod is gone after its next round of cleaning up, or the one after that.
+    world.cluster.kubectl(&["delete", "pod", name, &format!("--namespace={namespace}"), "--timeout=180s"]).map(drop)
 }
 
 /// An error while a pod is not ready.
