@@ -66,10 +66,9 @@ pub(crate) fn agent_killed_while_pods_come_and_go(world: &mut World) -> Result<(
         .map(|name| manifests::pod("shop", name, &second.name, &json!({ "app": "restless" }), &manifests::echo()))
         .collect();
     world.cluster.apply(&manifests::list(&pods))?;
-    // Once while they are made, once more while the kubelet tries again.
+    // Once while they are made, once more as soon as it is back, while the kubelet tries again.
     for _ in 0..2 {
-        kill_agent(world, second)?;
-        std::thread::sleep(Duration::from_millis(700));
+        eventually("an agent to kill", READY, || kill_agent(world, second))?;
     }
     for name in &names {
         eventually("pods that were made meanwhile", READY, || ready(world, &format!("shop/{name}")))?;

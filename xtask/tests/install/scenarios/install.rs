@@ -28,6 +28,8 @@ pub(crate) fn by_helm(world: &mut World) -> Result<()> {
         start.elapsed().as_secs_f64()
     ));
     let sniffers = world.cluster.nodes().iter().map(sniff).collect::<Result<Vec<_>>>()?;
+    // At least one connection for them, however quickly the rest of this goes.
+    Traffic::start(&world.cluster, CLIENT, &far, RATE)?.stop()?.all_worked()?;
     for node in world.cluster.nodes() {
         let plugins = world.cluster.on(node, "ls /opt/cni/bin")?;
         ensure!(plugins.lines().any(|plugin| plugin == "underpass-cni"), "{}: {plugins}", node.name);

@@ -42,6 +42,8 @@ pub(crate) fn rolled_back(world: &mut World) -> Result<()> {
     );
     let back = ["rollback", RELEASE, &revision, "--namespace", SYSTEM, "--wait", "--timeout=3m"];
     world.cluster.helm(&back)?.success()?;
+    // Helm is content with all but one of the agents.
+    world.wait_agents()?;
     wait_images(world, image(world, world.cluster.pair()?[0])?.rsplit(':').next().unwrap_or_default())?;
     encrypted(world)
 }
