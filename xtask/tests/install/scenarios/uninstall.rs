@@ -1,13 +1,18 @@
 //! Away with it.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 
 use crate::{
     cluster::Node,
     traffic::{RATE, Traffic, ensure_plaintext, sniff},
+    wait::eventually,
     world::{CLIENT, RELEASE, SYSTEM, World},
 };
 
+/// How long kubelets may take to say that pods are gone.
+const ENDED: Duration = Duration::from_secs(180);
 /// What Underpass could leave on a node, one finding a line: pins, files, rules, routes, settings, queues and ports of every namespace.
 const LOOK: &str = r#"
 find /sys/fs/bpf -mindepth 1 -name '*underpass*'
@@ -47,7 +52,8 @@ pub(crate) fn leaves_nothing(world: &mut World) -> Result<()> {
     for sniffer in sniffers {
         ensure_plaintext(sniffer)?;
     }
-    objects(world)
+    // Helm does not wait for pods that are ending.
+    eventually("a cluster without Underpass' objects", ENDED, || objects(world))
 }
 
 fn findings(world: &World, node: &Node) -> Result<String> {
