@@ -1,14 +1,17 @@
 //! The network interfaces of a pod, and their coming and going.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, VecDeque},
+    future::poll_fn,
     io,
+    task::{Poll, ready},
 };
 
 use netlink_packet_core::{
     DecodeError, NetlinkDeserializable, NetlinkHeader, NetlinkPayload, NlasIterator, parse_string,
 };
-use netlink_sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE};
+use netlink_sys::{AsyncSocket, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE};
 use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
     link::{LinkFlags, LinkHeader, LinkLayerType, LinkMessage},
@@ -18,7 +21,7 @@ use tracing::{debug, warn};
 
 use super::netns::{
     Netns,
-    netlink::{BUFFER, Channel, messages},
+    netlink::{self, Channel, messages},
 };
 
 /// `RTMGRP_LINK` of `linux/rtnetlink.h`: the multicast group of interface changes, as a bind mask.
@@ -72,23 +75,33 @@ pub async fn watch(netns: &Netns) -> io::Result<Watch> {
         })
         .await??;
     // Subscribed; listing only now means that nothing falls between the two.
-    let mut watch = Watch {
-        netns: netns.clone(),
-        socket,
-        buffer: Vec::with_capacity(BUFFER),
-        known: BTreeMap::new(),
-        pending: VecDeque::new(),
-        resync: true,
-    };
+    let mut watch =
+        Watch { netns: netns.clone(), socket, known: BTreeMap::new(), pending: VecDeque::new(), resync: true };
     watch.resync().await?;
     Ok(watch)
+}
+
+thread_local! {
+    /// For all subscriptions, of which a node may have a thousand, nearly always idle.
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(Vec::with_capacity(netlink::BUFFER));
+}
+
+/// The next datagram, in memory of its own size.
+async fn receive(socket: &mut TokioSocket) -> io::Result<Vec<u8>> {
+    poll_fn(|context| {
+        BUFFER.with_borrow_mut(|buffer| {
+            buffer.clear();
+            ready!(socket.poll_recv(context, buffer))?;
+            Poll::Ready(Ok(buffer.clone()))
+        })
+    })
+    .await
 }
 
 /// A subscription to the interfaces of a namespace.
 pub struct Watch {
     netns: Netns,
     socket: TokioSocket,
-    buffer: Vec<u8>,
     known: BTreeMap<u32, Interface>,
     /// Never more than what one datagram or one listing gave.
     pending: VecDeque<Change>,
@@ -114,9 +127,8 @@ impl Watch {
         if self.resync {
             return self.resync().await;
         }
-        self.buffer.clear();
-        match self.socket.recv(&mut self.buffer).await {
-            Ok(()) => {}
+        let datagram = match receive(&mut self.socket).await {
+            Ok(datagram) => datagram,
             // The kernel dropped notifications because they were not read fast enough.
             Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
                 debug!(netns = %self.netns.path().display(), "interface notifications lost; reading the list again");
@@ -125,8 +137,8 @@ impl Watch {
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
             Err(error) => return Err(error),
-        }
-        for message in messages::<Link>(&self.buffer) {
+        };
+        for message in messages::<Link>(&datagram) {
             match message.map(|message| message.payload) {
                 Ok(NetlinkPayload::InnerMessage(link)) => apply(&mut self.known, &mut self.pending, link),
                 Ok(_) => {}
@@ -142,8 +154,11 @@ impl Watch {
     async fn resync(&mut self) -> io::Result<()> {
         // What is queued is older than the list that follows, and its sequel may be among what was lost.
         for _ in 0..DRAIN {
-            self.buffer.clear();
-            match self.socket.socket_ref().recv(&mut self.buffer, libc::MSG_DONTWAIT) {
+            let socket = self.socket.socket_ref();
+            match BUFFER.with_borrow_mut(|buffer| {
+                buffer.clear();
+                socket.recv(buffer, libc::MSG_DONTWAIT)
+            }) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 _ => {}
             }

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// How long kubelets may take to say that pods are gone.
-const ENDED: Duration = Duration::from_secs(180);
+const ENDED: Duration = Duration::from_mins(3);
 /// What Underpass could leave on a node, one finding a line: pins, files, rules, routes, settings, queues and ports of every namespace.
 const LOOK: &str = r#"
 find /sys/fs/bpf -mindepth 1 -name '*underpass*'
