@@ -13,19 +13,15 @@ const DATABASE: Duration = Duration::from_secs(90);
 pub(crate) fn run(ui: &Ui) -> Result<()> {
     setup::ensure(ui)?;
     // Formatting of every member, whether built by default or not.
-    ui.step("cargo fmt --check", |_| exec::openly(&mut cargo(&["fmt", "--all", "--check"])))?;
+    ui.step("cargo fmt --check", |_| exec::openly(&mut exec::cargo(&["fmt", "--all", "--check"])))?;
     // The BPF programs compile for another target only: the agent's build script builds them, with warnings shown.
+    // Fuzz targets, too, which are not built by default: in one go, so that what both need is compiled once.
     ui.step("cargo clippy", |step| {
-        exec::quietly(&mut cargo(&["clippy", "--all-targets", "--locked", "--", "-D", "warnings"]), step)
-    })?;
-    ui.step("cargo clippy, fuzz targets", |step| {
-        exec::quietly(
-            &mut cargo(&["clippy", "--package", "underpass-fuzz", "--all-targets", "--locked", "--", "-D", "warnings"]),
-            step,
-        )
+        let all = ["clippy", "--workspace", "--exclude", "underpass-ebpf", "--all-targets", "--locked"];
+        exec::quietly(exec::cargo(&all).args(["--", "-D", "warnings"]), step)
     })?;
     ui.step("cargo doc", |step| {
-        let mut doc = cargo(&["doc", "--no-deps", "--document-private-items", "--locked"]);
+        let mut doc = exec::cargo(&["doc", "--no-deps", "--document-private-items", "--locked"]);
         exec::quietly(doc.env("RUSTDOCFLAGS", "-D rustdoc::broken_intra_doc_links"), step)
     })?;
     deny(ui)
@@ -41,7 +37,7 @@ fn deny(ui: &Ui) -> Result<()> {
     };
     ui.step("cargo deny: bans, licences, sources", |step| {
         // It reads the manifests of every platform's crates, more than a build has downloaded.
-        exec::quietly(&mut cargo(&["fetch", "--locked"]), step)?;
+        exec::quietly(&mut exec::cargo(&["fetch", "--locked"]), step)?;
         exec::quietly(&mut command(&["--offline", "check", "bans", "licenses", "sources"]), step)
     })?;
     let fetched = ui.step("cargo deny: advisories", |step| {
@@ -59,10 +55,4 @@ fn deny(ui: &Ui) -> Result<()> {
         ui.say("    advisories NOT checked: the advisory database cannot be fetched from here");
     }
     Ok(())
-}
-
-fn cargo(arguments: &[&str]) -> Command {
-    let mut command = Command::new("cargo");
-    command.args(arguments).current_dir(places::repository());
-    command
 }

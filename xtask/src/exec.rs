@@ -2,6 +2,7 @@
 
 use std::{
     collections::VecDeque,
+    env,
     io::{BufRead, BufReader, Read},
     process::{Command, Stdio},
     sync::mpsc::channel,
@@ -9,10 +10,25 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::ui::Step;
+use crate::{places, ui::Step};
 
 /// Lines of output shown of a program that failed.
 const SHOWN: usize = 60;
+/// What cargo sets for a program that it runs.
+const OF_A_PACKAGE: [&str; 4] = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"];
+
+/// cargo, in the repository, as if called by hand. `cargo xtask` has variables for this package that others' build scripts look at: with them,
+/// half of everything would be built again whenever somebody changes between the two.
+pub(crate) fn cargo(arguments: &[&str]) -> Command {
+    let mut cargo = Command::new("cargo");
+    for (name, _) in env::vars_os() {
+        if name.to_str().is_some_and(|name| OF_A_PACKAGE.iter().any(|prefix| name.starts_with(prefix))) {
+            cargo.env_remove(name);
+        }
+    }
+    cargo.args(arguments).current_dir(places::repository());
+    cargo
+}
 
 /// Standard output of a short program that has to succeed.
 pub(crate) fn output(command: &mut Command) -> Result<String> {

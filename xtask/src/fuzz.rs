@@ -70,16 +70,7 @@ pub(crate) fn run_all(ui: &Ui, filter: Option<&str>, time: Duration) -> Result<O
     let host = host()?;
     let target_dir = places::target().join("fuzz");
     ui.step("building the fuzz targets", |step| {
-        let mut cargo = Command::new("cargo");
-        cargo.current_dir(places::repository()).args([
-            "build",
-            "--locked",
-            "--release",
-            "--package",
-            PACKAGE,
-            "--target",
-            &host,
-        ]);
+        let mut cargo = exec::cargo(&["build", "--locked", "--release", "--package", PACKAGE, "--target", &host]);
         cargo.args(targets.iter().flat_map(|target| ["--bin", target]));
         cargo.arg("--target-dir").arg(&target_dir);
         // Options that a stable compiler keeps for nightly. With --target they do not reach build scripts and macros.
@@ -163,10 +154,8 @@ fn directory(path: PathBuf) -> Result<PathBuf> {
 
 /// Names of the targets: the package's programs.
 fn targets() -> Result<Vec<String>> {
-    let mut cargo = Command::new("cargo");
-    cargo.current_dir(places::repository()).args(["metadata", "--no-deps", "--format-version=1"]);
-    let metadata: serde_json::Value =
-        serde_json::from_str(&exec::output(&mut cargo)?).context("reading cargo's metadata")?;
+    let text = exec::output(&mut exec::cargo(&["metadata", "--no-deps", "--format-version=1"]))?;
+    let metadata: serde_json::Value = serde_json::from_str(&text).context("reading cargo's metadata")?;
     let packages = metadata["packages"].as_array().context("cargo's metadata has no packages")?;
     let Some(package) = packages.iter().find(|package| package["name"] == PACKAGE) else {
         bail!("there is no package {PACKAGE}")

@@ -22,7 +22,6 @@ mod wireguard;
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
     thread::available_parallelism,
 };
 
@@ -186,12 +185,12 @@ fn tools(ui: &Ui, options: &Options, descriptors: u64) -> Result<Tools> {
         return Ok(tools(agent.clone(), agent.with_file_name("testbed-load")));
     }
     ui.step("building the agent and the load generator (release)", |step| {
-        let mut cargo = Command::new("cargo");
-        cargo.args(["build", "--release", "--locked", "--package", "testbed", "--bin", "testbed-load"]);
+        let load = ["build", "--release", "--locked", "--package", "testbed", "--bin", "testbed-load"];
+        let mut cargo = exec::cargo(&load);
         if options.agent.is_none() {
             cargo.args(["--package", "underpass", "--bin", "underpass"]);
         }
-        exec::quietly(cargo.current_dir(places::repository()), step)
+        exec::quietly(&mut cargo, step)
     })?;
     let release = places::target().join("release");
     let agent = options.agent.as_ref().map_or_else(|| Ok(release.join("underpass")), find)?;

@@ -7,7 +7,7 @@ use testbed::Testbed;
 
 use super::parts::{self, Group};
 use crate::{
-    exec, setup,
+    setup,
     test::{self, Tally},
     ui::Ui,
 };
@@ -19,7 +19,7 @@ pub(super) fn run(ui: &Ui, filter: Option<&str>) -> Result<()> {
     );
     setup::ensure(ui)?;
     Testbed::sweep()?;
-    test::build_programs(ui)?;
+    test::build(ui)?;
     let mut total = run_all(ui, filter, false)?;
     total += install(ui, filter)?;
     test::close(ui, total, filter)
@@ -34,9 +34,5 @@ pub(crate) fn install(ui: &Ui, filter: Option<&str>) -> Result<Tally> {
 /// Makes what the tests need and runs them; `full`: also those marked ignored. The programs under test are built.
 pub(crate) fn run_all(ui: &Ui, filter: Option<&str>, full: bool) -> Result<Tally> {
     parts::ensure(ui, &[Group::Tests, Group::Chart])?;
-    // The same selection as `cargo xtask test` makes: another one has other features, and builds everything again.
-    ui.step("building the tests on Kubernetes", |step| {
-        exec::quietly(&mut test::cargo(&["test", "--locked", "--no-run"]), step)
-    })?;
     test::kubernetes(ui, filter, full)
 }

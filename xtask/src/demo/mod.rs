@@ -3,7 +3,7 @@
 mod report;
 mod scene;
 
-use std::{path::PathBuf, process::Command};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use nix::unistd::geteuid;
@@ -111,9 +111,8 @@ fn perform(ui: &Ui, options: &Options) -> Result<Report> {
 /// Builds the agent as it would be shipped.
 fn build(ui: &Ui) -> Result<PathBuf> {
     ui.step("building the agent (release)", |step| {
-        let mut cargo = Command::new("cargo");
-        cargo.args(["build", "--release", "--locked", "--package", "underpass", "--bin", "underpass"]);
-        exec::quietly(cargo.current_dir(places::repository()), step)
+        let agent = ["build", "--release", "--locked", "--package", "underpass", "--bin", "underpass"];
+        exec::quietly(&mut exec::cargo(&agent), step)
     })?;
     Ok(places::target().join("release/underpass"))
 }

@@ -75,10 +75,7 @@ fn underpass(ui: &Ui, agent: Option<&Path>) -> Result<Vec<(PathBuf, PathBuf)>> {
     } else {
         setup::ensure(ui)?;
         let build = |command: &str, package: &str| {
-            let mut cargo = Command::new("cargo");
-            cargo.args([command, "--locked", "--release", "--package", package, "--bin", package]);
-            cargo.current_dir(places::repository());
-            cargo
+            exec::cargo(&[command, "--locked", "--release", "--package", package, "--bin", package])
         };
         ui.step("building underpass for release", |step| exec::quietly(&mut build("build", "underpass"), step))?;
         ui.step(&format!("building {PLUGIN} for release"), |step| {

@@ -54,8 +54,7 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
     setup::ensure(ui)?;
     cluster::ensure_for_chart(ui)?;
     Testbed::sweep()?;
-    build_programs(ui)?;
-    ui.step("building the tests", |step| exec::quietly(&mut cargo(&["test", "--locked", "--no-run"]), step))?;
+    build(ui)?;
 
     let mut total = Tally::default();
     if places::program("cargo-nextest").is_some() {
@@ -100,6 +99,9 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
     close(ui, total, options.filter.as_deref())
 }
 
+/// Builds tests, and the programs that they start, with what both need of features: one after the other, cargo would build most twice.
+pub(crate) const BUILD: &[&str] = &["build", "--locked", "--bins", "--tests"];
+
 /// Looks for what tests left behind, which is a failure, and prints the closing line.
 pub(crate) fn close(ui: &Ui, mut total: Tally, filter: Option<&str>) -> Result<()> {
     let left = Testbed::sweep()?.removed;
@@ -117,24 +119,9 @@ pub(crate) fn close(ui: &Ui, mut total: Tally, filter: Option<&str>) -> Result<(
     Ok(())
 }
 
-/// Builds the programs that tests start.
-pub(crate) fn build_programs(ui: &Ui) -> Result<()> {
-    ui.step("building the programs under test", |step| {
-        exec::quietly(
-            &mut cargo(&[
-                "build",
-                "--locked",
-                "--package",
-                "underpass",
-                "--package",
-                "underpass-cni",
-                "--package",
-                "testbed",
-                "--bins",
-            ]),
-            step,
-        )
-    })
+/// Builds the tests and the programs that they start.
+pub(crate) fn build(ui: &Ui) -> Result<()> {
+    ui.step("building the programs and the tests", |step| exec::quietly(&mut exec::cargo(BUILD), step))
 }
 
 /// Runs the tests that need a Kubernetes control plane, whose programs are there.
@@ -244,8 +231,7 @@ fn count(ui: &Ui, command: &mut Command, read: fn(&str) -> Option<Tally>) -> Res
 /// cargo, with what the tests have to know.
 pub(crate) fn cargo(arguments: &[&str]) -> Command {
     let programs = places::target().join("debug");
-    let mut command = Command::new("cargo");
-    command.args(arguments).current_dir(places::repository());
+    let mut command = exec::cargo(arguments);
     command.env("UNDERPASS_BIN", programs.join("underpass")).env("TESTBED_APP", programs.join("testbed-app"));
     command
 }

@@ -5,7 +5,7 @@ mod report;
 mod scenarios;
 mod scene;
 
-use std::{path::PathBuf, process::Command, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
@@ -131,9 +131,8 @@ fn root() -> Result<()> {
 /// As the tests have it: with debug assertions and checks for overflow.
 fn build(ui: &Ui) -> Result<()> {
     ui.step("building the agent and the ends of connections", |step| {
-        let mut cargo = Command::new("cargo");
-        cargo.args(["build", "--locked", "--package", "underpass", "--package", "testbed", "--bins"]);
-        exec::quietly(cargo.current_dir(places::repository()), step)
+        let programs = ["build", "--locked", "--package", "underpass", "--package", "testbed", "--bins"];
+        exec::quietly(&mut exec::cargo(&programs), step)
     })
 }
 

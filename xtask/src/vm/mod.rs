@@ -15,14 +15,14 @@ mod run;
 mod store;
 mod suites;
 
-use std::{env, process::Command};
+use std::env;
 
 use anyhow::{Context, Result, ensure};
 
 use vm_guest::Program;
 
 use crate::{
-    exec, places, setup,
+    exec, places, setup, test,
     ui::{Step, Ui},
 };
 pub(crate) use contents::libraries;
@@ -94,8 +94,9 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
 pub(crate) fn run_all(ui: &Ui, options: &Options) -> Result<Totals> {
     supported()?;
     let programs = ui.step("building the tests for virtual machines", |step| {
-        build_programs(Profile::Debug, step)?;
-        suites::build(&mut cargo("test"), step)
+        // As `cargo xtask test` builds them: another selection has other features, and builds everything again.
+        exec::quietly(&mut exec::cargo(test::BUILD), step)?;
+        suites::build(&mut exec::cargo(&["test", "--locked"]), step)
     })?;
     let tests = suites::tests(&programs, options.filter.as_deref(), options.full)?;
     ensure!(!tests.is_empty(), "no test's name contains {:?}", options.filter.as_deref().unwrap_or_default());
@@ -159,7 +160,7 @@ fn supported() -> Result<()> {
 
 fn build_programs(profile: Profile, step: &Step) -> Result<()> {
     let packages = ["underpass", "testbed", image::GUEST].into_iter().flat_map(|name| ["--package", name]);
-    exec::quietly(cargo("build").args(profile.argument()).args(packages).arg("--bins"), step)
+    exec::quietly(exec::cargo(&["build", "--locked"]).args(profile.argument()).args(packages).arg("--bins"), step)
 }
 
 /// What is needed from the network, if it is not there.
@@ -169,10 +170,4 @@ fn fetch(ui: &Ui, series: &[Series], update: bool) -> Result<(Qemu, Vec<Kernel>)
     let store = Store::new(cache.join("vm"));
     let kernels = series.iter().map(|series| kernels::get(ui, &store, *series, update)).collect::<Result<_>>();
     Ok((Qemu::get(ui, &store)?, kernels.context("fetching kernels for virtual machines")?))
-}
-
-fn cargo(command: &str) -> Command {
-    let mut cargo = Command::new("cargo");
-    cargo.args([command, "--locked"]).current_dir(places::repository());
-    cargo
 }
