@@ -205,9 +205,8 @@ fn take(sysctls: &[(&'static str, String)]) {
         Err(error) => warn!(%error, "reply route not removed: no netlink socket"),
     }
     // What an earlier agent installed was not recorded here; its settings go back to the kernel's default.
-    let kernels = || SYSCTLS_V4.iter().chain(&SYSCTLS_V6).map(|name| (*name, "0"));
     let sysctls: Vec<_> = if sysctls.is_empty() && found {
-        kernels().collect()
+        SYSCTLS_V4.iter().chain(&SYSCTLS_V6).map(|name| (*name, "0")).collect()
     } else {
         sysctls.iter().map(|(name, old)| (*name, old.as_str())).collect()
     };

@@ -85,8 +85,8 @@ pub(crate) fn cargo_deny(ui: &Ui) -> Result<std::path::PathBuf> {
         cache.join("bin").display()
     ));
     ui.step("cargo-deny", |step| {
-        let mut cargo = std::process::Command::new("cargo");
-        cargo.args(["install", "--locked", "--version", VERSION, "cargo-deny", "--root"]).arg(&cache);
+        let mut cargo = exec::cargo(&["install", "--locked", "--version", VERSION, "cargo-deny", "--root"]);
+        cargo.arg(&cache);
         // It runs for a second: compile it fast rather than make it fast.
         cargo.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0").env("CARGO_PROFILE_RELEASE_LTO", "off");
         cargo.env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "256");

@@ -32,7 +32,7 @@ pub(super) const QUEUE: usize = 1024;
 const ABSENT: Duration = Duration::from_secs(10);
 /// The first pause after a failure, and the longest but for chance, which doubles it at most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
-/// A watch that has missed too much begins with a list, at once when this long ago there was none of these.
+/// A watch that has missed too much begins anew with a list: at once, but no more often than this.
 const EXPIRED: Duration = Duration::from_mins(1);
 
 /// What a watch says about objects as they came.
@@ -172,12 +172,7 @@ async fn served(client: &Client, selection: &Selection, statuses: &Statuses) -> 
 
 /// How long to wait after one failure, and the next.
 fn pauses() -> ExponentialBuilder {
-    ExponentialBuilder::new()
-        .with_min_delay(PAUSE.0)
-        .with_max_delay(PAUSE.1)
-        .with_factor(2.0)
-        .with_jitter()
-        .without_max_times()
+    ExponentialBuilder::new().with_min_delay(PAUSE.0).with_max_delay(PAUSE.1).with_jitter().without_max_times()
 }
 
 /// The API server does not have everything any more that has happened since.
