@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{exec, places, setup, ui::Ui};
+use crate::{exec, places, setup, test::Tally, ui::Ui};
 
 /// Package with the targets.
 const PACKAGE: &str = "underpass-fuzz";
@@ -40,28 +40,21 @@ pub(crate) struct Options {
     seconds: u64,
 }
 
-/// Which targets held and which did not.
-#[derive(Default)]
-pub(crate) struct Outcome {
-    pub(crate) passed: usize,
-    pub(crate) failed: Vec<String>,
-}
-
 pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
     setup::ensure(ui)?;
     let outcome = run_all(ui, options.filter.as_deref(), Duration::from_secs(options.seconds))?;
     ensure!(
-        outcome.passed + outcome.failed.len() > 0,
+        outcome.passed + outcome.failed > 0,
         "no fuzz target's name contains {:?}",
         options.filter.as_deref().unwrap_or("")
     );
-    ensure!(outcome.failed.is_empty(), "fuzz targets failed: {}", outcome.failed.join(", "));
+    ensure!(outcome.failed == 0, "{} of {} fuzz targets failed", outcome.failed, outcome.passed + outcome.failed);
     Ok(())
 }
 
 /// Builds the targets and runs each for `time`.
-pub(crate) fn run_all(ui: &Ui, filter: Option<&str>, time: Duration) -> Result<Outcome> {
-    let mut outcome = Outcome::default();
+pub(crate) fn run_all(ui: &Ui, filter: Option<&str>, time: Duration) -> Result<Tally> {
+    let mut outcome = Tally::default();
     let mut targets = targets()?;
     targets.retain(|target| filter.is_none_or(|text| target.contains(text)));
     if targets.is_empty() {
@@ -85,12 +78,12 @@ pub(crate) fn run_all(ui: &Ui, filter: Option<&str>, time: Duration) -> Result<O
         let run = |target: &str| one(&programs.join(target), target, &target_dir, time, step);
         Ok(side_by_side(&targets, run, |done| step.progress(done, targets.len(), "targets have been fuzzed")))
     })?;
-    for (target, result) in targets.into_iter().zip(results) {
+    for result in results {
         match result {
             Ok(()) => outcome.passed += 1,
             Err(error) => {
                 ui.failure(&error);
-                outcome.failed.push(target);
+                outcome.fail(&format!("{error:#}"));
             }
         }
     }

@@ -14,7 +14,9 @@ use super::{
     pod::{NewPod, Pod, PodListeners},
     processes,
     registry::Entry,
-    routes, sockdiag, sockets, tc, watcher,
+    routes, sockdiag, sockets,
+    tc::{self, Programs},
+    watcher,
 };
 use crate::{
     mesh::{LocalPod, Workload, WorkloadKey},
@@ -217,19 +219,21 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
         plaintext: plaintext.cloned(),
     })?;
     let present = watcher::present(&mut watch);
-    attach(inner, netns, id, present).await?;
+    let programs = attach(inner, netns, id, present).await?;
     if before.is_some_and(|before| after.tightens(&before)) {
         destroy_plaintext(netns, after).await?;
     }
     let (stop, stopped) = oneshot::channel();
-    let watcher = tokio::spawn(watcher::run(inner.attacher(netns, id), watch, stopped));
+    let watcher = tokio::spawn(watcher::run(inner.attacher(netns, id), programs, watch, stopped));
     Ok(Enrolled { pod, netns: Arc::clone(netns), watcher: Some((watcher, stop)) })
 }
 
 /// Attaches to the interfaces of a pod. One that goes away meanwhile does not fail the others.
-async fn attach(inner: &Inner, netns: &Netns, id: u32, mut present: Vec<Interface>) -> Result<(), EnrollError> {
+async fn attach(inner: &Inner, netns: &Netns, id: u32, mut present: Vec<Interface>) -> Result<Programs, EnrollError> {
+    let mut programs = Programs::default();
     for _ in 0..ATTEMPTS {
-        let Err(e) = tc::attach(&inner.objects, netns, inner.method, id, present.clone()).await else { return Ok(()) };
+        let result = tc::attach(&inner.objects, netns, inner.method, id, present.clone(), &mut programs).await;
+        let Err(e) = result else { return Ok(programs) };
         let mut now = interfaces::list(netns)
             .await
             .map_err(|e| EnrollError::Setup { action: "list interfaces", reason: e.to_string() })?;

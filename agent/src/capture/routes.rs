@@ -34,6 +34,7 @@ use super::{
     EnrollError,
     netns::{Netns, has_ipv6_here, netlink::Channel},
 };
+use crate::sys::contained;
 
 /// Routing table in the pod's namespace that holds nothing but a local default route.
 pub const TABLE: u8 = 100;
@@ -161,7 +162,7 @@ fn put(sysctls: &mut Vec<(&'static str, String)>) -> Result<(), EnrollError> {
     let v6: &[_] = if has_ipv6_here() { &SYSCTLS_V6 } else { &[] };
     for name in SYSCTLS_V4.iter().chain(v6) {
         let old = write_sysctl(name, "1").map_err(|error| {
-            setup("set net.ipv4.tcp_fwmark_accept and fwmark_reflect (is /proc/sys writable here?)", &error)
+            setup("set net.ipv4.tcp_fwmark_accept and fwmark_reflect (is /proc/sys writable here, or CAP_SYS_ADMIN there?)", &error)
         })?;
         // A rule of ours that is already there means that an earlier agent also set these; 0 is the kernel's default.
         sysctls.push((name, if adopted { "0".to_owned() } else { old }));
@@ -279,7 +280,7 @@ fn write_sysctl(name: &str, value: &str) -> io::Result<String> {
     let path = Path::new("/proc/sys/net").join(name);
     let old = fs::read_to_string(&path)?.trim().to_owned();
     if old != value {
-        fs::write(&path, value)?;
+        contained::write_setting(&path, value)?;
     }
     Ok(old)
 }

@@ -1,10 +1,9 @@
 //! The tc programs of a pod: guard and inbound program on its interfaces. Interfaces are looked up by name, so attaching
 //! happens inside the pod's namespace.
 
-use std::{io, os::fd::AsFd, path::Path, sync::Arc};
+use std::{collections::BTreeMap, io, os::fd::AsFd, path::Path, sync::Arc};
 
 use aya::{
-    Ebpf,
     programs::{
         LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         links::FdLink,
@@ -67,14 +66,42 @@ fn programs_for(interface: &Interface) -> [(&'static str, Direction); 2] {
     }
 }
 
+/// Programs of a pod by their names. Another interface is guarded by them at once: loading them again would take the time in which
+/// packets pass it.
+#[derive(Debug, Default)]
+pub struct Programs(BTreeMap<&'static str, SchedClassifier>);
+
+/// Loads these programs for a pod. Blocks.
+fn load(
+    objects: &Objects,
+    pod_id: u32,
+    names: &[&'static str],
+) -> Result<BTreeMap<&'static str, SchedClassifier>, CaptureError> {
+    let mut bpf = objects.load_for_pod(pod_id, names)?;
+    let take = |name: &&'static str| {
+        let program: &mut SchedClassifier = bpf
+            .program_mut(name)
+            .ok_or_else(|| "no such program".to_owned())?
+            .try_into()
+            .map_err(|e: ProgramError| chain(&e))?;
+        let info = program.info().map_err(|e| chain(&e))?;
+        let program = SchedClassifier::from_program_info(info, (*name).into()).map_err(|e| chain(&e))?;
+        Ok((*name, program))
+    };
+    let programs: Result<_, String> = names.iter().map(take).collect();
+    programs.map_err(|reason| CaptureError::Bpf { action: format!("take the programs of pod {pod_id}"), reason })
+}
+
 /// Attaches to these interfaces, replacing in place what an earlier agent attached. On error, what was newly attached
-/// stays: the caller detaches the pod or tries again.
+/// stays: the caller detaches the pod or tries again. `programs` are the pod's
+/// that are loaded already; those that it lacks are added.
 pub async fn attach(
     objects: &Arc<Objects>,
     netns: &Netns,
     method: Method,
     pod_id: u32,
     interfaces: Vec<Interface>,
+    programs: &mut Programs,
 ) -> Result<(), CaptureError> {
     if interfaces.is_empty() {
         return Ok(());
@@ -82,29 +109,48 @@ pub async fn attach(
     let mut names: Vec<&str> = interfaces.iter().flat_map(programs_for).map(|(name, _)| name).collect();
     names.sort_unstable();
     names.dedup();
-    let loader = Arc::clone(objects);
-    // Not in the namespace: verifying takes the time, and the threads that enter namespaces are few.
-    let mut bpf = super::blocking(move || loader.load_for_pod(pod_id, &names)).await?;
+    if !names.iter().all(|name| programs.0.contains_key(name)) {
+        let loader = Arc::clone(objects);
+        // Not in the namespace: verifying takes the time, and the threads that enter namespaces are few.
+        programs.0.extend(super::blocking(move || load(&loader, pod_id, &names)).await?);
+    }
+    let mut loaded = std::mem::take(&mut programs.0);
     let objects = Arc::clone(objects);
-    enter(netns, "attach tc programs", move || {
-        let _fast = (method == Method::Tcx).then(ShortGracePeriods::begin);
-        for interface in &interfaces {
-            for (name, direction) in programs_for(interface) {
-                let pin = TcPin { pod_id, interface: interface.index, direction };
-                attach_one(&mut bpf, name, method, interface, direction, &objects.layout().link(pin)).map_err(
-                    |reason| CaptureError::Bpf {
-                        action: format!(
-                            "attach {name} to interface {} (index {}) of pod {pod_id}",
-                            interface.name, interface.index
-                        ),
-                        reason,
-                    },
-                )?;
-            }
-        }
-        Ok(())
+    let (result, loaded) = enter(netns, "attach tc programs", move || {
+        let result = attach_all(&objects, method, pod_id, &interfaces, &mut loaded);
+        Ok((result, loaded))
     })
-    .await
+    .await?;
+    programs.0 = loaded;
+    result
+}
+
+/// In the namespace of the calling thread.
+fn attach_all(
+    objects: &Objects,
+    method: Method,
+    pod_id: u32,
+    interfaces: &[Interface],
+    programs: &mut BTreeMap<&'static str, SchedClassifier>,
+) -> Result<(), CaptureError> {
+    let _fast = (method == Method::Tcx).then(ShortGracePeriods::begin);
+    for interface in interfaces {
+        for (name, direction) in programs_for(interface) {
+            let pin = objects.layout().link(TcPin { pod_id, interface: interface.index, direction });
+            let attached = match programs.get_mut(name) {
+                Some(program) => attach_one(program, method, interface, direction, &pin),
+                None => Err("the program is not loaded".to_owned()),
+            };
+            attached.map_err(|reason| CaptureError::Bpf {
+                action: format!(
+                    "attach {name} to interface {} (index {}) of pod {pod_id}",
+                    interface.name, interface.index
+                ),
+                reason,
+            })?;
+        }
+    }
+    Ok(())
 }
 
 async fn enter<T: Send + 'static>(
@@ -130,15 +176,12 @@ pub fn is_attached(objects: &Objects, method: Method, pod_id: u32, interface: &I
 }
 
 fn attach_one(
-    bpf: &mut Ebpf,
-    name: &str,
+    program: &mut SchedClassifier,
     method: Method,
     interface: &Interface,
     direction: Direction,
     pin: &Path,
 ) -> Result<(), String> {
-    let program: &mut SchedClassifier =
-        bpf.program_mut(name).ok_or("no such program")?.try_into().map_err(|e: ProgramError| chain(&e))?;
     // The other method's programs, of an agent that was configured differently, go once these are there.
     match method {
         Method::Tcx => {

@@ -1,16 +1,18 @@
-//! Memory after a burst of connections: a handshake needs ten times what its connection keeps, and glibc gives nothing back by itself
-//! as long as anything lies behind it.
+//! Memory after a burst of work: a handshake needs ten times what its connection keeps, loading a pod's programs a hundred times, and
+//! glibc gives nothing back by itself as long as anything lies behind it.
 
 use std::{sync::Arc, time::Duration};
 
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::{relay::ConnectionTable, sys::heap};
+use crate::{proxy::Reconciler, relay::ConnectionTable, sys::heap};
 
-/// How often the number of connections is looked at.
+/// How often it is looked how much work there has been.
 const LOOK: Duration = Duration::from_secs(2);
 /// Connections opened and closed that make it worth while.
 const BURST: u64 = 512;
+/// An enrolment counts as so many of them.
+const ENROLMENT: u64 = 32;
 /// At most so many in [`LOOK`] are quiet.
 const QUIET: u64 = 64;
 
@@ -22,7 +24,7 @@ struct Watch {
 }
 
 impl Watch {
-    /// Whether it is time, when `events` connections have been opened and closed in all.
+    /// Whether it is time, when so many connections have been opened and closed in all, or as much else has been done.
     fn is_due(&mut self, events: u64) -> bool {
         let recent = events.saturating_sub(std::mem::replace(&mut self.looked, events));
         let due = recent <= QUIET && events.saturating_sub(self.trimmed) >= BURST;
@@ -34,13 +36,15 @@ impl Watch {
 }
 
 /// Gives memory back whenever a burst is over. Runs until dropped.
-pub(super) async fn give_back(table: Arc<ConnectionTable>) {
+pub(super) async fn give_back(table: Arc<ConnectionTable>, reconciler: Arc<Reconciler>) {
     let mut watch = Watch::default();
     let mut ticks = interval(LOOK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        if watch.is_due(table.events()) {
+        // A start is a burst, too: of loading, and of reading what there is in the mesh.
+        let started = if reconciler.applied().generation == 0 { 0 } else { BURST };
+        if watch.is_due(table.events() + ENROLMENT * reconciler.enrolments() + started) {
             // A panic there is not possible, and nothing waits for the result.
             let _ = tokio::task::spawn_blocking(heap::trim).await;
         }

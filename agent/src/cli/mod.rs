@@ -38,7 +38,10 @@ use clap::{Parser, Subcommand};
 
 pub use run::RunArgs;
 
-use crate::telemetry::logging::{self, LogFormat};
+use crate::{
+    sys::contained,
+    telemetry::logging::{self, LogFormat},
+};
 
 /// Directory for the admin socket and certificates; a tmpfs on every distribution.
 const DEFAULT_RUN_DIR: &str = "/run/underpass";
@@ -124,6 +127,13 @@ enum Command {
     Man(generate::ManArgs),
 }
 
+impl Command {
+    /// It deals with cgroups as they are called on the host.
+    fn is_about_the_node(&self) -> bool {
+        matches!(self, Self::Run(_) | Self::Check(_) | Self::Bpf(_) | Self::Debug(_) | Self::Cleanup(_))
+    }
+}
+
 /// Runs the command line.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -134,6 +144,13 @@ pub fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if cli.command.is_about_the_node() {
+        match contained::join_hosts_cgroup_namespace() {
+            Ok(joined) => tracing::debug!(joined, "in the host's cgroup namespace"),
+            // Whoever needs it says what cannot be done without.
+            Err(error) => tracing::debug!(%error, "not in the host's cgroup namespace"),
+        }
+    }
     let done = |()| ExitCode::SUCCESS;
     let result = match cli.command {
         Command::Run(args) => assemble::run(*args, cli.log_format).map(done),

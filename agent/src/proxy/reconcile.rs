@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -90,6 +90,8 @@ pub struct Reconciler {
     changes: watch::Sender<()>,
     /// Held while the node is being changed.
     turn: tokio::sync::Mutex<()>,
+    /// How often a pod has been enrolled, or tried to.
+    enrolments: AtomicU64,
     /// Pods and maps are another agent's.
     retired: AtomicBool,
 }
@@ -137,6 +139,7 @@ impl Reconciler {
             done: Mutex::default(),
             changes: watch::Sender::new(()),
             turn: tokio::sync::Mutex::default(),
+            enrolments: AtomicU64::new(0),
             retired: AtomicBool::new(false),
         })
     }
@@ -176,6 +179,11 @@ impl Reconciler {
     /// What the node has been made equal to.
     pub fn applied(&self) -> Applied {
         self.applied.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How often a pod has been enrolled, or tried to: a number that only grows.
+    pub fn enrolments(&self) -> u64 {
+        self.enrolments.load(Relaxed)
     }
 
     fn note(&self, change: impl FnOnce(&mut Applied)) {
@@ -275,6 +283,7 @@ impl Reconciler {
         if known {
             return;
         }
+        self.enrolments.fetch_add(1, Relaxed);
         let plaintext = self.proxy.policies.plaintext_rules(&workload.key);
         let state = match self.proxy.capture.enroll(workload, Some(plaintext)).await {
             Ok(pod) => {

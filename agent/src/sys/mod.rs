@@ -3,6 +3,7 @@
 
 pub mod bpf;
 pub mod bpf_probe;
+pub mod contained;
 pub mod file;
 pub mod heap;
 pub mod net;

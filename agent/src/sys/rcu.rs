@@ -11,6 +11,8 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use super::contained;
+
 /// The switch, of the whole machine. Any number but 0 is on; where `rcu_normal` is on, as on real-time machines, it does nothing.
 const SWITCH: &str = "/sys/kernel/rcu_expedited";
 /// What is written there, so that nobody else's setting is taken for ours, and what an agent that was killed has left is known: "UP".
@@ -56,7 +58,7 @@ impl Switch {
     }
 
     fn set(&self, value: &str) {
-        if let Err(error) = fs::write(&self.file, value) {
+        if let Err(error) = contained::write_setting(&self.file, value) {
             tracing::debug!(file = %self.file.display(), %error, "grace periods stay as long as they are");
         }
     }

@@ -34,9 +34,10 @@ fn mptcp_nested_namespaces_foreign_cgroups_marks_and_second_interfaces_do_not_le
     assert_plaintext_seen(&sniffer.stop()?)?;
 
     // A process outside of the cgroup at enrolment would be refused, so it comes later.
-    let world = stage.start()?;
+    let world = stage.start_with(&["--log", "info,underpass::capture=debug"])?;
     // An interface added after enrolment, straight into the server's network.
     let (second, _) = world.client.add_interface("eth1", world.bed.node("b"))?;
+    world.a.wait_log("guarded a new interface", Duration::from_secs(10))?;
     let dropped = counter(&world.a, "bpf.guard_dropped")?;
     let sniffer = world.sniff()?;
     let bridge = testbed::Sniffer::start(world.bed.node("b").namespace(), &testbed::SnifferOptions::markers([MARKER]))?;

@@ -7,6 +7,7 @@ mod certificates;
 mod coexistence;
 mod connections;
 mod failures;
+mod hardened;
 mod ktls;
 mod lifecycle;
 mod limits;

@@ -16,6 +16,7 @@ use crate::{
     vm::{self, NEED_KTLS},
 };
 pub(crate) use tally::Tally;
+use tally::{Reading, Runner};
 
 /// How long each fuzz target runs, in general and with `--full`.
 const FUZZ: [Duration; 2] = [Duration::from_secs(10), Duration::from_mins(1)];
@@ -68,14 +69,10 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
         total += without_nextest(ui, options)?;
     }
     if options.filter.is_none() && !options.no_fuzz {
-        let outcome = fuzz::run_all(ui, None, FUZZ[usize::from(options.full)])?;
-        total.passed += outcome.passed;
-        total.failed += outcome.failed.len();
+        total += fuzz::run_all(ui, None, FUZZ[usize::from(options.full)])?;
     }
     if options.filter.is_none() {
-        let outcome = torture::short(ui)?;
-        total.passed += outcome.passed;
-        total.failed += outcome.failed;
+        total += torture::short(ui)?;
     }
     if options.filter.is_none() {
         if options.no_cluster {
@@ -91,9 +88,7 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
         if options.no_vm {
             ui.say("No tests run on other kernels (--no-vm).");
         } else {
-            let outcome = vm::run_all(ui, &vm::Options::all_kernels(options.full))?;
-            total.passed += outcome.passed;
-            total.failed += outcome.failed;
+            total += vm::run_all(ui, &vm::Options::all_kernels(options.full))?;
         }
     }
     close(ui, total, options.filter.as_deref())
@@ -102,21 +97,31 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
 /// Builds tests, and the programs that they start, with what both need of features: one after the other, cargo would build most twice.
 pub(crate) const BUILD: &[&str] = &["build", "--locked", "--bins", "--tests"];
 
-/// Looks for what tests left behind, which is a failure, and prints the closing line.
+/// Looks for what tests left behind, which is a failure, and ends with the closing lines.
 pub(crate) fn close(ui: &Ui, mut total: Tally, filter: Option<&str>) -> Result<()> {
     let left = Testbed::sweep()?.removed;
-    for path in &left {
-        ui.say(&format!("a test left {} behind", path.display()));
+    if !left.is_empty() {
+        let paths: Vec<_> = left.iter().map(|path| format!("\n    {}", path.display())).collect();
+        total.fail(&format!("tests left behind:{}", paths.concat()));
     }
-    total.failed += usize::from(!left.is_empty());
-
     ensure!(total.passed + total.failed > 0, "no test's name contains {:?}", filter.unwrap_or_default());
+    closing_lines(ui, &total);
+    Ok(())
+}
+
+/// Tells once more what failed, and how many tests did and did not. The program ends with them if any failed.
+pub(crate) fn closing_lines(ui: &Ui, total: &Tally) {
+    if total.failed > 0 {
+        ui.say("\nWhat failed, once more:");
+        for account in total.accounts() {
+            ui.say(account);
+        }
+    }
     println!("{} passed, {} failed", total.passed, total.failed);
     if total.failed > 0 {
-        // The closing line is the message.
+        // The closing lines are the message.
         std::process::exit(1);
     }
-    Ok(())
 }
 
 /// Builds the tests and the programs that they start.
@@ -191,7 +196,7 @@ fn nextest(ui: &Ui, full: bool, filter: Option<&str>, wanted: &str) -> Result<Ta
         }
     }
     command.args(["--filterset", &filterset.join(" & ")]).args(filter);
-    count(ui, &mut command, tally::nextest)
+    count(ui, &mut command, Runner::Nextest)
 }
 
 fn cargo_test(ui: &Ui, full: bool, filter: Option<&str>, arguments: &[&str]) -> Result<Tally> {
@@ -204,7 +209,7 @@ fn cargo_test(ui: &Ui, full: bool, filter: Option<&str>, arguments: &[&str]) -> 
         }
     }
     command.args(filter);
-    count(ui, &mut command, tally::cargo_test)
+    count(ui, &mut command, Runner::Cargo)
 }
 
 /// Whether this kernel has TLS; its counters come with it. Tests that need it run in virtual machines in any case.
@@ -213,14 +218,13 @@ fn has_ktls() -> bool {
 }
 
 /// Runs tests in front of the user and adds their summaries up.
-fn count(ui: &Ui, command: &mut Command, read: fn(&str) -> Option<Tally>) -> Result<Tally> {
-    let mut total = Tally::default();
+fn count(ui: &Ui, command: &mut Command, runner: Runner) -> Result<Tally> {
+    let mut reading = Reading::of(runner);
     let result = exec::each_line(command, |line| {
         ui.say(line);
-        if let Some(more) = read(&console::strip_ansi_codes(line)) {
-            total += more;
-        }
+        reading.take(&console::strip_ansi_codes(line));
     });
+    let total = reading.end();
     match result {
         // A runner that fails without counting a failure could not build or run the tests.
         Err(error) if total.failed == 0 => bail!("{error:#}; no test is known to have failed"),

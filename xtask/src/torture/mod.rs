@@ -17,8 +17,9 @@ use testbed::{
 
 use crate::{
     exec, places, setup, signals,
+    test::Tally,
     ui::Ui,
-    vm::{self, Series, Totals},
+    vm::{self, Series},
 };
 use scenarios::Run;
 
@@ -86,7 +87,7 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
 }
 
 /// What `cargo xtask test` runs: everything is built.
-pub(crate) fn short(ui: &Ui) -> Result<Totals> {
+pub(crate) fn short(ui: &Ui) -> Result<Tally> {
     root()?;
     let run = Run {
         seed: random_seed(),
@@ -99,9 +100,9 @@ pub(crate) fn short(ui: &Ui) -> Result<Totals> {
     Ok(all(ui, &run, &[]))
 }
 
-fn all(ui: &Ui, run: &Run, wanted: &[Scenario]) -> Totals {
+fn all(ui: &Ui, run: &Run, wanted: &[Scenario]) -> Tally {
     ui.say(&format!("torture with seed {}", run.seed));
-    let mut totals = Totals::default();
+    let mut totals = Tally::default();
     for scenario in Scenario::value_variants() {
         let usual = !run.short || *scenario != Scenario::LongStall;
         if wanted.contains(scenario) || wanted.is_empty() && usual {
@@ -110,9 +111,11 @@ fn all(ui: &Ui, run: &Run, wanted: &[Scenario]) -> Totals {
                 // Left out, and why was said.
                 Ok(false) => {}
                 Err(error) => {
-                    totals.failed += 1;
-                    ui.failure(&error.context(format!("torture, scenario {}", report::name(*scenario))));
-                    ui.say(&format!("    again: {}", report::again(run, *scenario, None)));
+                    let error = error.context(format!("torture, scenario {}", report::name(*scenario)));
+                    let again = format!("    again: {}", report::again(run, *scenario, None));
+                    totals.fail(&format!("{error:#}\n{again}"));
+                    ui.failure(&error);
+                    ui.say(&again);
                 }
             }
         }

@@ -22,7 +22,8 @@ use anyhow::{Context, Result, ensure};
 use vm_guest::Program;
 
 use crate::{
-    exec, places, setup, test,
+    exec, places, setup,
+    test::{self, Tally},
     ui::{Step, Ui},
 };
 pub(crate) use contents::libraries;
@@ -72,26 +73,14 @@ impl Options {
     }
 }
 
-/// How many tests passed and failed on all kernels.
-#[derive(Debug, Default, Clone, Copy)]
-pub(crate) struct Totals {
-    pub(crate) passed: usize,
-    pub(crate) failed: usize,
-}
-
 pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
     setup::ensure(ui)?;
-    let totals = run_all(ui, options)?;
-    println!("{} passed, {} failed", totals.passed, totals.failed);
-    if totals.failed > 0 {
-        // The closing line is the message.
-        std::process::exit(1);
-    }
+    test::closing_lines(ui, &run_all(ui, options)?);
     Ok(())
 }
 
 /// Builds, fetches and runs. That no test is selected is an error.
-pub(crate) fn run_all(ui: &Ui, options: &Options) -> Result<Totals> {
+pub(crate) fn run_all(ui: &Ui, options: &Options) -> Result<Tally> {
     supported()?;
     let programs = ui.step("building the tests for virtual machines", |step| {
         // As `cargo xtask test` builds them: another selection has other features, and builds everything again.
@@ -105,13 +94,11 @@ pub(crate) fn run_all(ui: &Ui, options: &Options) -> Result<Totals> {
 
     let paths: Vec<_> = programs.into_iter().map(|program| program.path).collect();
     let run = Run::prepare(ui, options, &qemu, &paths, &tests)?;
-    let mut totals = Totals::default();
+    let mut total = Tally::default();
     for kernel in &kernels {
-        let outcome = run.on(kernel)?;
-        totals.passed += outcome.passed();
-        totals.failed += outcome.failed();
+        total += run.on(kernel)?;
     }
-    Ok(totals)
+    Ok(total)
 }
 
 /// Runs this program with other arguments, of which the last one is the agent's path, on a kernel. What it prints is given to `with`, with whether

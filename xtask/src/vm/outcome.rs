@@ -1,8 +1,13 @@
 //! How the tests of one machine went.
 
-use std::{collections::BTreeSet, fmt::Write as _};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+};
 
 use vm_guest::{Report, Test};
+
+use crate::test::Tally;
 
 /// Counts, and what is not over yet.
 pub(super) struct Outcome {
@@ -13,13 +18,14 @@ pub(super) struct Outcome {
     /// Tests that failed and had another try.
     retried: BTreeSet<usize>,
     passed: BTreeSet<usize>,
-    failed: BTreeSet<usize>,
+    /// With what was said of it.
+    failed: BTreeMap<usize, String>,
 }
 
 impl Outcome {
     pub(super) fn new(label: String, tests: Vec<Test>) -> Self {
         let none = BTreeSet::new;
-        Self { label, tests, running: none(), retried: none(), passed: none(), failed: none() }
+        Self { label, tests, running: none(), retried: none(), passed: none(), failed: BTreeMap::new() }
     }
 
     /// Takes a report in; what there is to say about it.
@@ -39,20 +45,20 @@ impl Outcome {
                         self.passed.insert(test);
                         if self.retried.contains(&test) { "FLAKY" } else { "PASS" }
                     }
-                    (Some(_), false) => {
-                        self.failed.insert(test);
-                        "FAIL"
-                    }
+                    (Some(_), false) => "FAIL",
                 };
                 if !again {
                     self.running.remove(&test);
                 }
                 let mut line = format!("{word:>8} [{seconds:8.1}s] {} {}", self.label, self.name(test));
-                if let Some(failure) = failure {
+                if let Some(failure) = &failure {
                     let _ = write!(line, ": {failure}");
                     for printed in output.lines() {
                         let _ = write!(line, "\n    {printed}");
                     }
+                }
+                if failure.is_some() && !again {
+                    self.failed.insert(test, line.clone());
                 }
                 Some(line)
             }
@@ -64,14 +70,15 @@ impl Outcome {
         }
     }
 
-    /// How many tests passed.
-    pub(super) fn passed(&self) -> usize {
-        self.passed.len()
-    }
-
-    /// How many did not, with those that were never run to an end.
-    pub(super) fn failed(&self) -> usize {
-        self.tests.len() - self.passed.len()
+    /// How many tests passed, and how many did not, with those that were never run to an end.
+    pub(super) fn tally(&self) -> Tally {
+        let mut tally = Tally::default();
+        tally.passed = self.passed.len();
+        for account in self.failed.values() {
+            tally.fail(account);
+        }
+        tally.failed = self.tests.len() - tally.passed;
+        tally
     }
 
     /// Names of the tests that are running.
@@ -92,7 +99,8 @@ impl Outcome {
         if not_run > 0 {
             let _ = write!(text, ", {not_run} not run to an end");
         }
-        for (word, tests) in [("FLAKY", &flaky), ("FAIL", &self.failed)] {
+        let failed = self.failed.keys().copied().collect();
+        for (word, tests) in [("FLAKY", &flaky), ("FAIL", &failed)] {
             for test in tests {
                 let _ = write!(text, "\n{word:>8} {} {}", self.label, self.name(*test));
             }
@@ -141,7 +149,11 @@ mod tests {
         let line = outcome.take(ended(2, Some("still running after 10 s"), false)).unwrap();
         assert!(line.starts_with("    FAIL [     1.2s] 6.1 e2e three: still running after 10 s\n"), "{line}");
         assert_eq!(outcome.running(), ["e2e four"]);
-        assert_eq!((outcome.passed(), outcome.failed()), (2, 2));
+        let tally = outcome.tally();
+        assert_eq!((tally.passed, tally.failed), (2, 2));
+        assert!(
+            tally.accounts()[0].starts_with("    FAIL [     1.2s] 6.1 e2e three: still running after 10 s\n    said")
+        );
         let summary = outcome.summary(20.0);
         assert!(summary.contains("6.1 2 passed (1 flaky), 1 failed, 1 not run to an end"), "{summary}");
         assert!(summary.contains("FLAKY 6.1 e2e two") && summary.contains("FAIL 6.1 e2e three"), "{summary}");

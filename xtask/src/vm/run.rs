@@ -24,7 +24,7 @@ use super::{
     qemu::Qemu,
     suites,
 };
-use crate::ui::Ui;
+use crate::{test::Tally, ui::Ui};
 
 /// A machine that says nothing for so long hangs: tests have a limit of their own, which the machine enforces.
 const SILENCE: Duration = Duration::from_mins(12);
@@ -62,7 +62,7 @@ impl<'a> Run<'a> {
     }
 
     /// Runs the tests on one kernel and tells how they went.
-    pub(super) fn on(&self, kernel: &Kernel) -> Result<Outcome> {
+    pub(super) fn on(&self, kernel: &Kernel) -> Result<Tally> {
         let tests = suites::for_kernel(self.tests, kernel.series, self.options.is_particular());
         let left_out = self.tests.len() - tests.len();
         let (plan, initramfs) = (self.directory.path().join("plan.cpio"), self.directory.path().join("initramfs"));
@@ -95,17 +95,21 @@ impl<'a> Run<'a> {
         });
         // QEMU has got the signal too, and its end is no failure then.
         ensure!(!self.interrupt.happened(), "interrupted");
+        let ended = machine.age().as_secs_f64();
+        let mut total = outcome.tally();
         if let Err(error) = result {
             let running = match outcome.running() {
                 none if none.is_empty() => String::new(),
                 some => format!(" while running {}", some.join(" and ")),
             };
-            self.ui.failure(&error.context(format!("Linux {}{running}", kernel.version)));
+            let error = error.context(format!("Linux {}{running}", kernel.version));
+            total.tell(&format!("{error:#}"));
+            self.ui.failure(&error);
         } else if self.options.verbose {
             self.ui.say(&machine.console()?);
         }
-        self.ui.say(&outcome.summary(machine.age().as_secs_f64()));
-        Ok(outcome)
+        self.ui.say(&outcome.summary(ended));
+        Ok(total)
     }
 }
 

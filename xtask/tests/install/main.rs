@@ -35,6 +35,7 @@ const SCENARIOS: &[Scenario] = &[
     Scenario { name: "scaled_under_traffic", needed: false, run: s::scale::under_traffic },
     Scenario { name: "a_node_starts_anew", needed: false, run: s::reboot::a_node_starts_anew },
     Scenario { name: "upgraded", needed: false, run: s::upgrade::to_another_image },
+    Scenario { name: "without_privileges", needed: false, run: s::upgrade::without_privileges },
     Scenario { name: "failed_upgrades_are_rolled_back", needed: false, run: s::upgrade::rolled_back },
     Scenario { name: "a_label_removed_and_added", needed: false, run: s::label::removed_and_added },
     Scenario { name: "uninstalled", needed: false, run: s::uninstall::leaves_nothing },

@@ -175,7 +175,7 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
         },
     });
     let reconciler = Reconciler::new(proxy, prepare);
-    tasks.spawn(super::memory::give_back(Arc::clone(&table)));
+    tasks.spawn(super::memory::give_back(Arc::clone(&table), Arc::clone(&reconciler)));
     let known = follow(Arc::clone(&mesh), Arc::clone(&reconciler), Arc::clone(&capture));
     let followed = Arc::clone(&reconciler);
     if from_file || before.is_some() {

@@ -2,9 +2,12 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::label::encrypted;
+use serde_json::{Value, json};
+
+use super::label::{encrypted, settle};
 use crate::{
     cluster::Node,
+    manifests,
     traffic::{RATE, Traffic, ensure_encrypted, sniff},
     world::{CLIENT, RELEASE, SYSTEM, World, path},
 };
@@ -21,6 +24,35 @@ pub(crate) fn to_another_image(world: &mut World) -> Result<()> {
     wait_images(world, "two")?;
     world.notes.push(format!("meanwhile: {}", traffic.stop()?));
     ensure_encrypted(sniffer)?;
+    encrypted(world)
+}
+
+/// Agents that are not privileged do the same, as this container runtime starts them: for pods that run and for one that starts.
+pub(crate) fn without_privileges(world: &mut World) -> Result<()> {
+    upgrade(world, &["--set=agent.hardened=true", "--wait", "--timeout=3m"])?.success()?;
+    wait_containers(world, "without privileges", |agent| agent["securityContext"]["privileged"] == json!(false))?;
+    for node in world.cluster.nodes() {
+        let agent = world.agent(node)?;
+        let name = agent["metadata"]["name"].as_str().context("a pod has a name")?;
+        let namespace = format!("--namespace={SYSTEM}");
+        // The exit code says whether the agent can run.
+        world.cluster.kubectl(&["exec", name, &namespace, "--", "underpass", "check"])?;
+    }
+    world.wait_enrolled(true)?;
+    settle();
+    encrypted(world)?;
+
+    let [first, _] = world.cluster.pair()?;
+    let later = manifests::pod("shop", "later", &first.name, &json!({ "app": "later" }), &manifests::echo());
+    world.cluster.apply(&later.to_string())?;
+    world.wait_ready("shop")?;
+    let sniffer = sniff(first)?;
+    Traffic::start(&world.cluster, "shop/later", &world.address("shop/far")?, RATE)?.stop()?.all_worked()?;
+    ensure_encrypted(sniffer)?;
+    world.cluster.kubectl(&["delete", "pod", "later", "--namespace=shop", "--wait", "--timeout=90s"])?;
+
+    upgrade(world, &["--set=agent.hardened=false", "--wait", "--timeout=3m"])?.success()?;
+    wait_containers(world, "with privileges", |agent| agent["securityContext"]["privileged"] == json!(true))?;
     encrypted(world)
 }
 
@@ -64,17 +96,28 @@ fn revision(world: &World) -> Result<String> {
 
 /// Waits until both agents are ready and run this image.
 fn wait_images(world: &World, tag: &str) -> Result<()> {
-    crate::wait::eventually("agents of another image", crate::world::READY, || {
+    let tag = format!(":{tag}");
+    wait_containers(world, "of another image", |agent| {
+        agent["image"].as_str().is_some_and(|image| image.ends_with(&tag))
+    })
+}
+
+/// Waits until both agents are ready and their containers are `such`.
+fn wait_containers(world: &World, what: &str, such: impl Fn(&Value) -> bool) -> Result<()> {
+    crate::wait::eventually(&format!("agents {what}"), crate::world::READY, || {
         for node in world.cluster.nodes() {
-            let image = image(world, node)?;
-            ensure!(image.ends_with(&format!(":{tag}")), "{} runs {image}", node.name);
+            let container = container(world, node)?;
+            ensure!(such(&container), "{} runs {container}", node.name);
         }
         Ok(())
     })
 }
 
 fn image(world: &World, node: &Node) -> Result<String> {
-    let agent = world.agent(node)?;
-    let image = agent["spec"]["containers"][0]["image"].as_str();
-    image.map(str::to_owned).context("a container has an image")
+    container(world, node)?["image"].as_str().map(str::to_owned).context("a container has an image")
+}
+
+/// The agent's container on a node.
+fn container(world: &World, node: &Node) -> Result<Value> {
+    Ok(world.agent(node)?["spec"]["containers"][0].take())
 }
