@@ -13,10 +13,11 @@ use aya_build::{Package, Toolchain};
 const ABI: [&str; 2] = ["ebpf/abi/src/lib.rs", "ebpf/src/maps.rs"];
 
 fn main() -> Result<()> {
-    let repository =
-        Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the agent lies in a workspace")?.to_owned();
+    // Not `env!`: a build script is kept when the repository is moved.
+    let package = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").context("CARGO_MANIFEST_DIR is set by cargo")?);
+    let repository = package.parent().context("the agent lies in a workspace")?;
     protocols()?;
-    println!("cargo:rustc-env=UNDERPASS_ABI_HASH={:016x}", abi_hash(&repository)?);
+    println!("cargo:rustc-env=UNDERPASS_ABI_HASH={:016x}", abi_hash(repository)?);
     // The pins of aya-ebpf and the release profile are there.
     println!("cargo:rerun-if-changed={}", repository.join("Cargo.toml").display());
 

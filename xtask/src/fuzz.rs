@@ -27,7 +27,6 @@ const FLAGS: &[&str] = &[
     "-Cllvm-args=-sanitizer-coverage-pc-table",
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
     "-Zsanitizer=address",
-    "-Ccodegen-units=1",
     "-Cdebug-assertions",
 ];
 
