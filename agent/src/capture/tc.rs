@@ -93,8 +93,7 @@ fn load(
 }
 
 /// Attaches to these interfaces, replacing in place what an earlier agent attached. On error, what was newly attached
-/// stays: the caller detaches the pod or tries again. `programs` are the pod's
-/// that are loaded already; those that it lacks are added.
+/// stays: the caller detaches the pod or tries again. `programs` are those of the pod that are loaded; what is missing is added.
 pub async fn attach(
     objects: &Arc<Objects>,
     netns: &Netns,
