@@ -93,7 +93,8 @@ fn load(
 }
 
 /// Attaches to these interfaces, replacing in place what an earlier agent attached. On error, what was newly attached
-/// stays: the caller detaches the pod or tries again. `programs` are those of the pod that are loaded; what is missing is added.
+/// stays: the caller detaches the pod or tries again. `programs` are those of the pod that are loaded; what is missing is added, and
+/// after an error they are gone.
 pub async fn attach(
     objects: &Arc<Objects>,
     netns: &Netns,
@@ -120,7 +121,11 @@ pub async fn attach(
         Ok((result, loaded))
     })
     .await?;
-    programs.0 = loaded;
+    // Not kept after a failure: the kernel has a program on an interface only once, and what was attached and is given up goes a moment
+    // later. The next attempt is with others.
+    if result.is_ok() {
+        programs.0 = loaded;
+    }
     result
 }
 
