@@ -93,8 +93,7 @@ fn load(
 }
 
 /// Attaches to these interfaces, replacing in place what an earlier agent attached. On error, what was newly attached
-/// stays: the caller detaches the pod or tries again. `programs` are those of the pod that are loaded; what is missing is added, and
-/// after an error they are gone.
+/// stays: the caller detaches the pod or tries again. `programs` are those of the pod that are loaded; what is missing is added.
 pub async fn attach(
     objects: &Arc<Objects>,
     netns: &Netns,
@@ -121,11 +120,7 @@ pub async fn attach(
         Ok((result, loaded))
     })
     .await?;
-    // Not kept after a failure: the kernel has a program on an interface only once, and what was attached and is given up goes a moment
-    // later. The next attempt is with others.
-    if result.is_ok() {
-        programs.0 = loaded;
-    }
+    programs.0 = loaded;
     result
 }
 
@@ -143,18 +138,38 @@ fn attach_all(
             let pin = objects.layout().link(TcPin { pod_id, interface: interface.index, direction });
             let attached = match programs.get_mut(name) {
                 Some(program) => attach_one(program, method, interface, direction, &pin),
-                None => Err("the program is not loaded".to_owned()),
+                None => Err(Failure::Other("the program is not loaded".to_owned())),
             };
-            attached.map_err(|reason| CaptureError::Bpf {
+            if let Err(Failure::StillThere) = attached {
+                // The next attempt is with another one.
+                programs.remove(name);
+            }
+            attached.map_err(|failure| CaptureError::Bpf {
                 action: format!(
                     "attach {name} to interface {} (index {}) of pod {pod_id}",
                     interface.name, interface.index
                 ),
-                reason,
+                reason: failure.to_string(),
             })?;
         }
     }
     Ok(())
+}
+
+/// Why a program is not attached.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    /// The kernel has a program on an interface only once, and a link that was given up goes a moment later.
+    #[error("the program is on it already, by a link that was given up")]
+    StillThere,
+    #[error("{0}")]
+    Other(String),
+}
+
+impl From<String> for Failure {
+    fn from(reason: String) -> Self {
+        Self::Other(reason)
+    }
 }
 
 async fn enter<T: Send + 'static>(
@@ -185,16 +200,18 @@ fn attach_one(
     interface: &Interface,
     direction: Direction,
     pin: &Path,
-) -> Result<(), String> {
+) -> Result<(), Failure> {
     // The other method's programs, of an agent that was configured differently, go once these are there.
     match method {
         Method::Tcx => {
             attach_tcx(program, interface, direction, pin)?;
-            remove_filters(&interface.name, direction).map(drop)
+            remove_filters(&interface.name, direction)?;
+            Ok(())
         }
         Method::Clsact => {
             attach_clsact(program, interface, direction)?;
-            pins::remove(pin).map(drop).map_err(|e| e.to_string())
+            pins::remove(pin).map_err(|e| e.to_string())?;
+            Ok(())
         }
     }
 }
@@ -211,23 +228,27 @@ fn attach_tcx(
     interface: &Interface,
     direction: Direction,
     pin: &Path,
-) -> Result<(), String> {
+) -> Result<(), Failure> {
     let here = LinkTarget::Interface(interface.index);
     let pinned = match bpf::object_get(pin) {
         Ok(link) => match bpf::link_info(link.as_fd()) {
             Ok(info) if info.target == here => {
                 let program = program.fd().map_err(|e| chain(&e))?;
-                return bpf::link_update(link.as_fd(), program.as_fd())
-                    .map_err(|e| format!("replacing the program of {}: {e}", pin.display()));
+                bpf::link_update(link.as_fd(), program.as_fd())
+                    .map_err(|e| format!("replacing the program of {}: {e}", pin.display()))?;
+                return Ok(());
             }
             _ => true, // its interface is gone and the index was given to another one
         },
         Err(e) if e.kind() == io::ErrorKind::NotFound => false,
-        Err(e) => return Err(format!("opening {}: {e}", pin.display())),
+        Err(e) => return Err(format!("opening {}: {e}", pin.display()).into()),
     };
     // First: a program before ours could accept a packet for good.
     let order = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let id = program.attach_with_options(&interface.name, attach_type(direction), order).map_err(|e| chain(&e))?;
+    let id = match program.attach_with_options(&interface.name, attach_type(direction), order) {
+        Err(e) if os_error(&e) == Some(libc::EEXIST) => return Err(Failure::StillThere),
+        other => other.map_err(|e| chain(&e))?,
+    };
     let link = program.take_link(id).map_err(|e| chain(&e))?;
     let link = FdLink::try_from(link).map_err(|e| chain(&e))?;
     let target = if pinned { pins::replacement(pin).map_err(|e| e.to_string())? } else { pin.to_owned() };
@@ -236,7 +257,7 @@ fn attach_tcx(
     let attached = bpf::object_get(&target).and_then(|l| bpf::link_info(l.as_fd())).map(|i| i.target);
     if !matches!(&attached, Ok(target) if *target == here) {
         pins::remove(&target).map_err(|e| e.to_string())?;
-        return Err("the interface was renamed or removed meanwhile".to_owned());
+        return Err("the interface was renamed or removed meanwhile".to_owned().into());
     }
     if pinned {
         pins::replace(&target, pin).map_err(|e| e.to_string())?;
@@ -274,11 +295,16 @@ fn attach_clsact(program: &mut SchedClassifier, interface: &Interface, direction
 }
 
 fn is_not_found(e: &ProgramError) -> bool {
-    let code = match e {
+    os_error(e) == Some(libc::ENOENT)
+}
+
+/// What the kernel answered.
+fn os_error(e: &ProgramError) -> Option<i32> {
+    match e {
+        ProgramError::SyscallError(e) => e.io_error.raw_os_error(),
         ProgramError::TcError(TcError::NetlinkError(e)) | ProgramError::NetlinkError(e) => e.raw_os_error(),
         _ => None,
-    };
-    code == Some(libc::ENOENT)
+    }
 }
 
 /// Removes clsact filters that run our programs, by the programs' names; returns how many there were.
