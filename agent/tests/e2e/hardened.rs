@@ -1,11 +1,6 @@
 //! An agent in a container that is not privileged, with the capabilities that the chart asks for (`agent.hardened`).
 
-use std::{
-    fs,
-    os::unix::fs::PermissionsExt as _,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use testbed::{Agent, AgentOptions, Node, Process, underpass_path};
@@ -86,12 +81,9 @@ fn wanted() -> Result<Vec<String>> {
 
 /// The capabilities that a running agent has.
 fn effective(agent: &Agent) -> Result<Vec<String>> {
-    let status = fs::read_to_string(Path::new("/proc").join(agent.process()?.pid().to_string()).join("status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:")).context("no CapEff")?;
-    let bits = u64::from_str_radix(line.trim(), 16).context("CapEff")?;
-    let all = caps::all().into_iter().filter(|capability| bits & capability.bitmask() != 0);
-    let mut names: Vec<_> =
-        all.map(|capability| capability.to_string().trim_start_matches("CAP_").to_owned()).collect();
+    let all = caps::read(Some(agent.process()?.pid().cast_signed()), caps::CapSet::Effective)
+        .context("the agent's capabilities")?;
+    let mut names: Vec<_> = all.iter().map(|one| one.to_string().trim_start_matches("CAP_").to_owned()).collect();
     names.sort_unstable();
     Ok(names)
 }

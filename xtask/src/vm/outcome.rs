@@ -75,7 +75,7 @@ impl Outcome {
         let mut tally = Tally::default();
         tally.passed = self.passed.len();
         for account in self.failed.values() {
-            tally.fail(account);
+            tally.tell(account);
         }
         tally.failed = self.tests.len() - tally.passed;
         tally

@@ -1,7 +1,6 @@
 //! Another version, one that does not exist, values that make no sense, and the way back.
 
 use anyhow::{Context, Result, ensure};
-
 use serde_json::{Value, json};
 
 use super::label::{encrypted, settle};
