@@ -41,19 +41,35 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 
 /// Runs a long program that has to succeed; its latest line is shown as progress, the last lines when it fails.
 pub(crate) fn quietly(command: &mut Command, step: &Step) -> Result<()> {
-    let mut last = VecDeque::with_capacity(SHOWN);
+    let mut last = LastLines::new(SHOWN);
     let result = each_line(command, |line| {
         step.now(line.trim());
-        if last.len() == SHOWN {
-            last.pop_front();
-        }
-        last.push_back(line.to_owned());
+        last.push(line);
     });
-    if result.is_err() {
-        let text = last.into_iter().fold(String::new(), |all, line| all + "\n    " + &line);
-        return result.with_context(|| format!("its last lines were:{text}"));
+    result.with_context(|| format!("its last lines were:\n    {}", last.text().replace('\n', "\n    ")))
+}
+
+/// The end of a text, as many lines of it as wanted.
+pub(crate) struct LastLines {
+    lines: VecDeque<String>,
+    most: usize,
+}
+
+impl LastLines {
+    pub(crate) fn new(most: usize) -> Self {
+        Self { lines: VecDeque::with_capacity(most), most }
     }
-    result
+
+    pub(crate) fn push(&mut self, line: &str) {
+        if self.lines.len() == self.most {
+            self.lines.pop_front();
+        }
+        self.lines.push_back(line.to_owned());
+    }
+
+    pub(crate) fn text(&self) -> String {
+        self.lines.iter().map(String::as_str).collect::<Vec<_>>().join("\n")
+    }
 }
 
 /// Runs a program that has to succeed, in front of the user.

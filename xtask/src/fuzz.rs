@@ -12,13 +12,17 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{exec, places, setup, test::Tally, ui::Ui};
+use crate::{
+    exec, places, setup,
+    test::{self, Tally},
+    ui::{Step, Ui},
+};
 
 /// Package with the targets.
 const PACKAGE: &str = "underpass-fuzz";
 /// How long a target runs by default.
 const DEFAULT_SECONDS: u64 = 60;
-/// What cargo-fuzz would pass: coverage for libFuzzer, and the sanitizer.
+/// What cargo-fuzz would pass: coverage for libFuzzer, and the sanitizer. Options that a stable compiler keeps for nightly.
 const FLAGS: &[&str] = &[
     "--cfg=fuzzing",
     "-Cpasses=sancov-module",
@@ -29,6 +33,19 @@ const FLAGS: &[&str] = &[
     "-Zsanitizer=address",
     "-Cdebug-assertions",
 ];
+/// A small test. Asking for one makes the features of dependencies those that they have when tests are built.
+const SAME_FEATURES: &str = "plugin";
+/// Compiles a crate of this workspace with what is in `UNDERPASS_FUZZ_FLAGS`.
+const WRAPPER: &str = "agent/fuzz/rustc-instrumented";
+
+/// What libFuzzer sees, and the sanitizer watches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Depth {
+    /// This workspace's crates, and what they instantiate of generic code. Everything else is what tests have been built with.
+    Workspace,
+    /// All crates, which takes some ten minutes to compile.
+    Everything,
+}
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -41,40 +58,26 @@ pub(crate) struct Options {
 
 pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
     setup::ensure(ui)?;
-    let outcome = run_all(ui, options.filter.as_deref(), Duration::from_secs(options.seconds))?;
-    ensure!(
-        outcome.passed + outcome.failed > 0,
-        "no fuzz target's name contains {:?}",
-        options.filter.as_deref().unwrap_or("")
-    );
-    ensure!(outcome.failed == 0, "{} of {} fuzz targets failed", outcome.failed, outcome.passed + outcome.failed);
+    let seconds = Duration::from_secs(options.seconds);
+    let outcome = run_all(ui, options.filter.as_deref(), Depth::Everything, seconds)?;
+    let wanted = options.filter.as_deref().unwrap_or("");
+    ensure!(outcome.passed + outcome.failed > 0, "no fuzz target's name contains {wanted:?}");
+    test::closing_lines(ui, &outcome);
     Ok(())
 }
 
 /// Builds the targets and runs each for `time`.
-pub(crate) fn run_all(ui: &Ui, filter: Option<&str>, time: Duration) -> Result<Tally> {
+pub(crate) fn run_all(ui: &Ui, filter: Option<&str>, depth: Depth, time: Duration) -> Result<Tally> {
     let mut outcome = Tally::default();
     let mut targets = targets()?;
     targets.retain(|target| filter.is_none_or(|text| target.contains(text)));
     if targets.is_empty() {
         return Ok(outcome);
     }
-    let host = host()?;
-    let target_dir = places::target().join("fuzz");
-    ui.step("building the fuzz targets", |step| {
-        let mut cargo = exec::cargo(&["build", "--locked", "--release", "--package", PACKAGE, "--target", &host]);
-        cargo.args(targets.iter().flat_map(|target| ["--bin", target]));
-        cargo.arg("--target-dir").arg(&target_dir);
-        // Options that a stable compiler keeps for nightly. With --target they do not reach build scripts and macros.
-        cargo.env("RUSTC_BOOTSTRAP", "1").env_remove("RUSTFLAGS").env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"));
-        // Most of the time of a short run is compiling.
-        cargo.env("CARGO_PROFILE_RELEASE_LTO", "off").env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
-        exec::quietly(&mut cargo, step)
-    })?;
-    let programs = target_dir.join(&host).join("release");
+    let programs = ui.step("building the fuzz targets", |step| build(&targets, depth, step))?;
     let what = format!("fuzzing {} targets for {} s each", targets.len(), time.as_secs());
     let results = ui.step(&what, |step| {
-        let run = |target: &str| one(&programs.join(target), target, &target_dir, time, step);
+        let run = |target: &str| one(&programs.join(target), target, time, step);
         Ok(side_by_side(&targets, run, |done| step.progress(done, targets.len(), "targets have been fuzzed")))
     })?;
     for result in results {
@@ -87,6 +90,37 @@ pub(crate) fn run_all(ui: &Ui, filter: Option<&str>, time: Duration) -> Result<T
         }
     }
     Ok(outcome)
+}
+
+/// Where corpora, artifacts and what is compiled with all of it instrumented are.
+fn directory() -> PathBuf {
+    places::target().join("fuzz")
+}
+
+/// Builds targets; where they are then.
+fn build(targets: &[String], depth: Depth, step: &Step) -> Result<PathBuf> {
+    let mut cargo = exec::cargo(&["build", "--locked"]);
+    let programs = match depth {
+        Depth::Workspace => {
+            cargo.args(["--workspace", "--exclude", "underpass-ebpf", "--test", SAME_FEATURES]);
+            cargo.env("RUSTC_WORKSPACE_WRAPPER", places::repository().join(WRAPPER));
+            cargo.env("UNDERPASS_FUZZ_FLAGS", FLAGS.join(" "));
+            places::target().join("debug")
+        }
+        Depth::Everything => {
+            let host = host()?;
+            cargo.args(["--release", "--package", PACKAGE]).arg("--target-dir").arg(directory());
+            // With --target they do not reach build scripts and macros.
+            cargo.args(["--target", &host]).env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"));
+            cargo.env("RUSTC_BOOTSTRAP", "1").env_remove("RUSTFLAGS");
+            // Most of the time of a short run is compiling.
+            cargo.env("CARGO_PROFILE_RELEASE_LTO", "off").env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
+            directory().join(host).join("release")
+        }
+    };
+    cargo.args(targets.iter().flat_map(|target| ["--bin", target]));
+    exec::quietly(&mut cargo, step)?;
+    Ok(programs)
 }
 
 /// Runs every target, one per processor at a time; their results in the order of the targets.
@@ -115,9 +149,9 @@ fn side_by_side(
 }
 
 /// Runs one target. The corpus grows below the target directory; seeds from the repository are read only.
-fn one(binary: &Path, name: &str, target_dir: &Path, time: Duration, step: &crate::ui::Step) -> Result<()> {
-    let corpus = directory(target_dir.join("corpus").join(name))?;
-    let artifacts = directory(target_dir.join("artifacts").join(name))?;
+fn one(binary: &Path, name: &str, time: Duration, step: &Step) -> Result<()> {
+    let corpus = made(directory().join("corpus").join(name))?;
+    let artifacts = made(directory().join("artifacts").join(name))?;
     let seeds = places::repository().join("agent/fuzz/seeds").join(name);
     let mut fuzzer = Command::new(binary);
     fuzzer.arg(&corpus).args(seeds.is_dir().then_some(&seeds));
@@ -139,7 +173,7 @@ fn one(binary: &Path, name: &str, target_dir: &Path, time: Duration, step: &crat
     })
 }
 
-fn directory(path: PathBuf) -> Result<PathBuf> {
+fn made(path: PathBuf) -> Result<PathBuf> {
     fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
     Ok(path)
 }

@@ -185,7 +185,7 @@ async fn enroll_in_slot(inner: &Arc<Inner>, wanted: &Wanted) -> Result<Arc<Pod>,
 /// connecting at any moment: were the guard there before capture, it would drop that connection's SYN, and every one that is sent again.
 async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enrolled, EnrollError> {
     let &Candidate { workload, plaintext, local, ref netns, id, adopted, .. } = candidate;
-    processes::check_below(netns, &inner.options.cgroup).await?;
+    processes::check_below(&inner.census, netns, &inner.options.cgroup).await?;
     let mark = inner.marker();
     let listeners = match inner.options.inheritance.take(netns.cookie()) {
         Some(inherited) => sockets::inherit(inherited, &mark)?,

@@ -144,6 +144,7 @@ struct Inner {
     maps: Arc<maps::Maps>,
     probes: Arc<Probes>,
     registry: Mutex<Registry>,
+    census: processes::Census,
     /// Enrolments, each behind a lock that serialises what happens to its workload.
     slots: Mutex<HashMap<WorkloadKey, Slot>>,
     /// Failures to attach to interfaces that came later.
@@ -177,6 +178,7 @@ impl Capture {
             maps,
             options,
             registry: Mutex::new(registry),
+            census: processes::Census::default(),
             slots: Mutex::default(),
             bare_interfaces: Arc::default(),
             lock: Mutex::new(Some(lock)),

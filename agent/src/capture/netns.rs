@@ -120,9 +120,14 @@ impl Netns {
         self.namespace.inode
     }
 
+    /// Device and inode number. Like [`Netns::inode`], they name it only while this value lives.
+    pub(super) fn id(&self) -> (u64, u64) {
+        (self.namespace.device, self.namespace.inode)
+    }
+
     /// Is the file with this `stat` the same namespace?
     pub(super) fn is(&self, metadata: &std::fs::Metadata) -> bool {
-        (metadata.dev(), metadata.ino()) == (self.namespace.device, self.namespace.inode)
+        (metadata.dev(), metadata.ino()) == self.id()
     }
 
     /// Runs `f` on a worker thread inside the namespace. `f` must not wait for anything that a pod decides about, and not change

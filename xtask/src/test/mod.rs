@@ -11,15 +11,18 @@ use serde::Deserialize;
 use testbed::Testbed;
 
 use crate::{
-    cluster, exec, fuzz, places, setup, torture,
+    cluster, exec,
+    fuzz::{self, Depth},
+    places, setup, torture,
     ui::Ui,
     vm::{self, NEED_KTLS},
 };
 pub(crate) use tally::Tally;
 use tally::{Reading, Runner};
 
-/// How long each fuzz target runs, in general and with `--full`.
-const FUZZ: [Duration; 2] = [Duration::from_secs(10), Duration::from_mins(1)];
+/// What of a fuzz target is instrumented, and how long it runs, in general and with `--full`.
+const FUZZ: [(Depth, Duration); 2] =
+    [(Depth::Workspace, Duration::from_secs(10)), (Depth::Everything, Duration::from_mins(1))];
 /// Tests of `cargo test` that run at a time: most of them fill a network of their own.
 const THREADS: &str = "2";
 /// The agent's tests that need a Kubernetes control plane, whose programs have to be built first: `cargo xtask cluster test`.
@@ -58,40 +61,54 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
     build(ui)?;
 
     let mut total = Tally::default();
+    let filter = options.filter.as_deref();
     if places::program("cargo-nextest").is_some() {
         let others = format!("not (binary(={KUBERNETES}) | binary(={INSTALL}))");
-        total += nextest(ui, options.full, options.filter.as_deref(), &others)?;
-        if options.filter.is_none() {
+        stage(ui, &mut total, nextest(ui, options.full, filter, &others));
+        if filter.is_none() {
             // nextest leaves the examples in the documentation out.
-            total += cargo_test(ui, options.full, None, &["--doc"])?;
+            stage(ui, &mut total, cargo_test(ui, options.full, None, &["--doc"]));
         }
     } else {
-        total += without_nextest(ui, options)?;
+        without_nextest(ui, options, &mut total)?;
     }
-    if options.filter.is_none() && !options.no_fuzz {
-        total += fuzz::run_all(ui, None, FUZZ[usize::from(options.full)])?;
+    if filter.is_none() {
+        beyond_this_host(ui, options, &mut total);
     }
-    if options.filter.is_none() {
-        total += torture::short(ui)?;
+    close(ui, total, filter)
+}
+
+/// What is no test of cargo's, or needs more than this machine's kernel.
+fn beyond_this_host(ui: &Ui, options: &Options, total: &mut Tally) {
+    if !options.no_fuzz {
+        let (depth, time) = FUZZ[usize::from(options.full)];
+        stage(ui, total, fuzz::run_all(ui, None, depth, time));
     }
-    if options.filter.is_none() {
-        if options.no_cluster {
-            ui.say("No tests run on Kubernetes (--no-cluster).");
-        } else {
-            total += cluster::run_all(ui, None, options.full)?;
-            if options.full {
-                total += cluster::install(ui, None)?;
-            }
+    stage(ui, total, torture::short(ui));
+    if options.no_cluster {
+        ui.say("No tests run on Kubernetes (--no-cluster).");
+    } else {
+        stage(ui, total, cluster::run_all(ui, None, options.full));
+        if options.full {
+            stage(ui, total, cluster::install(ui, None));
         }
     }
-    if options.filter.is_none() {
-        if options.no_vm {
-            ui.say("No tests run on other kernels (--no-vm).");
-        } else {
-            total += vm::run_all(ui, &vm::Options::all_kernels(options.full))?;
+    if options.no_vm {
+        ui.say("No tests run on other kernels (--no-vm).");
+    } else {
+        stage(ui, total, vm::run_all(ui, &vm::Options::all_kernels(options.full)));
+    }
+}
+
+/// Takes in how a part of the tests went. That it could not run is a failure like others: those are told in the end all the same.
+fn stage(ui: &Ui, total: &mut Tally, result: Result<Tally>) {
+    match result {
+        Ok(more) => *total += more,
+        Err(error) => {
+            ui.failure(&error);
+            total.fail(&format!("{error:#}"));
         }
     }
-    close(ui, total, options.filter.as_deref())
 }
 
 /// Builds tests, and the programs that they start, with what both need of features: one after the other, cargo would build most twice.
@@ -144,16 +161,17 @@ pub(crate) fn install(ui: &Ui, filter: Option<&str>) -> Result<Tally> {
 }
 
 /// Every test but those on Kubernetes.
-fn without_nextest(ui: &Ui, options: &Options) -> Result<Tally> {
+fn without_nextest(ui: &Ui, options: &Options, total: &mut Tally) -> Result<()> {
     // cargo can leave nothing out, so all others are named.
     let mut arguments = vec!["--lib".to_owned(), "--bins".to_owned()];
     for target in test_targets()?.into_iter().filter(|target| target != KUBERNETES && target != INSTALL) {
         arguments.extend(["--test".to_owned(), target]);
     }
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
-    let mut total = cargo_test(ui, options.full, options.filter.as_deref(), &arguments)?;
-    total += cargo_test(ui, options.full, options.filter.as_deref(), &["--doc"])?;
-    Ok(total)
+    for arguments in [&arguments[..], &["--doc"]] {
+        stage(ui, total, cargo_test(ui, options.full, options.filter.as_deref(), arguments));
+    }
+    Ok(())
 }
 
 /// Names of the integration tests of the packages that are built by default.

@@ -1,6 +1,8 @@
 //! How many tests passed and failed, and what there is to know of those that failed.
 
-use std::{collections::VecDeque, ops::AddAssign};
+use std::ops::AddAssign;
+
+use crate::exec::LastLines;
 
 /// Of how many failures what they printed is kept.
 const FAILURES: usize = 20;
@@ -64,7 +66,7 @@ pub(super) struct Reading {
     runner: Runner,
     tally: Tally,
     /// The latest lines of its account of what failed, once that has begun.
-    account: Option<VecDeque<String>>,
+    account: Option<LastLines>,
 }
 
 impl Reading {
@@ -87,12 +89,9 @@ impl Reading {
             Runner::Cargo => line == "failures:",
         };
         if begins {
-            self.account = Some(VecDeque::new());
+            self.account = Some(LastLines::new(LINES));
         } else if let Some(account) = &mut self.account {
-            if account.len() == LINES {
-                account.pop_front();
-            }
-            account.push_back(line.to_owned());
+            account.push(line);
         }
         if let Some(counts) = counts {
             self.tally += counts;
@@ -107,7 +106,7 @@ impl Reading {
 
     fn end_account(&mut self) {
         if let Some(lines) = self.account.take() {
-            self.tally.tell(&lines.into_iter().collect::<Vec<_>>().join("\n"));
+            self.tally.tell(&lines.text());
         }
     }
 }

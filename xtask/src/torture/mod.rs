@@ -17,7 +17,7 @@ use testbed::{
 
 use crate::{
     exec, places, setup, signals,
-    test::Tally,
+    test::{self, Tally},
     ui::Ui,
     vm::{self, Series},
 };
@@ -81,8 +81,7 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
         machine: options.prepared,
     };
     let totals = all(ui, &run, &options.scenario);
-    println!("{} passed, {} failed", totals.passed, totals.failed);
-    ensure!(totals.failed == 0, "{} of {} scenarios failed", totals.failed, totals.failed + totals.passed);
+    test::closing_lines(ui, &totals);
     Ok(())
 }
 

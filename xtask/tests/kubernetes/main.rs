@@ -44,7 +44,8 @@ impl Cluster {
 
     fn helm(&self, arguments: &[&str]) -> Result<Output> {
         let mut command = Command::new(&self.helm);
-        for variable in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
+        // Its own caches, and the client library's of what the server knows.
+        for variable in ["HOME", "HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
             command.env(variable, self.home.path());
         }
         let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/underpass");

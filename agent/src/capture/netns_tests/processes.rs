@@ -77,14 +77,14 @@ async fn processes_at_and_below_the_attach_point_are_fine() {
     let netns = namespace.open();
     let attach = TestCgroup::new();
     let child = TestCgroup::at(attach.0.join("pod"));
-    check_below(&netns, &attach.0).await.expect("nobody there");
+    check_below(&Census::default(), &netns, &attach.0).await.expect("nobody there");
     let _at = TestProcess::new(&namespace, Some(&attach.0));
     let _below = TestProcess::new(&namespace, Some(&child.0));
     let _other = TestProcess::new(&elsewhere, None);
-    check_below(&netns, &attach.0).await.expect("all below");
+    check_below(&Census::default(), &netns, &attach.0).await.expect("all below");
     // A worker of the agent inside the namespace is no process of the pod.
     netns.run(|| ()).await;
-    check_below(&netns, &attach.0).await.expect("all below");
+    check_below(&Census::default(), &netns, &attach.0).await.expect("all below");
 }
 
 #[tokio::test]
@@ -96,21 +96,38 @@ async fn a_process_outside_is_named() {
     let beside = TestCgroup::at(attach.0.with_file_name(format!("{}x", attach.0.file_name().expect("name").display())));
     let _inside = TestProcess::new(&namespace, Some(&attach.0));
     let outside = TestProcess::new(&namespace, Some(&beside.0));
-    let error = check_below(&netns, &attach.0).await.expect_err("outside");
+    let error = check_below(&Census::default(), &netns, &attach.0).await.expect_err("outside");
     let EnrollError::OutsideCgroup { pid, command, cgroup, attach: named } = &error else { panic!("{error}") };
     assert_eq!((*pid, command.as_str(), named), (outside.pid(), "sleep", &attach.0));
     assert!(cgroup.ends_with('x'), "{cgroup}");
     drop(outside);
-    check_below(&netns, &attach.0).await.expect("it is gone");
+    check_below(&Census::default(), &netns, &attach.0).await.expect("it is gone");
+}
+
+#[tokio::test]
+async fn proc_is_gone_through_once_for_all_who_ask_meanwhile() {
+    let census = Census::default();
+    let takers = (0..5).map(async |_| census.take().await.expect("/proc can be read"));
+    let taken = futures_util::future::join_all(takers).await;
+    // The others had asked after the first one had begun.
+    assert!(!Arc::ptr_eq(&taken[0], &taken[1]));
+    assert!(taken[1..].iter().all(|other| Arc::ptr_eq(&taken[1], other)));
+    assert!(census.latest.lock().await.is_none(), "nobody keeps it");
+
+    // Whoever asks later sees what has happened since.
+    let namespace = TestNamespace::new();
+    let netns = namespace.open();
+    let child = TestProcess::new(&namespace, None);
+    assert_eq!(census.take().await.expect("/proc can be read")[&netns.id()], [child.pid()]);
 }
 
 #[tokio::test]
 async fn an_attach_point_that_is_none_is_refused() {
     let namespace = TestNamespace::new();
     let netns = namespace.open();
-    let error = check_below(&netns, Path::new("/proc")).await.expect_err("not a cgroup");
+    let error = check_below(&Census::default(), &netns, Path::new("/proc")).await.expect_err("not a cgroup");
     assert!(error.to_string().contains("/proc is not on a cgroup v2 file system"), "{error}");
-    let error = check_below(&netns, Path::new("/sys/fs/cgroup/no/such/cgroup")).await.expect_err("not there");
+    let error = check_below(&Census::default(), &netns, Path::new("/sys/fs/cgroup/no/such/cgroup")).await.expect_err("not there");
     assert!(error.to_string().contains("/sys/fs/cgroup/no/such/cgroup: No such file"), "{error}");
 }
 
