@@ -22,6 +22,11 @@ impl Ui {
         Self { spinner: console::user_attended_stderr() && std::env::var_os("CI").is_none() }
     }
 
+    /// Whether nobody watches, and what is said is kept.
+    pub(crate) fn is_log(&self) -> bool {
+        !self.spinner
+    }
+
     /// Runs a step that may take long, with its name and the time that it takes.
     pub(crate) fn step<T>(&self, what: &str, work: impl FnOnce(&Step) -> Result<T>) -> Result<T> {
         let target = if self.spinner { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };

@@ -4,7 +4,7 @@ mod pool;
 
 use std::{
     fmt, io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::AsFd as _,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
@@ -12,12 +12,13 @@ use std::{
 
 use socket2::{Domain, Socket};
 use tokio::{net::TcpListener, sync::watch};
+use tracing::{debug, warn};
 
 use self::pool::Pool;
 use super::{
     inheritance::{Listening, Purpose},
     netns::Netns,
-    routes,
+    routes, sockdiag,
     sockets::{self, Mark},
 };
 use crate::mesh::{SpiffeId, WorkloadKey};
@@ -163,6 +164,18 @@ impl Pod {
         let socket = self.application.take(source).await?;
         sockets::bind_to_client(&socket, source)?;
         Ok(socket)
+    }
+}
+
+impl Pod {
+    /// Sees to it that the application at `application` does not wait for a `client` whose connection the agent has closed with a
+    /// reset that may have been lost.
+    pub async fn end_abandoned(&self, application: SocketAddr, client: SocketAddr) {
+        match sockdiag::end_abandoned(&self.namespace, application, client).await {
+            Ok(false) => {}
+            Ok(true) => debug!(pod = %self.key, %application, %client, "a reset was lost: the application's socket is ended"),
+            Err(error) => warn!(pod = %self.key, %application, %client, %error, "an application may not know that its connection is over"),
+        }
     }
 }
 

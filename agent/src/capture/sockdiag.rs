@@ -1,4 +1,4 @@
-//! The TCP sockets of a pod as `sock_diag` shows them, and ending those that policy no longer admits.
+//! The TCP sockets of a pod as `sock_diag` shows them, and ending those that policy no longer admits or whose other end is gone.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -15,6 +15,9 @@ use tracing::debug;
 use underpass_abi::is_agent_port;
 
 use super::netns::{Netns, netlink::Channel};
+
+/// Any socket (`INET_DIAG_NOCOOKIE` of `linux/inet_diag.h`, twice).
+const NO_COOKIE: [u8; 8] = [0xff; 8];
 
 /// Ends every inbound plaintext connection that `forbidden` holds for, given its local and its remote address, and returns how many
 /// there were. The applications on both sides see a reset.
@@ -57,6 +60,50 @@ pub async fn destroy_plaintext(
     })
     .await
     .map_err(io::Error::other)?
+}
+
+/// Ends what is left at the `application`'s address of a connection that the agent made there as `client`, and has closed. Returns whether
+/// there was something: the application sees that its connection was aborted.
+///
+/// A reset is one packet, and one that is behind what the application's kernel had no room for is ignored. Nothing answers the application
+/// any more then: for an address that is not its own, as the client's is not, the kernel sends no reset once the socket is gone.
+pub(super) async fn end_abandoned(netns: &Netns, application: SocketAddr, client: SocketAddr) -> io::Result<bool> {
+    netns
+        .try_run(move || {
+            let mut channel = Channel::open(NETLINK_SOCK_DIAG)?;
+            let Some(left) = find(&mut channel, application, client)? else { return Ok(false) };
+            // The agent may have connected once more with the same addresses and ports.
+            if find(&mut channel, client, application)?.is_some() {
+                return Ok(false);
+            }
+            // With its cookie, which no other socket has.
+            match destroy(&mut channel, &left) {
+                Ok(()) => Ok(true),
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+                Err(error) => Err(error),
+            }
+        })
+        .await?
+}
+
+/// The socket at `here` that is connected to `there`.
+fn find(channel: &mut Channel, here: SocketAddr, there: SocketAddr) -> io::Result<Option<SocketId>> {
+    let wanted = SocketId {
+        source_address: here.ip(),
+        source_port: here.port(),
+        destination_address: there.ip(),
+        destination_port: there.port(),
+        cookie: NO_COOKIE,
+        ..if here.is_ipv4() { SocketId::new_v4() } else { SocketId::new_v6() }
+    };
+    let answer = channel.get(SockDiagMessage::InetRequest(request(wanted, StateFlags::all())))?;
+    // Where nothing is connected, the kernel finds what listens.
+    Ok(match answer {
+        Some(SockDiagMessage::InetResponse(found)) if local(&found.header) == here && remote(&found.header) == there => {
+            Some(found.header.socket_id)
+        }
+        _ => None,
+    })
 }
 
 /// Inodes of the sockets that listen on `port` in the namespace.

@@ -14,12 +14,15 @@ mod reconcile;
 mod route;
 
 use std::{
+    io,
+    net::SocketAddr,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
 use tokio::{
     net::TcpStream,
+    runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 use tracing::debug;
@@ -31,7 +34,7 @@ use crate::{
     capture::{Capture, Pod, inheritance::Purpose},
     identity::CertificateStore,
     mesh::MeshStore,
-    relay::{CloseReason, ConnectionTable, DataPath, Direction, Job, NewConnection, Relay, Upstream},
+    relay::{CloseReason, Connection, ConnectionTable, DataPath, Direction, Job, NewConnection, Relay, Upstream},
     telemetry::{Counters, RefusalReason, Telemetry, TraceId},
     tunnel::TlsConfigs,
 };
@@ -93,10 +96,43 @@ struct PodContext {
     connections: Arc<Semaphore>,
 }
 
-/// What a connection holds on to until it ends.
+/// What a connection holds on to until it ends, which is when its sockets are closed.
 struct Held {
-    _pod: Arc<Pod>,
+    pod: Arc<Pod>,
     _slot: OwnedSemaphorePermit,
+    inbound: Option<ToApplication>,
+}
+
+/// A connection to an application of the pod's, which must learn of its end.
+struct ToApplication {
+    connection: Arc<Connection>,
+    application: SocketAddr,
+    /// As who the agent has connected.
+    client: SocketAddr,
+    runtime: Handle,
+}
+
+impl ToApplication {
+    fn new(connection: &Arc<Connection>, socket: &std::net::TcpStream) -> io::Result<Self> {
+        let canonical = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+        Ok(Self {
+            connection: Arc::clone(connection),
+            application: canonical(socket.peer_addr()?),
+            client: canonical(socket.local_addr()?),
+            runtime: Handle::current(),
+        })
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(to) = self.inbound.take()
+            && to.connection.cut_short.load(Relaxed)
+        {
+            let pod = Arc::clone(&self.pod);
+            to.runtime.spawn(async move { pod.end_abandoned(to.application, to.client).await });
+        }
+    }
 }
 
 impl Proxy {
@@ -155,7 +191,13 @@ impl PodContext {
         if policies.forbids(&connection) {
             table.close(connection.id, CloseReason::Policy);
         }
-        let guard = Box::new(Held { _pod: Arc::clone(&self.pod), _slot: slot });
+        let inbound = match connection.what.direction {
+            // One that has been reset meanwhile has no addresses any more, and nobody waits for it.
+            Direction::Inbound => ToApplication::new(&connection, &application).ok(),
+            // The client's kernel answers for the address that it connected to.
+            Direction::Outbound => None,
+        };
+        let guard = Box::new(Held { pod: Arc::clone(&self.pod), _slot: slot, inbound });
         relay.submit(Job { application: application.into(), upstream, connection, guard });
     }
 }

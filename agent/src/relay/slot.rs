@@ -338,6 +338,12 @@ impl Slot {
 
     /// Closes both sockets: clean ends leave what is queued to the kernel to deliver, all others are resets. What is left is the guard.
     pub(super) fn close(mut self, reason: CloseReason) -> Box<dyn Send> {
+        // What is not sent yet may be on its way a moment later.
+        let outstanding =
+            || tcp::state(self.application.as_fd()).is_ok_and(|info| info.unacked > 0 || info.notsent_bytes > 0);
+        if reason != CloseReason::Finished && outstanding() {
+            self.connection.cut_short.store(true, Relaxed);
+        }
         for side in [&mut self.application, &mut self.upstream] {
             let set = if reason == CloseReason::Finished { side.deliver_on_close() } else { side.reset_on_close() };
             if let Err(error) = set {

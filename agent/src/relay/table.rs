@@ -7,7 +7,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::SystemTime,
 };
@@ -202,6 +202,8 @@ pub struct Connection {
     pub received: AtomicU64,
     /// Bytes the agent holds because a side does not take them, both directions together.
     pub held: AtomicU64,
+    /// Whether it was reset before the application's kernel had taken everything: the reset may have been lost behind it.
+    pub cut_short: AtomicBool,
     /// What it is counted and logged under, if it is.
     pub account: Option<Account>,
     pub(super) taken: Taken,
@@ -370,6 +372,7 @@ impl ConnectionTable {
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             held: AtomicU64::new(0),
+            cut_short: AtomicBool::new(false),
             account,
             taken: Taken::default(),
             control: Mutex::default(),

@@ -52,7 +52,7 @@ pub struct Test {
     pub program: PathBuf,
     /// Working directory: the package's, as under cargo.
     pub directory: PathBuf,
-    /// Times that it is tried again after a failure.
+    /// Times that it is tried again after a failure: alone, when all others have ended.
     pub retries: u32,
     /// Seconds after which one try is killed.
     pub limit: u64,

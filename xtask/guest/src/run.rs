@@ -6,6 +6,7 @@ use std::{
     os::unix::process::{CommandExt, ExitStatusExt},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
+        Mutex,
         atomic::{AtomicUsize, Ordering},
         mpsc::channel,
     },
@@ -28,18 +29,30 @@ pub(crate) fn run() -> Result<()> {
     channel.send(&ready()?)?;
 
     let next = AtomicUsize::new(0);
+    // What failed, and may be tried again.
+    let failed = Mutex::new(Vec::new());
     let worker = || -> Result<()> {
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);
             let Some(test) = plan.tests.get(number) else { return Ok(()) };
             channel.send(&Report::Started { test: number })?;
-            run_test(&plan, number, test, &channel)?;
+            if !run_test(&plan, number, test, test.retries > 0, &channel)? && test.retries > 0 {
+                failed.lock().expect("nothing panics while holding it").push((number, test));
+            }
         }
     };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..plan.jobs.max(1)).map(|_| scope.spawn(worker)).collect();
         workers.into_iter().try_for_each(|worker| worker.join().expect("a worker does not panic"))
     })?;
+    // With nothing beside it that could have been in its way.
+    for (number, test) in failed.into_inner().expect("nothing panics while holding it") {
+        for left in (0..test.retries).rev() {
+            if run_test(&plan, number, test, left > 0, &channel)? {
+                break;
+            }
+        }
+    }
     if let Some(program) = &plan.program {
         let failure = program::run(&plan, program, &channel).unwrap_or_else(|error| Some(format!("{error:#}")));
         channel.send(&Report::Finished { failure })?;
@@ -57,28 +70,22 @@ fn ready() -> Result<Report> {
     })
 }
 
-/// Runs a test until it passes or its tries are used up.
-fn run_test(plan: &Plan, number: usize, test: &Test, channel: &Channel) -> Result<()> {
-    for left in (0..=test.retries).rev() {
-        let start = Instant::now();
-        let (failure, output) = match try_once(plan, test) {
-            Ok(tried) => tried,
-            Err(error) => (Some(format!("{error:#}")), String::new()),
-        };
-        let again = failure.is_some() && left > 0;
-        let output = if failure.is_some() { output } else { String::new() };
-        channel.send(&Report::Ended {
-            test: number,
-            failure,
-            again,
-            seconds: start.elapsed().as_secs_f64(),
-            output,
-        })?;
-        if !again {
-            break;
-        }
-    }
-    Ok(())
+/// Tries a test and tells how that went; whether it passed. `again`: it will be tried again if not.
+fn run_test(plan: &Plan, number: usize, test: &Test, again: bool, channel: &Channel) -> Result<bool> {
+    let start = Instant::now();
+    let (failure, output) = match try_once(plan, test) {
+        Ok(tried) => tried,
+        Err(error) => (Some(format!("{error:#}")), String::new()),
+    };
+    let passed = failure.is_none();
+    channel.send(&Report::Ended {
+        test: number,
+        failure,
+        again: again && !passed,
+        seconds: start.elapsed().as_secs_f64(),
+        output: if passed { String::new() } else { output },
+    })?;
+    Ok(passed)
 }
 
 /// Why it failed, if it did, and what it printed.

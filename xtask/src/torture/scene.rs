@@ -1,6 +1,6 @@
 //! Two nodes with an agent each, a pod on each, and processes in them that are the ends of connections.
 
-use std::{fmt::Write as _, fs, path::Path, time::Duration};
+use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -17,8 +17,11 @@ pub(super) const PORT: u16 = 9000;
 const REPORT: Duration = Duration::from_mins(5);
 /// How long the agents may take to forget connections that are over.
 const FORGET: Duration = Duration::from_secs(40);
-/// Descriptors that an agent may have more after a scenario than before: pipes that its threads keep, clients of its socket.
-const KEPT_DESCRIPTORS: usize = 100;
+/// What a connection has of descriptors.
+const OF_CONNECTIONS: [&str; 2] = ["socket", "pipe"];
+/// How many of these an agent may have more after a scenario than before: 64 sockets for the next connections to other agents, as many for
+/// those to applications, 16 pipes for each of two threads, clients of its socket.
+const KEPT_DESCRIPTORS: usize = 200;
 
 /// What a scenario wants of the scene.
 #[derive(Default)]
@@ -44,8 +47,11 @@ pub(super) struct Scene {
     server: Pod,
     bed: Testbed,
     /// Descriptors of each agent at the start.
-    descriptors: Vec<usize>,
+    descriptors: Vec<Descriptors>,
 }
+
+/// How many descriptors there are of each kind.
+type Descriptors = BTreeMap<String, usize>;
 
 impl Scene {
     /// Starts the agents, if there is one to start. `machine` belongs to nobody else.
@@ -128,8 +134,10 @@ impl Scene {
             }
             let now = descriptors(agent)?;
             ensure!(
-                now < before + KEPT_DESCRIPTORS,
-                "an agent had {before} descriptors at its start and has {now} now"
+                total(&now) < total(before) + KEPT_DESCRIPTORS,
+                "an agent had {} sockets and pipes at its start and has {} now: {before:?}, {now:?}",
+                total(before),
+                total(&now)
             );
         }
         Ok(())
@@ -171,9 +179,22 @@ impl Scene {
 }
 
 /// Open descriptors of an agent.
-fn descriptors(agent: &Agent) -> Result<usize> {
+fn descriptors(agent: &Agent) -> Result<Descriptors> {
     let path = format!("/proc/{}/fd", agent.process()?.pid());
-    Ok(fs::read_dir(&path).with_context(|| format!("listing {path}"))?.count())
+    let mut all = Descriptors::new();
+    for entry in fs::read_dir(&path).with_context(|| format!("listing {path}"))? {
+        // Some are closed meanwhile.
+        let Ok(target) = fs::read_link(entry.with_context(|| format!("listing {path}"))?.path()) else { continue };
+        // `socket:[4711]`, `anon_inode:[eventpoll]`, a path.
+        let target = target.to_string_lossy();
+        let kind = target.trim_end_matches(|c: char| c.is_ascii_digit() || "[]:".contains(c));
+        *all.entry(kind.to_owned()).or_default() += 1;
+    }
+    Ok(all)
+}
+
+fn total(descriptors: &Descriptors) -> usize {
+    OF_CONNECTIONS.iter().filter_map(|kind| descriptors.get(*kind)).sum()
 }
 
 /// As long as it takes here, for programs that measure time by themselves.

@@ -70,6 +70,11 @@ impl Outcome {
         }
     }
 
+    /// How many tests passed so far.
+    pub(super) fn passed(&self) -> usize {
+        self.passed.len()
+    }
+
     /// How many tests passed, and how many did not, with those that were never run to an end.
     pub(super) fn tally(&self) -> Tally {
         let mut tally = Tally::default();

@@ -31,6 +31,9 @@ const SILENCE: Duration = Duration::from_mins(12);
 /// How long a machine may run, in general, and with `--full` or for benchmarks.
 const LIMIT: [Duration; 2] = [Duration::from_mins(40), Duration::from_hours(4)];
 
+/// In a log, one of so many tests that passed is named.
+const PASSES: usize = 25;
+
 /// Everything that does not depend on the kernel.
 pub(super) struct Run<'a> {
     ui: &'a Ui,
@@ -89,8 +92,16 @@ impl<'a> Run<'a> {
                     "Linux {kernel} is ready after {boot:.1} s (by its own clock {uptime:.1} s); security modules: {lsm}"
                 ));
             }
-            if let Some(line) = outcome.take(report) {
-                self.ui.say(&line);
+            let result = outcome.take(report);
+            match result {
+                // Most of a log would be these.
+                Some(line) if self.ui.is_log() && line.trim_start().starts_with("PASS") => {
+                    if outcome.passed() % PASSES == 0 {
+                        self.ui.say(&format!("{line} (and {} others)", outcome.passed() - 1));
+                    }
+                }
+                Some(line) => self.ui.say(&line),
+                None => {}
             }
         });
         // QEMU has got the signal too, and its end is no failure then.

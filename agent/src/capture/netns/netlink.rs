@@ -37,6 +37,22 @@ impl Channel {
         self.receive::<Q>(&mut |_| {}).map(drop)
     }
 
+    /// Asks for one thing; `None` when it does not exist.
+    pub(in crate::capture) fn get<Q, A>(&mut self, request: Q) -> io::Result<Option<A>>
+    where
+        Q: NetlinkSerializable,
+        A: NetlinkDeserializable,
+    {
+        // The acknowledgement tells where the answer ends.
+        self.send(request, NLM_F_REQUEST | NLM_F_ACK)?;
+        let mut found = None;
+        match self.receive(&mut |answer| found = Some(answer)) {
+            Ok(_) => Ok(found),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Reads a table. When it changes while it is read, it is read again.
     pub(in crate::capture) fn dump<Q, A>(&mut self, request: &Q) -> io::Result<Vec<A>>
     where

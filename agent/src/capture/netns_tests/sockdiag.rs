@@ -122,6 +122,44 @@ fn posing_route(pod: &crate::capture::netns::tests::TestNamespace) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_application_whose_reset_was_lost_is_told() {
+    let (pod_namespace, _client) = pod_and_client();
+    let pod = pod_namespace.open();
+    for (application, source) in [("10.77.0.2:80", "10.77.0.1"), ("[fd77::2]:80", "fd77::1")] {
+        routes::install(&pod).await.expect("routes");
+        // For IPv4 its accepted sockets have both families.
+        let listener = listen(&pod, "[::]:80").await;
+        let mut alive = from_agent("alive", &pod, source, application, &listener).await;
+        let lost = from_agent("lost", &pod, source, application, &listener).await;
+        let application = application.parse().expect("address");
+        let client = |pair: &Pair| {
+            let address = pair.accepted.peer_addr().expect("peer");
+            SocketAddr::new(address.ip().to_canonical(), address.port())
+        };
+        assert!(!end_abandoned(&pod, application, client(&alive)).await.expect("looking"));
+        alive.assert_alive();
+
+        // Nothing gets out of or into the pod's own addresses: the reset is lost.
+        let lost_client = client(&lost);
+        let Pair { dialled, mut accepted, .. } = lost;
+        pod_namespace.ip(&["link", "set", "lo", "down"]);
+        SockRef::from(&dialled).set_linger(Some(Duration::ZERO)).expect("SO_LINGER");
+        drop(dialled);
+        pod_namespace.ip(&["link", "set", "lo", "up"]);
+        accepted.set_read_timeout(Some(Duration::from_millis(100))).expect("timeout");
+        let error = accepted.read(&mut [0]).expect_err("nothing comes");
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "the application waits");
+
+        assert!(end_abandoned(&pod, application, lost_client).await.expect("ending it"));
+        let error = accepted.read(&mut [0]).expect_err("it is over");
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
+        assert!(!end_abandoned(&pod, application, lost_client).await.expect("once more"), "there is nothing left");
+        assert_eq!(listeners(&pod, 80).await.expect("listeners").len(), 1, "who listens there is left alone");
+        routes::remove(&pod).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_nobody_accepted_yet_end_too() {
     let (pod_namespace, client_namespace) = pod_and_client();
     let (pod, client) = (pod_namespace.open(), client_namespace.open());

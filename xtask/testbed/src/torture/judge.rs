@@ -44,9 +44,9 @@ impl ReadEnd {
     }
 }
 
-/// `EPIPE` is a reset that comes after the other's end.
+/// `EPIPE` is a reset that comes after the other's end, `ECONNABORTED` one that was lost: the agent ends the application's socket instead.
 fn is_reset(name: &str) -> bool {
-    matches!(name, "ECONNRESET" | "EPIPE")
+    matches!(name, "ECONNRESET" | "EPIPE" | "ECONNABORTED")
 }
 
 /// Whether `side` may see this. On endless connections, of which one end is killed, `least` is how much that end had certainly sent.
