@@ -99,7 +99,9 @@ fn find(channel: &mut Channel, here: SocketAddr, there: SocketAddr) -> io::Resul
     let answer = channel.get(SockDiagMessage::InetRequest(request(wanted, StateFlags::all())))?;
     // Where nothing is connected, the kernel finds what listens.
     Ok(match answer {
-        Some(SockDiagMessage::InetResponse(found)) if local(&found.header) == here && remote(&found.header) == there => {
+        Some(SockDiagMessage::InetResponse(found))
+            if local(&found.header) == here && remote(&found.header) == there =>
+        {
             Some(found.header.socket_id)
         }
         _ => None,

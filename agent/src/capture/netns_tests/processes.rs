@@ -127,7 +127,9 @@ async fn an_attach_point_that_is_none_is_refused() {
     let netns = namespace.open();
     let error = check_below(&Census::default(), &netns, Path::new("/proc")).await.expect_err("not a cgroup");
     assert!(error.to_string().contains("/proc is not on a cgroup v2 file system"), "{error}");
-    let error = check_below(&Census::default(), &netns, Path::new("/sys/fs/cgroup/no/such/cgroup")).await.expect_err("not there");
+    let error = check_below(&Census::default(), &netns, Path::new("/sys/fs/cgroup/no/such/cgroup"))
+        .await
+        .expect_err("not there");
     assert!(error.to_string().contains("/sys/fs/cgroup/no/such/cgroup: No such file"), "{error}");
 }
 
