@@ -174,10 +174,10 @@ impl Pod {
         match sockdiag::end_abandoned(&self.namespace, application, client).await {
             Ok(false) => {}
             Ok(true) => {
-                debug!(pod = %self.key, %application, %client, "a reset was lost: the application's socket is ended")
+                debug!(pod = %self.key, %application, %client, "a reset was lost: the application's socket is ended");
             }
             Err(error) => {
-                warn!(pod = %self.key, %application, %client, %error, "an application may not know that its connection is over")
+                warn!(pod = %self.key, %application, %client, %error, "an application may not know that its connection is over");
             }
         }
     }
