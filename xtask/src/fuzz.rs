@@ -34,7 +34,7 @@ const FLAGS: &[&str] = &[
     "-Cdebug-assertions",
 ];
 /// A small test. Asking for one makes the features of dependencies those that they have when tests are built.
-const SAME_FEATURES: &str = "plugin";
+const SAME_FEATURES: &str = "load";
 /// Compiles a crate of this workspace with what is in `UNDERPASS_FUZZ_FLAGS`.
 const WRAPPER: &str = "agent/fuzz/rustc-instrumented";
 
