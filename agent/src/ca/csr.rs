@@ -3,6 +3,7 @@
 //! Nothing else. Names, usages and extensions in it are neither copied nor looked at; who the certificate is for is
 //! decided before.
 
+use pem::PemError;
 use rcgen::{PKCS_ECDSA_P256_SHA256, PKCS_ECDSA_P384_SHA384, PublicKeyData, SubjectPublicKeyInfo};
 use x509_parser::{certification_request::X509CertificationRequest, prelude::FromDer};
 
@@ -14,7 +15,12 @@ pub fn public_key(text: &str) -> Result<SubjectPublicKeyInfo, String> {
     if text.len() > MAX_CSR {
         return Err(format!("the signing request has {} bytes, more than {MAX_CSR}", text.len()));
     }
-    let block = pem::parse(text).map_err(|e| format!("the signing request is not PEM: {e}"))?;
+    let block = pem::parse(text).map_err(|error| match error {
+        // These quote as much as was sent.
+        PemError::MismatchedTags(..) => "the signing request is not PEM: its BEGIN and END do not match".to_owned(),
+        PemError::InvalidHeader(_) => "the signing request is not PEM: it has a header that is none".to_owned(),
+        error => format!("the signing request is not PEM: {error}"),
+    })?;
     if !matches!(block.tag(), "CERTIFICATE REQUEST" | "NEW CERTIFICATE REQUEST") {
         return Err("the PEM block is not a CERTIFICATE REQUEST".into());
     }

@@ -206,6 +206,7 @@ async fn garbage_is_refused() {
     for (name, csr, said) in [
         ("empty", String::new(), "not PEM"),
         ("text", "hello".into(), "not PEM"),
+        ("ends that differ", format!("-----BEGIN {}-----\nAAAA\n-----END B-----\n", "A".repeat(2000)), "not PEM"),
         ("a certificate", encode("CERTIFICATE", b"x"), "not a CERTIFICATE REQUEST"),
         ("junk", encode("CERTIFICATE REQUEST", b"junk"), "not PKCS #10"),
         ("forged", encode("CERTIFICATE REQUEST", &forged), "not signed with its own key"),
