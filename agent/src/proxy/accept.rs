@@ -1,6 +1,13 @@
 //! Accept loops with the per-pod bounds.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    future::poll_fn,
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -14,23 +21,21 @@ use crate::{capture::inheritance::Purpose, telemetry::RefusalReason};
 /// How long a listener rests when the process is out of descriptors or memory: nothing signals their return.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 
-/// One loop per listener. All loops of a purpose share the pod's bound on pending connections, so the kernel's backlog is
-/// where a flood waits, not the agent's memory.
+/// Starts the loop of a purpose. Its listeners share it, as a node has a thousand pods, each with more than a dozen of them, and the
+/// pod's bound on pending connections, so the kernel's backlog is where a flood waits, not the agent's memory.
 pub(super) fn run(context: &Arc<PodContext>, listeners: Vec<Arc<TcpListener>>, purpose: Purpose) {
-    let pending = Arc::new(Semaphore::new(context.proxy.limits.pending_per_pod));
-    for listener in listeners {
-        tokio::spawn(accept_loop(Arc::clone(context), listener, purpose, Arc::clone(&pending)));
-    }
+    tokio::spawn(accept_loop(Arc::clone(context), Listeners { all: listeners, turn: 0 }, purpose));
 }
 
-async fn accept_loop(context: Arc<PodContext>, listener: Arc<TcpListener>, purpose: Purpose, pending: Arc<Semaphore>) {
+async fn accept_loop(context: Arc<PodContext>, mut listeners: Listeners, purpose: Purpose) {
+    let pending = Arc::new(Semaphore::new(context.proxy.limits.pending_per_pod));
     let unenrolled = context.pod.unenrolled();
     tokio::pin!(unenrolled);
     loop {
         let accepted = tokio::select! {
             biased;
             () = &mut unenrolled => return,
-            accepted = next(&listener, &pending) => accepted,
+            accepted = listeners.next(&pending) => accepted,
         };
         match accepted {
             Ok((stream, peer, permit)) => admit(&context, purpose, stream, peer, permit),
@@ -45,13 +50,32 @@ async fn accept_loop(context: Arc<PodContext>, listener: Arc<TcpListener>, purpo
     }
 }
 
-async fn next(
-    listener: &TcpListener,
-    pending: &Arc<Semaphore>,
-) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
-    let permit = Arc::clone(pending).acquire_owned().await.expect("the semaphore is never closed");
-    let (stream, peer) = listener.accept().await?;
-    Ok((stream, peer, permit))
+/// Those of one purpose.
+struct Listeners {
+    all: Vec<Arc<TcpListener>>,
+    /// Which is looked at first.
+    turn: usize,
+}
+
+impl Listeners {
+    /// The next connection, once there may be one more that is pending.
+    async fn next(&mut self, pending: &Arc<Semaphore>) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+        let permit = Arc::clone(pending).acquire_owned().await.expect("the semaphore is never closed");
+        let (stream, peer) = poll_fn(|context| self.poll(context)).await?;
+        Ok((stream, peer, permit))
+    }
+
+    /// By turns, so that a busy listener does not keep the others waiting.
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<(TcpStream, SocketAddr)>> {
+        for _ in 0..self.all.len() {
+            let listener = &self.all[self.turn % self.all.len()];
+            self.turn = (self.turn + 1) % self.all.len();
+            if let Poll::Ready(accepted) = listener.poll_accept(context) {
+                return Poll::Ready(accepted);
+            }
+        }
+        Poll::Pending
+    }
 }
 
 /// Starts the connection's task, or resets it when the pod has all the connections it may have.

@@ -45,14 +45,14 @@ async fn two_thousand_at_once_get_a_socket_each() {
         assert_eq!(netns_cookie(socket.as_fd()).expect("cookie"), pool.netns.cookie());
     }
     assert_eq!(pool.batch.load(Ordering::Relaxed), LARGEST);
-    assert!(pool.ready.len() <= LARGEST);
+    assert!(pool.ready().len() <= LARGEST);
 }
 
 #[tokio::test]
 async fn an_unused_pool_shrinks_and_a_used_one_does_not() {
     let namespace = TestNamespace::new();
     let pool = pool(&namespace);
-    assert_eq!(pool.ready.len(), 0, "nothing before the first use");
+    assert_eq!(pool.ready().len(), 0, "nothing before the first use");
     let mut held = Vec::new();
     for _ in 0..200 {
         held.push(pool.take().await.expect("socket"));
@@ -60,17 +60,17 @@ async fn an_unused_pool_shrinks_and_a_used_one_does_not() {
     // The turn at the lock means that no refill is under way.
     drop(pool.refill.lock().await);
     pool.fill(LARGEST).expect("fill from here: only the number matters");
-    assert_eq!(pool.ready.len(), LARGEST);
+    assert_eq!(pool.ready().len(), LARGEST);
     for _ in 0..4 {
         pool.sweep();
         pool.take().await.expect("socket");
     }
     drop(pool.refill.lock().await);
-    assert!(pool.ready.len() > KEEP && pool.batch.load(Ordering::Relaxed) > SMALLEST);
+    assert!(pool.ready().len() > KEEP && pool.batch.load(Ordering::Relaxed) > SMALLEST);
     pool.sweep();
-    assert!(pool.ready.len() > KEEP, "one look is not enough");
+    assert!(pool.ready().len() > KEEP, "one look is not enough");
     pool.sweep();
-    assert_eq!((pool.ready.len(), pool.batch.load(Ordering::Relaxed)), (KEEP, SMALLEST));
+    assert_eq!((pool.ready().len(), pool.batch.load(Ordering::Relaxed)), (KEEP, SMALLEST));
     pool.take().await.expect("socket");
 }
 

@@ -5,14 +5,13 @@
 use std::{
     io,
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU32, AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
 };
 
-use crossbeam_queue::ArrayQueue;
 use socket2::Socket;
 use tokio::{runtime::Handle, sync::Mutex as AsyncMutex};
 use tracing::{debug, warn};
@@ -34,7 +33,8 @@ const KEEP: usize = 2;
 pub(super) struct Pool {
     netns: Netns,
     make: Box<dyn Fn() -> io::Result<Socket> + Send + Sync>,
-    ready: ArrayQueue<Socket>,
+    /// Without memory of its own until the first use: most pods of a node never need all of theirs.
+    ready: Mutex<Vec<Socket>>,
     batch: AtomicUsize,
     /// Held by whoever refills, so that one refill is under way at most.
     refill: Arc<AsyncMutex<Option<Instant>>>,
@@ -48,7 +48,7 @@ impl Pool {
         let pool = Arc::new(Self {
             netns,
             make: Box::new(make),
-            ready: ArrayQueue::new(LARGEST),
+            ready: Mutex::default(),
             batch: AtomicUsize::new(SMALLEST),
             refill: Arc::default(),
             idle: AtomicU32::new(0),
@@ -60,13 +60,13 @@ impl Pool {
     /// A socket: at once when one is ready, else after a refill.
     pub(super) async fn take(self: &Arc<Self>) -> io::Result<Socket> {
         self.idle.store(0, Ordering::Relaxed);
-        if let Some(socket) = self.ready.pop() {
+        if let Some(socket) = self.pop() {
             self.refill_ahead();
             return Ok(socket);
         }
         let mut last = self.refill.lock().await;
         // Whoever held the lock before may have left some.
-        if let Some(socket) = self.ready.pop() {
+        if let Some(socket) = self.pop() {
             return Ok(socket);
         }
         let size = self.next_batch(&mut last);
@@ -86,7 +86,7 @@ impl Pool {
     /// Starts a refill when few are left and none is under way.
     fn refill_ahead(self: &Arc<Self>) {
         let batch = self.batch.load(Ordering::Relaxed);
-        if self.ready.len() > batch / 4 {
+        if self.ready().len() > batch / 4 {
             return;
         }
         let (Ok(mut last), Ok(runtime)) = (Arc::clone(&self.refill).try_lock_owned(), Handle::try_current()) else {
@@ -122,11 +122,22 @@ impl Pool {
     /// Makes sockets until the pool is full or `size` were made.
     fn fill(&self, size: usize) -> io::Result<()> {
         for _ in 0..size {
-            if self.ready.push((self.make)()?).is_err() {
+            let socket = (self.make)()?;
+            let mut ready = self.ready();
+            if ready.len() >= LARGEST {
                 break;
             }
+            ready.push(socket);
         }
         Ok(())
+    }
+
+    fn pop(&self) -> Option<Socket> {
+        self.ready().pop()
+    }
+
+    fn ready(&self) -> MutexGuard<'_, Vec<Socket>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts a look by the janitor, and empties a pool that nobody used for long.
@@ -135,7 +146,13 @@ impl Pool {
             return;
         }
         self.batch.store(SMALLEST, Ordering::Relaxed);
-        while self.ready.len() > KEEP && self.ready.pop().is_some() {}
+        let mut ready = self.ready();
+        let kept = ready.len().min(KEEP);
+        let surplus = ready.split_off(kept);
+        ready.shrink_to_fit();
+        drop(ready);
+        // Closed without holding the lock.
+        drop(surplus);
     }
 }
 
