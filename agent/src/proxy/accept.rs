@@ -18,7 +18,7 @@ use tracing::{debug, warn};
 use super::{PodContext, inbound, outbound, plaintext};
 use crate::{capture::inheritance::Purpose, telemetry::RefusalReason};
 
-/// How long a listener rests when the process is out of descriptors or memory: nothing signals their return.
+/// How long the listeners of a purpose rest when the process is out of descriptors or memory: nothing signals their return.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 
 /// Starts the loop of a purpose. Its listeners share it, as a node has a thousand pods, each with more than a dozen of them, and the

@@ -33,8 +33,8 @@ pub(crate) struct Options {
     /// Where to put the file; by default `target/image/underpass.tar`.
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Cargo's profile to build with; `release` takes a third of the time.
-    #[arg(long, default_value = "dist", conflicts_with_all = ["agent", "program"])]
+    /// Cargo's profile to build with; `release` and `dev` are built sooner.
+    #[arg(long, default_value = "dist", value_parser = ["dist", "release", "dev"], conflicts_with_all = ["agent", "program"])]
     profile: String,
     /// Use this program, and the `underpass-cni` beside it, instead of building them.
     #[arg(long, value_name = "FILE")]
@@ -87,7 +87,7 @@ fn underpass(ui: &Ui, agent: Option<&Path>, profile: &str) -> Result<Vec<(PathBu
             // It runs on the node, whose C library may be older or another one: it brings its own.
             exec::quietly(build("rustc", PLUGIN).args(["--", "-C", "target-feature=+crt-static"]), step)
         })?;
-        // Cargo's only profile whose directory has another name.
+        // Of these, the one whose directory has another name.
         places::target().join(if profile == "dev" { "debug" } else { profile }).join("underpass")
     };
     let plugin = agent.with_file_name(PLUGIN);

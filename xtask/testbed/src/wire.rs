@@ -37,8 +37,9 @@ const EVERY_PROTOCOL: u16 = 0x0003;
 const LONGEST: usize = 1 << 16;
 /// Packets in flight per direction; more are lost, as in any queue.
 const QUEUE: usize = 4000;
-/// What a socket of the wire keeps until its thread gets to run, bytes of the kernel's memory. With the usual 208 KiB the kernel lost a
-/// tenth of all packets, and in bursts all of them, whatever loss was asked for: handshakes took longer than their ten seconds.
+/// What a socket of the wire keeps, until its thread gets to run and of what has not left yet, bytes of the kernel's memory each. With
+/// the usual 208 KiB the kernel lost a tenth of what arrived, and in bursts all of it, whatever loss was asked for: handshakes took longer
+/// than their ten seconds.
 const ROOM: usize = 64 << 20;
 /// Place of the checksum in TCP's header (RFC 9293, section 3.1).
 const CHECKSUM: usize = 16;
