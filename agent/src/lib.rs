@@ -6,6 +6,7 @@
 //! [`cni`] is what holds a new pod's start until it is captured.
 
 pub mod admin;
+pub mod bounds;
 pub mod ca;
 pub mod capture;
 pub mod cli;

@@ -3,7 +3,7 @@
 //! Everything is bounded: connections, header and body sizes, and the time a client may take. One request per
 //! connection: the clients are a command line and scripts.
 
-use std::{collections::BTreeMap, future::Future, io, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, future::Future, hash::Hash, io, path::Path, pin::pin, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -23,7 +23,6 @@ use serde::Deserialize;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::UnixStream,
-    sync::Semaphore,
     task::JoinSet,
     time::{sleep, timeout},
 };
@@ -35,6 +34,7 @@ use super::{
     query::ConnectionQuery,
 };
 use crate::{
+    bounds::{Bound, Entry, Pool, Rule},
     mesh::{MeshStore, SpiffeId},
     policy::{self, Explanations, PolicyList, Query as PolicyQuery, QueryError},
     relay::{CloseReason, ConnectionId, ConnectionTable},
@@ -42,7 +42,7 @@ use crate::{
     telemetry::Counters,
 };
 
-/// Connections served at once; more wait in the listen queue.
+/// Connections served at once; more take the places of idle ones.
 pub(super) const MAX_CONNECTIONS: usize = 32;
 /// Largest request head, in bytes. hyper does not go below 8192.
 const MAX_HEAD: usize = 16 * 1024;
@@ -170,7 +170,9 @@ pub(super) fn serve_source(
 }
 
 async fn accept(socket: SocketFile, router: Router) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    // By user; there are two at most.
+    let rule = Rule { total: MAX_CONNECTIONS, share: MAX_CONNECTIONS / 4, grace: Duration::ZERO, bound: Bound::Admin };
+    let pool = Pool::new(rule);
     // Dropped with this future, and every connection with it.
     let mut connections = JoinSet::new();
     let mut strangers = 0_u64;
@@ -184,30 +186,49 @@ async fn accept(socket: SocketFile, router: Router) {
                 continue;
             }
         };
-        if let Err(reason) = trusted(&stream) {
-            strangers += 1;
-            // Whoever can connect can make us log: say it less and less often.
-            if strangers.is_power_of_two() {
-                warn!(%reason, refused = strangers, "admin socket: connection refused");
+        let uid = match trusted(&stream) {
+            Ok(uid) => uid,
+            Err(reason) => {
+                strangers += 1;
+                // Whoever can connect can make us log: say it less and less often.
+                if strangers.is_power_of_two() {
+                    warn!(%reason, refused = strangers, "admin socket: connection refused");
+                }
+                continue;
             }
-            continue;
-        }
-        let slot = Arc::clone(&slots).acquire_owned().await.expect("the semaphore is never closed");
-        let router = router.clone();
-        connections.spawn(async move {
-            connection(stream, router).await;
-            drop(slot);
-        });
+        };
+        let entry = pool.enter(&uid).await;
+        connections.spawn(guarded(stream, router.clone(), entry));
     }
 }
 
 /// File modes can be changed by mistake; the peer's credentials cannot.
-fn trusted(stream: &UnixStream) -> Result<(), String> {
+fn trusted(stream: &UnixStream) -> Result<u32, String> {
     let uid = stream.peer_cred().map_err(|e| format!("peer credentials: {e}"))?.uid();
     if uid == 0 || uid == geteuid().as_raw() {
-        return Ok(());
+        return Ok(uid);
     }
     Err(format!("uid {uid} is neither root nor the agent's user"))
+}
+
+/// Serves one request on `stream`. The client has the place of `entry` while the request is
+/// answered; before and after that, whenever the client is waited for, somebody else may get it.
+pub(super) async fn guarded<S: Hash + Eq + Clone + Send + Sync + 'static>(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    router: Router,
+    mut entry: Entry<S>,
+) {
+    let voucher = entry.voucher();
+    let router = router.layer(middleware::from_fn(move |request: Request, next: Next| {
+        let voucher = voucher.clone();
+        async move {
+            let _serving = voucher.serving();
+            next.run(request).await
+        }
+    }));
+    if entry.guard(pin!(connection(stream, router))).await.is_err() {
+        debug!("admin socket: idle client cut for another one");
+    }
 }
 
 /// Serves one request on `stream`.

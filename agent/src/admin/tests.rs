@@ -368,15 +368,15 @@ async fn oversized_requests_are_refused() {
 }
 
 #[tokio::test]
-async fn idle_clients_cannot_shut_others_out_for_long() {
+async fn idle_clients_cannot_shut_others_out() {
     let server = Server::start();
     let mut idle = Vec::new();
     for _ in 0..2 * MAX_CONNECTIONS {
         idle.push(UnixStream::connect(server.path()).await.unwrap());
     }
     let before = Instant::now();
-    timeout(Duration::from_secs(25), server.client().status()).await.expect("idle ones are cut").unwrap();
-    assert!(before.elapsed() > Duration::from_secs(1), "all slots were taken");
+    timeout(SOON, server.client().status()).await.expect("idle ones are cut").unwrap();
+    assert!(before.elapsed() < Duration::from_secs(2), "at once: {:?}", before.elapsed());
 }
 
 #[tokio::test]

@@ -3,9 +3,12 @@
 use std::{net::IpAddr, num::NonZeroU32, sync::Arc};
 
 use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Most addresses that are kept apart; while there are more, new ones are refused.
+use crate::bounds::{Bound, Place, Room, source};
+
+/// One source's requests at once are at most so many times those that there is still room for.
+const STEPS: usize = 1;
+/// Most sources that are kept apart; while there are more, new ones are refused.
 const MAX_ADDRESSES: usize = 65_536;
 /// Refusals that have a line in the log, per second; the others are counted.
 const LOGGED: NonZeroU32 = NonZeroU32::new(20).unwrap();
@@ -19,7 +22,7 @@ pub struct Rates {
     pub per_node: NonZeroU32,
     /// Requests per second from one address, before anything is known about who sends them. Twenty seconds' worth at once.
     pub per_address: NonZeroU32,
-    /// Requests at once.
+    /// Requests at once, of agents; and as many of whoever has not shown an agent's token yet.
     pub in_flight: usize,
     /// Connections at once.
     pub connections: usize,
@@ -30,7 +33,10 @@ pub(super) struct Limits {
     nodes: DefaultKeyedRateLimiter<String>,
     addresses: DefaultKeyedRateLimiter<IpAddr>,
     logged: DefaultDirectRateLimiter,
-    in_flight: Arc<Semaphore>,
+    /// Requests whose token is being looked at, by who sent them.
+    strangers: Arc<Room<IpAddr>>,
+    /// Requests of agents, by node.
+    agents: Arc<Room<String>>,
 }
 
 impl Limits {
@@ -40,13 +46,19 @@ impl Limits {
             nodes: RateLimiter::keyed(quota(rates.per_node)),
             addresses: RateLimiter::keyed(quota(rates.per_address)),
             logged: RateLimiter::direct(Quota::per_second(LOGGED)),
-            in_flight: Arc::new(Semaphore::new(rates.in_flight)),
+            strangers: Room::new(rates.in_flight, STEPS, Bound::Requests),
+            agents: Room::new(rates.in_flight, STEPS, Bound::Requests),
         }
     }
 
-    /// A place for one request, if there is one.
-    pub(super) fn enter(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.in_flight).try_acquire_owned().ok()
+    /// A place for a request of which only the sender's address is known.
+    pub(super) fn stranger(&self, address: IpAddr) -> Option<Place<IpAddr>> {
+        self.strangers.try_enter(source(address))
+    }
+
+    /// A place for a request of this node's agent.
+    pub(super) fn agent(&self, node: &str) -> Option<Place<String>> {
+        self.agents.try_enter(node.to_owned())
     }
 
     /// May this node have another certificate now? Nodes are known to the API server, so there are not too many.
@@ -54,7 +66,7 @@ impl Limits {
         self.nodes.check_key(&node.to_owned()).is_ok()
     }
 
-    /// May this address ask again now?
+    /// May this address, or somebody beside it, ask again now?
     pub(super) fn address(&self, address: IpAddr) -> bool {
         if self.addresses.len() >= MAX_ADDRESSES {
             self.addresses.retain_recent();
@@ -62,7 +74,7 @@ impl Limits {
                 return false;
             }
         }
-        self.addresses.check_key(&address.to_canonical()).is_ok()
+        self.addresses.check_key(&source(address)).is_ok()
     }
 
     /// Is there room for a line about a refusal?

@@ -13,6 +13,7 @@ use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric as _, text},
     metrics::{
+        MetricType,
         counter::{ConstCounter, Counter},
         family::Family,
         gauge::ConstGauge,
@@ -20,6 +21,8 @@ use prometheus_client::{
     registry::Registry,
 };
 use tokio::sync::watch;
+
+use crate::bounds::{Bound, evictions, refusals};
 
 use super::{pods::Pods, signer::Current};
 
@@ -101,6 +104,20 @@ impl Collector for View {
             None,
             m.refused.metric_type(),
         )?)?;
+        for (name, help, count) in [
+            (
+                "underpass_pool_evictions",
+                "Peers that had proved nothing and lost their place to a newcomer",
+                evictions as fn(Bound) -> u64,
+            ),
+            ("underpass_pool_refusals", "Newcomers that found no place", refusals),
+        ] {
+            let mut family = to.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for bound in Bound::CA {
+                let value = ConstCounter::new(count(bound));
+                value.encode(family.encode_family(&[("pool", bound.as_str())])?)?;
+            }
+        }
         let mut gauge = |name: &str, help: &str, value: i64| {
             let value = ConstGauge::new(value);
             value.encode(to.encode_descriptor(name, help, None, value.metric_type())?)

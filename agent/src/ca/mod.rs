@@ -29,7 +29,7 @@ pub use roots::RootSource;
 pub use service::{AUDIT, impersonated};
 
 use self::{limits::Limits, metrics::Metrics, pods::Pods, review::Reviewer, server::Serving, service::Service};
-use crate::{identity::authority::Rules, mesh::TrustDomain};
+use crate::{bounds::Bound, identity::authority::Rules, mesh::TrustDomain};
 
 /// Old entries of limits and caches are dropped this often.
 const TIDY: Duration = Duration::from_mins(1);
@@ -101,7 +101,7 @@ pub async fn run(
     tasks.spawn(async move { watched.watch().await });
     if let Some(listener) = health {
         let view = metrics::View { metrics: Arc::clone(&metrics), pods: Arc::clone(&pods), signer: signer.clone() };
-        tasks.spawn(crate::admin::http::serve(listener, metrics::router(view)));
+        tasks.spawn(crate::admin::http::serve(listener, metrics::router(view), Bound::Probes));
     }
     let tidied = (Arc::clone(&pods), Arc::clone(&reviewer), Arc::clone(&limits));
     tasks.spawn(async move {

@@ -3,8 +3,8 @@
 use std::{
     convert::Infallible,
     io,
-    net::SocketAddr,
-    pin::Pin,
+    net::{IpAddr, SocketAddr},
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll},
     time::{Duration, SystemTime},
@@ -22,19 +22,27 @@ use rustls::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    sync::{mpsc, watch},
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, Sleep, sleep, sleep_until, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tonic::transport::{Server, server::Connected};
 use tracing::{debug, info, warn};
 
 use super::{csr::MAX_CSR, metrics::Metrics, service::Service, signer::Current};
-use crate::identity::istio::wire::istio_certificate_service_server::IstioCertificateServiceServer;
+use crate::{
+    bounds::{self, Bound, Entry, Evicted, GRACE, Pool, Rule, Voucher},
+    identity::istio::wire::istio_certificate_service_server::IstioCertificateServiceServer,
+};
 
 /// Longest time for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Longest time from a connection's beginning until somebody on it has shown an agent's token.
+const PROOF: Duration = Duration::from_mins(1);
+/// Of the connections, those of one source that have shown none are at most one of so many while
+/// others come.
+const SOURCES: usize = 32;
 /// Longest time for one request: two questions to the API server, each with its own limit.
 const REQUEST: Duration = Duration::from_secs(20);
 /// Requests at once on one connection: an agent has eight.
@@ -59,8 +67,12 @@ const LEAST: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_secs(5);
 
 /// Who is at the other end.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Peer(pub(super) SocketAddr);
+#[derive(Debug, Clone)]
+pub(super) struct Peer {
+    pub(super) address: SocketAddr,
+    /// To be told when the peer has proved to be an agent.
+    pub(super) place: Voucher<IpAddr>,
+}
 
 /// The certificate that is shown now.
 #[derive(Default)]
@@ -163,11 +175,11 @@ async fn accept(
     metrics: Arc<Metrics>,
     to: mpsc::Sender<Connection>,
 ) {
-    let places = Arc::new(Semaphore::new(connections));
+    let share = (connections / SOURCES).max(1);
+    let places = Pool::new(Rule { total: connections, share, grace: GRACE, bound: Bound::Authority });
     let mut handshakes = JoinSet::new();
     loop {
         while handshakes.try_join_next().is_some() {}
-        let place = Arc::clone(&places).acquire_owned().await.expect("the semaphore is never closed");
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(reason) => {
@@ -177,23 +189,25 @@ async fn accept(
             }
         };
         metrics.connections.inc();
+        let mut entry = places.enter(&bounds::source(peer.ip())).await;
         let (acceptor, to, metrics) = (acceptor.clone(), to.clone(), Arc::clone(&metrics));
         handshakes.spawn(async move {
             let _ = stream.set_nodelay(true);
-            match timeout(HANDSHAKE, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => {
-                    // The other end is gone only when the server is.
-                    let _ = to.send(Connection { stream, peer, _place: place }).await;
-                }
-                Ok(Err(reason)) => {
-                    metrics.failed_handshakes.inc();
-                    debug!(%peer, %reason, "TLS handshake");
-                }
-                Err(_) => {
-                    metrics.failed_handshakes.inc();
-                    debug!(%peer, "TLS handshake: too slow");
-                }
-            }
+            let proof = Instant::now() + PROOF;
+            let failed: &dyn std::fmt::Display =
+                match entry.guard(pin!(timeout(HANDSHAKE, acceptor.accept(stream)))).await {
+                    Ok(Ok(Ok(stream))) => {
+                        entry.voucher().progress();
+                        // The other end is gone only when the server is.
+                        let _ = to.send(Connection { stream, peer, entry, proof: Box::pin(sleep_until(proof)) }).await;
+                        return;
+                    }
+                    Ok(Ok(Err(reason))) => &reason.to_string(),
+                    Ok(Err(_)) => &"too slow",
+                    Err(Evicted) => &Evicted,
+                };
+            metrics.failed_handshakes.inc();
+            debug!(%peer, reason = %failed, "TLS handshake");
         });
     }
 }
@@ -202,29 +216,48 @@ async fn accept(
 struct Connection {
     stream: TlsStream<TcpStream>,
     peer: SocketAddr,
-    _place: OwnedSemaphorePermit,
+    entry: Entry<IpAddr>,
+    /// When it ends, unless an agent has been seen on it.
+    proof: Pin<Box<Sleep>>,
 }
 
 impl Connected for Connection {
     type ConnectInfo = Peer;
 
     fn connect_info(&self) -> Peer {
-        Peer(self.peer)
+        Peer { address: self.peer, place: self.entry.voucher() }
+    }
+}
+
+impl Connection {
+    fn evicted(&self) -> io::Result<()> {
+        if self.entry.is_evicted() { Err(io::Error::new(io::ErrorKind::ConnectionAborted, Evicted)) } else { Ok(()) }
     }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, to: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, to)
+        let Self { stream, entry, proof, .. } = &mut *self;
+        if !entry.is_authenticated() && proof.as_mut().poll(cx).is_ready() {
+            let reason = "no agent has shown its token on this connection in time";
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, reason)));
+        }
+        match entry.poll(cx, |cx| Pin::new(stream).poll_read(cx, to)) {
+            Poll::Ready(Ok(read)) => Poll::Ready(read),
+            Poll::Ready(Err(evicted)) => Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, evicted))),
+            Poll::Pending => Poll::Pending,
+        }
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, from: &[u8]) -> Poll<io::Result<usize>> {
+        self.evicted()?;
         Pin::new(&mut self.stream).poll_write(cx, from)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.evicted()?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 

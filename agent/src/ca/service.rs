@@ -1,7 +1,7 @@
 //! Istio's certificate service: who asks, whether they may have what they ask for, and the line about it in the log.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -114,16 +114,21 @@ struct Asked {
 impl Service {
     async fn answer(
         &self,
-        peer: Option<IpAddr>,
+        peer: Option<&Peer>,
         request: Request<IstioCertificateRequest>,
         asked: &mut Asked,
     ) -> Result<Signed, Refusal> {
-        let _place = self.limits.enter().ok_or(Refusal::Busy)?;
-        if !peer.is_some_and(|peer| self.limits.address(peer)) {
+        let peer = peer.ok_or(Refusal::AddressRate)?;
+        let _serving = peer.place.serving();
+        let stranger = self.limits.stranger(peer.address.ip()).ok_or(Refusal::Busy)?;
+        if !self.limits.address(peer.address.ip()) {
             return Err(Refusal::AddressRate);
         }
         let agent = self.reviewer.agent(bearer(&request)?).await?;
         asked.agent = Some(Arc::clone(&agent));
+        peer.place.authenticated();
+        let _place = self.limits.agent(&agent.node).ok_or(Refusal::Busy)?;
+        drop(stranger);
         if !self.limits.node(&agent.node) {
             return Err(Refusal::NodeRate(agent.node.clone()));
         }
@@ -189,10 +194,10 @@ impl IstioCertificateService for Service {
         &self,
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
-        let peer = request.extensions().get::<Peer>().map(|peer: &Peer| SocketAddr::ip(&peer.0).to_canonical());
+        let peer = request.extensions().get::<Peer>().cloned();
         let mut asked = Asked::default();
-        let outcome = self.answer(peer, request, &mut asked).await;
-        self.audit(peer, &asked, &outcome);
+        let outcome = self.answer(peer.as_ref(), request, &mut asked).await;
+        self.audit(peer.map(|peer| peer.address.ip().to_canonical()), &asked, &outcome);
         match outcome {
             Ok(signed) => Ok(Response::new(IstioCertificateResponse { cert_chain: signed.chain })),
             Err(refusal) => Err(Status::new(refusal.code(), refusal.to_string())),

@@ -86,10 +86,12 @@ pub struct CaArgs {
     /// Requests per second from one address; twenty seconds' worth at once.
     #[arg(long, value_name = "N", default_value_t = NonZeroU32::new(50).unwrap())]
     rate_per_address: NonZeroU32,
-    /// Requests at once; more are refused.
+    /// Requests of agents at once, and as many whose token is still being looked at; more are
+    /// refused, and half is one sender's share.
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     max_requests: u32,
-    /// Connections at once; more wait.
+    /// Connections at once. When there are more, one on which no agent has shown its token yet
+    /// ends.
     #[arg(long, value_name = "N", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     max_connections: u32,
     /// Pods that are remembered; others are asked for one by one.

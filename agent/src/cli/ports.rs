@@ -7,7 +7,10 @@ use tokio::{net::TcpListener, sync::Notify, task::JoinSet};
 use tracing::info;
 
 use super::{RunArgs, run::Endpoint};
-use crate::admin::http::{self, Health, View};
+use crate::{
+    admin::http::{self, Health, View},
+    bounds::Bound,
+};
 
 /// The listeners.
 pub(super) struct Ports {
@@ -29,7 +32,7 @@ impl Ports {
     pub(super) fn answer_probes(&mut self, tasks: &mut JoinSet<()>) -> Arc<Health> {
         let health = Arc::new(Health::default());
         if let Some(listener) = self.health.take() {
-            tasks.spawn(http::serve(listener, http::health(Arc::clone(&health))));
+            tasks.spawn(http::serve(listener, http::health(Arc::clone(&health)), Bound::Probes));
         }
         health
     }
@@ -37,10 +40,10 @@ impl Ports {
     /// Answers everybody else; `quit` is told when somebody asks the agent to end.
     pub(super) fn answer(self, tasks: &mut JoinSet<()>, view: &View, quit: &Arc<Notify>) {
         if let Some(listener) = self.admin {
-            tasks.spawn(http::serve(listener, http::admin(view.clone(), Arc::clone(quit))));
+            tasks.spawn(http::serve(listener, http::admin(view.clone(), Arc::clone(quit)), Bound::Admin));
         }
         if let Some(listener) = self.metrics {
-            tasks.spawn(http::serve(listener, http::metrics(view.clone())));
+            tasks.spawn(http::serve(listener, http::metrics(view.clone()), Bound::Probes));
         }
     }
 }

@@ -102,10 +102,13 @@ pub struct RunArgs {
     /// Give the pods plain traffic back on SIGTERM or SIGINT, instead of keeping capture in place (fail closed).
     #[arg(long)]
     pub cleanup_on_exit: bool,
-    /// Connections of one pod at once; more are refused.
+    /// Connections of one pod at once: as many outbound, as many from authenticated peers, and as
+    /// many in plaintext that a policy let in; more are refused.
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     pub max_connections_per_pod: u32,
-    /// Handshakes of one pod at once; more are refused.
+    /// TLS handshakes of one pod at once, for each direction. When there are more, a peer that has
+    /// been silent loses its place; a quarter is one source's share, and as many connections at
+    /// once are made to one destination.
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_pending_per_pod: u32,
     /// Longest time for a TLS handshake and the header after it, e.g. 500ms, 10s.

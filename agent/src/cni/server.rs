@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{
     net::UnixStream,
-    sync::Semaphore,
+    sync::{OwnedSemaphorePermit, Semaphore},
     task::{JoinSet, spawn_blocking},
     time::{Instant, sleep, timeout, timeout_at},
 };
@@ -23,6 +23,7 @@ use super::{
     store::{Store, handed, key},
 };
 use crate::{
+    bounds::Bound,
     mesh::WorkloadKey,
     proxy::{NetnsId, Reconciler},
     socket_file::SocketFile,
@@ -34,8 +35,11 @@ use crate::{
 const HOLD: Duration = Duration::from_secs(15);
 /// How long a request may take to come, and an answer to go.
 const TRANSFER: Duration = Duration::from_secs(5);
-/// Requests at once; more wait in the listen queue. Kubelets start pods one by one or a few at a time.
+/// Requests being read at once; more wait in the listen queue. Only root can connect.
 const AT_ONCE: usize = 128;
+/// Pods whose starts are held at once; more are to be tried again. A node that starts has some
+/// hundreds.
+const HELD: usize = 2048;
 /// Pause after a failed `accept` (out of descriptors), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -44,6 +48,9 @@ struct Desk {
     attachments: Attachments,
     pods: Arc<Reconciler>,
     store: Store,
+    /// Requests that are being answered: a pod whose start is held does not keep another's request
+    /// from being read.
+    held: Semaphore,
 }
 
 /// What earlier agents were handed, below the run directory.
@@ -63,7 +70,7 @@ pub fn serve(
 ) -> io::Result<impl Future<Output = ()> + Send + 'static> {
     let socket = SocketFile::bind(&super::socket(run_dir))?;
     let store = store(run_dir)?;
-    Ok(accept(socket, Arc::new(Desk { attachments, pods, store })))
+    Ok(accept(socket, Arc::new(Desk { attachments, pods, store, held: Semaphore::new(HELD) })))
 }
 
 async fn accept(socket: SocketFile, desk: Arc<Desk>) {
@@ -79,10 +86,9 @@ async fn accept(socket: SocketFile, desk: Arc<Desk>) {
             Ok((stream, _)) => {
                 let desk = Arc::clone(&desk);
                 requests.spawn(async move {
-                    if let Err(error) = answer(&desk, stream).await {
+                    if let Err(error) = answer(&desk, stream, turn).await {
                         debug!(%error, "a request of the CNI plugin");
                     }
-                    drop(turn);
                 });
             }
             Err(error) => {
@@ -93,7 +99,7 @@ async fn accept(socket: SocketFile, desk: Arc<Desk>) {
     }
 }
 
-async fn answer(desk: &Desk, stream: UnixStream) -> io::Result<()> {
+async fn answer(desk: &Desk, stream: UnixStream, turn: OwnedSemaphorePermit) -> io::Result<()> {
     // Descriptors travel with the bytes, which the runtime's streams do not offer.
     let stream = stream.into_std()?;
     stream.set_nonblocking(false)?;
@@ -104,8 +110,16 @@ async fn answer(desk: &Desk, stream: UnixStream) -> io::Result<()> {
         (stream, request)
     });
     let (stream, request) = read.await.map_err(io::Error::other)?;
+    drop(turn);
     let answer = match request {
-        Ok((request, netns)) => desk.act(request, netns).await,
+        Ok((request, netns)) => {
+            if let Ok(_place) = desk.held.try_acquire() {
+                desk.act(request, netns).await
+            } else {
+                Bound::Cni.refused();
+                refused("too many pods of this node are being started at once", true)
+            }
+        }
         Err(error) => Answer::Refused { message: format!("the request cannot be read: {error}"), retry: false },
     };
     spawn_blocking(move || protocol::send_answer(&stream, &answer)).await.map_err(io::Error::other)?

@@ -3,42 +3,47 @@
 use std::{
     future::poll_fn,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
-};
+use tokio::net::{TcpListener, TcpStream};
 use tracing::{debug, warn};
 
-use super::{PodContext, inbound, outbound, plaintext};
-use crate::{capture::inheritance::Purpose, telemetry::RefusalReason};
+use super::{Holder, PodContext, inbound, outbound, plaintext};
+use crate::{
+    bounds::{self, Entry},
+    capture::inheritance::Purpose,
+    telemetry::RefusalReason,
+};
 
 /// How long the listeners of a purpose rest when the process is out of descriptors or memory: nothing signals their return.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 
-/// Starts the loop of a purpose. Its listeners share it, as a node has a thousand pods, each with more than a dozen of them, and the
-/// pod's bound on pending connections, so the kernel's backlog is where a flood waits, not the agent's memory.
+/// Starts the loop of a purpose. Its listeners share it, as a node has a thousand pods, each with
+/// more than a dozen of them.
+///
+/// A loop accepts whatever comes, because what waits in the kernel's queue waits behind everybody
+/// before it. What an accepted connection may take is bounded where it is known whose it is: a
+/// tunnel's handshake by the peer's address, an outbound connection by its destination, plaintext
+/// by the client's address.
 pub(super) fn run(context: &Arc<PodContext>, listeners: Vec<Arc<TcpListener>>, purpose: Purpose) {
     tokio::spawn(accept_loop(Arc::clone(context), Listeners { all: listeners, turn: 0 }, purpose));
 }
 
 async fn accept_loop(context: Arc<PodContext>, mut listeners: Listeners, purpose: Purpose) {
-    let pending = Arc::new(Semaphore::new(context.proxy.limits.pending_per_pod));
     let unenrolled = context.pod.unenrolled();
     tokio::pin!(unenrolled);
     loop {
         let accepted = tokio::select! {
             biased;
             () = &mut unenrolled => return,
-            accepted = listeners.next(&pending) => accepted,
+            accepted = next(&context, &mut listeners, purpose) => accepted,
         };
         match accepted {
-            Ok((stream, peer, permit)) => admit(&context, purpose, stream, peer, permit),
+            Ok(accepted) => start(&context, accepted),
             Err(e) if is_exhaustion(&e) => {
                 warn!(pod = %context.pod.key, error = %e, "cannot accept; raise the descriptor limit (LimitNOFILE)");
                 context.proxy.counters.refuse(RefusalReason::Resources);
@@ -50,7 +55,28 @@ async fn accept_loop(context: Arc<PodContext>, mut listeners: Listeners, purpose
     }
 }
 
-/// Those of one purpose.
+/// A connection, and what it may do next.
+enum Accepted {
+    Outbound(TcpStream, SocketAddr),
+    Tunnel(TcpStream, SocketAddr, Entry<IpAddr>),
+    Plaintext(TcpStream, SocketAddr),
+}
+
+/// The next connection. A tunnel gets a place for its handshake, for which a peer that has been
+/// silent may have to go.
+async fn next(context: &PodContext, listeners: &mut Listeners, purpose: Purpose) -> io::Result<Accepted> {
+    let (stream, peer) = poll_fn(|context| listeners.poll(context)).await?;
+    Ok(match purpose {
+        Purpose::Outbound => Accepted::Outbound(stream, peer),
+        Purpose::Tunnel => {
+            let entry = context.handshakes.enter(&bounds::source(peer.ip())).await;
+            Accepted::Tunnel(stream, peer, entry)
+        }
+        Purpose::Plaintext => Accepted::Plaintext(stream, peer),
+    })
+}
+
+/// The listeners of one purpose.
 struct Listeners {
     all: Vec<Arc<TcpListener>>,
     /// Which is looked at first.
@@ -58,13 +84,6 @@ struct Listeners {
 }
 
 impl Listeners {
-    /// The next connection, once there may be one more that is pending.
-    async fn next(&mut self, pending: &Arc<Semaphore>) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
-        let permit = Arc::clone(pending).acquire_owned().await.expect("the semaphore is never closed");
-        let (stream, peer) = poll_fn(|context| self.poll(context)).await?;
-        Ok((stream, peer, permit))
-    }
-
     /// By turns, so that a busy listener does not keep the others waiting.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<(TcpStream, SocketAddr)>> {
         for _ in 0..self.all.len() {
@@ -78,35 +97,32 @@ impl Listeners {
     }
 }
 
-/// Starts the connection's task, or resets it when the pod has all the connections it may have.
-fn admit(
-    context: &Arc<PodContext>,
-    purpose: Purpose,
-    stream: TcpStream,
-    peer: SocketAddr,
-    pending: OwnedSemaphorePermit,
-) {
-    let Ok(slot) = Arc::clone(&context.connections).try_acquire_owned() else {
-        context.proxy.counters.refuse(RefusalReason::PodLimit);
-        debug!(pod = %context.pod.key, %peer, "refused: the pod has its maximum of connections");
-        reset(stream);
-        return;
-    };
+/// Starts the connection's task.
+fn start(context: &Arc<PodContext>, accepted: Accepted) {
     let context = Arc::clone(context);
-    match purpose {
-        Purpose::Outbound => drop(tokio::spawn(async move {
-            outbound::serve(&context, stream, peer, slot).await;
-            drop(pending);
-        })),
-        Purpose::Tunnel => drop(tokio::spawn(async move {
-            inbound::serve(&context, stream, peer, slot).await;
-            drop(pending);
-        })),
-        Purpose::Plaintext => drop(tokio::spawn(async move {
-            plaintext::serve(&context, stream, peer, slot).await;
-            drop(pending);
-        })),
+    match accepted {
+        Accepted::Outbound(stream, client) => {
+            drop(tokio::spawn(async move { outbound::serve(&context, stream, client).await }));
+        }
+        Accepted::Tunnel(stream, peer, entry) => {
+            drop(tokio::spawn(async move { inbound::serve(&context, stream, peer, entry).await }));
+        }
+        Accepted::Plaintext(stream, peer) => {
+            match context.plaintext.try_enter(Holder::Address(bounds::source(peer.ip()))) {
+                Some(place) => {
+                    drop(tokio::spawn(async move { plaintext::serve(&context, stream, peer, place).await }));
+                }
+                None => full(&context, stream, peer),
+            }
+        }
     }
+}
+
+/// Resets a connection that there is no place for.
+pub(super) fn full(context: &PodContext, stream: TcpStream, peer: SocketAddr) {
+    context.proxy.counters.refuse(RefusalReason::PodLimit);
+    debug!(pod = %context.pod.key, %peer, "refused: the pod has its maximum of connections");
+    reset(stream);
 }
 
 /// Closes with a reset, never with a clean end.

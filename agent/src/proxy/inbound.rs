@@ -7,10 +7,11 @@ use std::{
 };
 
 use rustls::AlertDescription;
-use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, time::timeout};
+use tokio::{net::TcpStream, time::timeout};
 
-use super::{PodContext, dial, observe::Refused};
+use super::{Holder, PodContext, dial, observe::Refused};
 use crate::{
+    bounds::{Entry, Evicted, Place},
     mesh::SpiffeId,
     relay::{DataPath, Direction, NewConnection, Upstream},
     telemetry::{RefusalReason, Reporter, TraceId},
@@ -27,8 +28,9 @@ struct Peer<'a> {
     preamble: Option<&'a Preamble>,
 }
 
-/// Carries one tunnel connection from accept to the relay.
-pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketAddr, slot: OwnedSemaphorePermit) {
+/// Carries one tunnel connection from accept to the relay. The peer has the place of `entry` until
+/// it has proved who it is.
+pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketAddr, mut entry: Entry<IpAddr>) {
     let proxy = &context.proxy;
     let pod = &context.pod;
     let refused = |reason: RefusalReason, detail: &dyn Display, by: &Peer<'_>| {
@@ -43,17 +45,35 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
             trace: by.preamble.and_then(trace),
         });
     };
-    let _ = proxy.certificates.wait_for(&pod.identity, proxy.limits.handshake).await;
-    let began = Instant::now();
-    let mut session = match timeout(proxy.limits.handshake, handshake::accept(stream, &proxy.tls, &pod.identity)).await
-    {
-        Ok(Ok(session)) => session,
-        Ok(Err(e)) => return refused(e.reason(), &e, &Peer::default()),
-        Err(_) => return refused(RefusalReason::Deadline, &"TLS handshake", &Peer::default()),
+    let voucher = entry.voucher();
+    let handshake = {
+        // Boxed, so that what is needed for the handshake goes with the handshake.
+        let mut work = Box::pin(async {
+            let _ = proxy.certificates.wait_for(&pod.identity, proxy.limits.handshake).await;
+            let began = Instant::now();
+            let accepted = handshake::accept_telling(stream, &proxy.tls, &pod.identity, || voucher.progress());
+            (began, timeout(proxy.limits.handshake, accepted).await)
+        });
+        entry.guard(work.as_mut()).await
     };
+    let (began, mut session) = match handshake {
+        Ok((began, Ok(Ok(session)))) => (began, session),
+        Ok((_, Ok(Err(e)))) => return refused(e.reason(), &e, &Peer::default()),
+        Ok((_, Err(_))) => return refused(RefusalReason::Deadline, &"TLS handshake", &Peer::default()),
+        Err(Evicted) => return refused(RefusalReason::PodLimit, &Evicted, &Peer::default()),
+    };
+    drop(entry);
     proxy.telemetry.handshakes.of(Reporter::Destination).observe(began.elapsed().as_secs_f64());
     let identity = session.info.peer.clone();
     let by = Peer { identity: Some(&identity), preamble: None };
+    let Some(place) = context.tunnels.try_enter(Holder::Identity(identity.clone())) else {
+        refused(
+            RefusalReason::PodLimit,
+            &"the pod has its maximum of tunnels, or this peer has nearly all of them",
+            &by,
+        );
+        return session.refuse(AlertDescription::InternalError).await;
+    };
     let preamble = match timeout(proxy.limits.handshake, read_preamble(&mut session)).await {
         Ok(Ok(preamble)) => preamble,
         Ok(Err((reason, detail))) => {
@@ -102,7 +122,7 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
         Ok(Err(e)) => return refused(e.reason(), &e, &by),
         Err(_) => return refused(RefusalReason::Deadline, &"the rest of a record", &by),
     };
-    hand_over(context, tunnel, application, &preamble, to, slot);
+    hand_over(context, tunnel, application, &preamble, to, place);
 }
 
 /// Reads the header and leaves what follows it in `session.plaintext`.
@@ -149,7 +169,7 @@ fn hand_over(
     application: TcpStream,
     preamble: &Preamble,
     to: SocketAddr,
-    slot: OwnedSemaphorePermit,
+    place: Place<Holder>,
 ) {
     let new = NewConnection {
         workload: context.pod.key.clone(),
@@ -166,5 +186,5 @@ fn hand_over(
         cipher: Some(tunnel.info.cipher),
         resumed: tunnel.info.resumed,
     };
-    context.hand_over(application, Upstream::Tunnel(Box::new(tunnel)), new, 0, trace(preamble), slot);
+    context.hand_over(application, Upstream::Tunnel(Box::new(tunnel)), new, 0, trace(preamble), place);
 }

@@ -15,40 +15,47 @@ mod route;
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
-use tokio::{
-    net::TcpStream,
-    runtime::Handle,
-    sync::{OwnedSemaphorePermit, Semaphore},
-};
+use tokio::{net::TcpStream, runtime::Handle};
 use tracing::debug;
 
 pub use policy::Enforcement;
 pub use reconcile::{Applied, NetnsId, PodState, PodStatus, Reconciler};
 
 use crate::{
+    bounds::{Bound, GRACE, Lanes, Place, Pool, Room, Rule},
     capture::{Capture, Pod, inheritance::Purpose},
     identity::CertificateStore,
-    mesh::MeshStore,
+    mesh::{MeshStore, SpiffeId},
     relay::{CloseReason, Connection, ConnectionTable, DataPath, Direction, Job, NewConnection, Relay, Upstream},
     telemetry::{Counters, RefusalReason, Telemetry, TraceId},
     tunnel::TlsConfigs,
 };
 
-/// Bounds that keep one pod from starving another.
+/// Of the handshakes that a pod may have under way, a quarter is one source's share.
+const SOURCES: usize = 4;
+/// A handshake that the peer has not gone on with for this long yields to another one, when there
+/// are too many: the peer may be busy.
+const DIAL_GRACE: Duration = Duration::from_secs(2);
+/// One holder may have this many times as many connections as there are free: see [`Room`].
+const STEPS: usize = 256;
+
+/// Bounds that keep one pod from starving another, and one peer or destination of a pod from
+/// starving the others.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Longest TLS handshake, and longest wait for the PROXY header.
     pub handshake: Duration,
     /// Longest TCP connect to a peer or application.
     pub connect: Duration,
-    /// Connections of one pod between `accept` and the relay, per direction.
+    /// TLS handshakes of one pod at once, for each direction.
     pub pending_per_pod: usize,
-    /// Connections of one pod in all, both directions together.
+    /// Connections of one pod at once: as many outbound, as many tunnels, and as many in plaintext
+    /// that a policy let in.
     pub connections_per_pod: usize,
 }
 
@@ -93,13 +100,51 @@ pub struct Proxy {
 struct PodContext {
     proxy: Arc<Proxy>,
     pod: Arc<Pod>,
-    connections: Arc<Semaphore>,
+    /// Peers that have not proved who they are, by address.
+    handshakes: Arc<Pool<IpAddr>>,
+    /// Handshakes with other pods, by their tunnel's address.
+    dials: Arc<Pool<SocketAddr>>,
+    /// Ways to upstreams.
+    lanes: Arc<Lanes<SocketAddr>>,
+    /// Connections of the pod's own.
+    outbound: Arc<Room<Holder>>,
+    /// Connections of authenticated peers.
+    tunnels: Arc<Room<Holder>>,
+    /// Connections of clients that a policy let in without authentication.
+    plaintext: Arc<Room<Holder>>,
+}
+
+/// Who holds a pod's connections.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Holder {
+    /// A client, or the destination of the pod's own.
+    Address(IpAddr),
+    /// A peer.
+    Identity(SpiffeId),
+}
+
+impl PodContext {
+    fn new(proxy: &Arc<Proxy>, pod: &Arc<Pod>) -> Arc<Self> {
+        let Limits { pending_per_pod: total, connections_per_pod, .. } = proxy.limits;
+        let share = (total / SOURCES).max(1);
+        let room = || Room::new(connections_per_pod, STEPS, Bound::Connections);
+        Arc::new(Self {
+            proxy: Arc::clone(proxy),
+            pod: Arc::clone(pod),
+            handshakes: Pool::new(Rule { total, share, grace: GRACE, bound: Bound::Tunnel }),
+            dials: Pool::new(Rule { total, share, grace: DIAL_GRACE, bound: Bound::Dial }),
+            lanes: Lanes::new(share),
+            outbound: room(),
+            tunnels: room(),
+            plaintext: room(),
+        })
+    }
 }
 
 /// What a connection holds on to until it ends, which is when its sockets are closed.
 struct Held {
     pod: Arc<Pod>,
-    _slot: OwnedSemaphorePermit,
+    _place: Place<Holder>,
     inbound: Option<ToApplication>,
 }
 
@@ -139,11 +184,7 @@ impl Proxy {
     /// Starts the accept loops of a newly enrolled pod. They end when the pod is un-enrolled; its live connections do not.
     pub fn attach(self: &Arc<Self>, pod: &Arc<Pod>) {
         let Some(listeners) = pod.take_listeners() else { return };
-        let context = Arc::new(PodContext {
-            proxy: Arc::clone(self),
-            pod: Arc::clone(pod),
-            connections: Arc::new(Semaphore::new(self.limits.connections_per_pod)),
-        });
+        let context = PodContext::new(self, pod);
         accept::run(&context, listeners.outbound, Purpose::Outbound);
         accept::run(&context, listeners.tunnel, Purpose::Tunnel);
         accept::run(&context, listeners.plaintext, Purpose::Plaintext);
@@ -151,8 +192,8 @@ impl Proxy {
 }
 
 impl PodContext {
-    /// Enters an established connection, on which `early` bytes of the application's have been sent, into the table, counts it, and gives it to the
-    /// relay. `slot` is held until it ends.
+    /// Enters an established connection, on which `early` bytes of the application's have been
+    /// sent, into the table, counts it, and gives it to the relay. `place` is held until it ends.
     fn hand_over(
         &self,
         application: TcpStream,
@@ -160,7 +201,7 @@ impl PodContext {
         new: NewConnection,
         early: usize,
         trace: Option<TraceId>,
-        slot: OwnedSemaphorePermit,
+        place: Place<Holder>,
     ) {
         let Proxy { counters, table, relay, policies, .. } = &*self.proxy;
         let application = match application.into_std() {
@@ -197,7 +238,7 @@ impl PodContext {
             // The client's kernel answers for the address that it connected to.
             Direction::Outbound => None,
         };
-        let guard = Box::new(Held { pod: Arc::clone(&self.pod), _slot: slot, inbound });
+        let guard = Box::new(Held { pod: Arc::clone(&self.pod), _place: place, inbound });
         relay.submit(Job { application: application.into(), upstream, connection, guard });
     }
 }

@@ -9,17 +9,18 @@ use std::{
 };
 
 use socket2::SockRef;
-use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, time::timeout};
+use tokio::{net::TcpStream, time::timeout};
 use tracing::debug;
 
 use super::{
-    PodContext,
-    accept::reset,
+    Holder, PodContext,
+    accept::{full, reset},
     dial,
     observe::Refused,
     route::{self, Plan, Target},
 };
 use crate::{
+    bounds::{Evicted, Place},
     relay::{DataPath, Direction, NewConnection, Upstream},
     sys::tcp,
     telemetry::{RefusalReason, Reporter, TraceId},
@@ -55,12 +56,15 @@ impl From<TunnelError> for Refusal {
 }
 
 /// Carries one captured connection; a refusal is a reset at the application.
-pub(super) async fn serve(context: &PodContext, app: TcpStream, client: SocketAddr, slot: OwnedSemaphorePermit) {
+pub(super) async fn serve(context: &PodContext, app: TcpStream, client: SocketAddr) {
     let counters = &context.proxy.counters;
     let Some(destination) = original_destination(context, &app, client) else {
         counters.refuse(RefusalReason::NoOriginalDestination);
         debug!(pod = %context.pod.key, %client, "reset: nobody's connect() was captured for this connection");
         return reset(app);
+    };
+    let Some(place) = context.outbound.try_enter(Holder::Address(destination.ip().to_canonical())) else {
+        return full(context, app, client);
     };
     let trace = TraceId(rand::random());
     let result = match route::plan(&context.proxy.mesh.load(), destination) {
@@ -68,7 +72,7 @@ pub(super) async fn serve(context: &PodContext, app: TcpStream, client: SocketAd
         Err(reason) => Err(Refusal::new(reason, "no route")),
     };
     match result {
-        Ok((connected, plan)) => hand_over(context, app, client, destination, connected, plan, trace, slot),
+        Ok((connected, plan)) => hand_over(context, app, client, destination, connected, plan, trace, place),
         Err(Refusal { reason, detail, .. }) => {
             context.refused(&Refused {
                 direction: Direction::Outbound,
@@ -132,10 +136,17 @@ async fn connect(
     let unreachable = |to: SocketAddr| {
         move |e: std::io::Error| Refusal::new(RefusalReason::UpstreamUnreachable, format!("connecting to {to}: {e}"))
     };
+    let crowded = |to: SocketAddr| {
+        let detail = format!("{to} has not answered anybody for {:?}, and many wait for it", limits.connect);
+        Refusal::new(RefusalReason::UpstreamUnreachable, detail)
+    };
     match target {
         Target::Plain(to) => {
+            let lane = context.lanes.to(*to);
+            let _turn = lane.turn(limits.connect).await.ok_or_else(|| crowded(*to))?;
             let stream =
                 dial::upstream(pod, bound_source(client, *to), *to, limits.connect).await.map_err(unreachable(*to))?;
+            lane.got_through();
             let io = |e: std::io::Error| Refusal::new(RefusalReason::Resources, format!("leaving the reactor: {e}"));
             Ok((Upstream::Plain(stream.into_std().map_err(io)?.into()), 0))
         }
@@ -147,6 +158,8 @@ async fn connect(
                 ));
             }
             let to = SocketAddr::new(destination.ip(), underpass_abi::TUNNEL_PORT);
+            let lane = context.lanes.to(to);
+            let _turn = lane.turn(limits.connect).await.ok_or_else(|| crowded(to))?;
             let from = bound_source(client, to);
             let stream = dial::upstream(pod, from, to, limits.connect).await.map_err(unreachable(to))?;
             let source_ip = stream.local_addr().map_err(unreachable(to))?.ip();
@@ -169,11 +182,20 @@ async fn connect(
                 context.proxy.telemetry.handshakes.of(Reporter::Source).observe(began.elapsed().as_secs_f64());
                 session.offload(tls.ktls()).await
             };
-            let established = timeout(limits.handshake, establish).await;
+            let mut entry = context.dials.enter(&to).await;
+            let established = {
+                // Boxed, so that a connection that waits for its turn is small.
+                let mut establish = Box::pin(timeout(limits.handshake, establish));
+                entry.guard(establish.as_mut()).await
+            };
             let refusal = match established {
-                Ok(Ok(tunnel)) => return Ok((Upstream::Tunnel(Box::new(tunnel)), early)),
-                Ok(Err(e)) => e.into(),
-                Err(_) => Refusal::new(
+                Ok(Ok(Ok(tunnel))) => {
+                    lane.got_through();
+                    return Ok((Upstream::Tunnel(Box::new(tunnel)), early));
+                }
+                Ok(Ok(Err(e))) => e.into(),
+                Err(Evicted) => Refusal::new(RefusalReason::PodLimit, format!("handshake with {to}: {Evicted}")),
+                Ok(Err(_)) => Refusal::new(
                     RefusalReason::Deadline,
                     format!("no handshake with {to} within {:?}", limits.handshake),
                 ),
@@ -214,7 +236,7 @@ fn hand_over(
     connected: Connected,
     plan: Plan,
     trace: TraceId,
-    slot: OwnedSemaphorePermit,
+    place: Place<Holder>,
 ) {
     let Connected { upstream, target, early } = connected;
     let (peer, to) = match target {
@@ -242,5 +264,5 @@ fn hand_over(
         cipher,
         resumed,
     };
-    context.hand_over(app, upstream, new, early, Some(trace), slot);
+    context.hand_over(app, upstream, new, early, Some(trace), place);
 }

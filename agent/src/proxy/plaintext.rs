@@ -2,18 +2,19 @@
 
 use std::net::SocketAddr;
 
-use tokio::{net::TcpStream, sync::OwnedSemaphorePermit};
+use tokio::net::TcpStream;
 use tracing::debug;
 use underpass_abi::is_agent_port;
 
-use super::{PodContext, accept::reset, dial, observe::Refused};
+use super::{Holder, PodContext, accept::reset, dial, observe::Refused};
 use crate::{
+    bounds::Place,
     relay::{DataPath, Direction, NewConnection, Upstream},
     telemetry::RefusalReason,
 };
 
 /// Carries one connection from accept to the relay; a refusal is a reset.
-pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketAddr, slot: OwnedSemaphorePermit) {
+pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketAddr, place: Place<Holder>) {
     let (proxy, pod) = (&context.proxy, &context.pod);
     // The socket has the addresses of the packet, whatever its listener's are.
     let destination = match stream.local_addr() {
@@ -67,5 +68,5 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
         cipher: None,
         resumed: false,
     };
-    context.hand_over(application, upstream, new, 0, None, slot);
+    context.hand_over(application, upstream, new, 0, None, place);
 }

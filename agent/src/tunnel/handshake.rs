@@ -35,16 +35,26 @@ pub async fn connect(
 ) -> Result<Session, TunnelError> {
     let (config, _) = configs.client(local, peer).ok_or_else(|| no_certificate(local))?;
     let connection = UnbufferedClientConnection::new(config, peer_name()).map_err(|e| refusal(&e))?;
-    handshake(stream, Driver::new(connection), configs, local, &Accepted::Exactly(peer.clone()), first).await
+    handshake(stream, Driver::new(connection), configs, local, &Accepted::Exactly(peer.clone()), first, || {}).await
 }
 
 /// Handshakes as a server. Refusals have been sent to the peer as alerts (drained as [`Session::refuse`] does) when this returns
 /// an error. The caller bounds the time.
 pub async fn accept(stream: TcpStream, configs: &TlsConfigs, local: &SpiffeId) -> Result<Session, TunnelError> {
+    accept_telling(stream, configs, local, || {}).await
+}
+
+/// [`accept`] that says when the peer's part is all that is missing: its hello is answered.
+pub(crate) async fn accept_telling(
+    stream: TcpStream,
+    configs: &TlsConfigs,
+    local: &SpiffeId,
+    answered: impl Fn(),
+) -> Result<Session, TunnelError> {
     let (config, _) = configs.server(local).ok_or_else(|| no_certificate(local))?;
     let connection = UnbufferedServerConnection::new(config).map_err(|e| refusal(&e))?;
     let accepted = Accepted::Domain(configs.trust_domain().clone());
-    handshake(stream, Driver::new(connection), configs, local, &accepted, Vec::new).await
+    handshake(stream, Driver::new(connection), configs, local, &accepted, Vec::new, answered).await
 }
 
 fn no_certificate(local: &SpiffeId) -> TunnelError {
@@ -61,6 +71,7 @@ async fn handshake<C: Unbuffered>(
     local: &SpiffeId,
     accepted: &Accepted,
     first: impl FnOnce() -> Vec<u8>,
+    answered: impl Fn(),
 ) -> Result<Session, TunnelError> {
     loop {
         let step = driver.advance();
@@ -76,6 +87,7 @@ async fn handshake<C: Unbuffered>(
                 (Err(_), _) | (_, Ok(())) => {}
                 (_, Err(source)) => return Err(TunnelError::Io { action: "sending the TLS handshake", source }),
             }
+            answered();
         }
         match step {
             Ok(Step::Done) => unreachable!("the loop has ended"),

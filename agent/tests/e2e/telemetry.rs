@@ -9,7 +9,7 @@ use testbed::{Node, Process};
 use crate::world::{Stage, World, app, app_error, at, data_path, eventually, serve};
 
 /// What the agent of a node answers, with the status in front.
-fn http(node: &Node, method: &str, url: &str) -> Result<(u16, String)> {
+pub fn http(node: &Node, method: &str, url: &str) -> Result<(u16, String)> {
     let mut curl = node.command("curl");
     curl.args(["-sS", "-X", method, "-w", "\n%{http_code}", url]);
     let output = Process::spawn(&mut curl)?.output(Duration::from_secs(20))?.success()?;
@@ -17,7 +17,7 @@ fn http(node: &Node, method: &str, url: &str) -> Result<(u16, String)> {
     Ok((status.parse()?, body.to_owned()))
 }
 
-fn get(node: &Node, port: u16, path: &str) -> Result<String> {
+pub fn get(node: &Node, port: u16, path: &str) -> Result<String> {
     let (status, body) = http(node, "GET", &format!("http://127.0.0.1:{port}{path}"))?;
     ensure!(status == 200, "{path}: {status} {body}");
     Ok(body)

@@ -28,7 +28,7 @@ use axum::{
     http::{StatusCode, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
 };
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::sleep};
+use tokio::{net::TcpListener, task::JoinSet, time::sleep};
 use tracing::warn;
 
 pub use admin::router as admin;
@@ -37,6 +37,7 @@ pub use metrics::router as metrics;
 
 use super::server;
 use crate::{
+    bounds::{self, Bound, Pool, Rule},
     identity::CertificateStore,
     mesh::MeshStore,
     proxy::{Applied, PodStatus},
@@ -45,8 +46,12 @@ use crate::{
     telemetry::Telemetry,
 };
 
-/// Connections served at once on one port; more wait in the listen queue.
-const MAX_CONNECTIONS: usize = 16;
+/// Connections served at once on one port, from the node itself and from elsewhere: whoever is on
+/// the network cannot take the kubelet's.
+const OWN: usize = 16;
+const FOREIGN: usize = 48;
+/// A source's share is one of so many.
+const SOURCES: usize = 4;
 /// Pause after a failed `accept` (out of descriptors), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -95,21 +100,24 @@ fn no_ipv6(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
 }
 
-/// Answers until it is dropped.
-pub async fn serve(listener: TcpListener, router: Router) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+/// Answers until it is dropped. Who says nothing loses the place to whoever comes.
+pub async fn serve(listener: TcpListener, router: Router, bound: Bound) {
+    let pool = |total| Pool::new(Rule { total, share: total / SOURCES, grace: Duration::ZERO, bound });
+    let (own, foreign) = (pool(OWN), pool(FOREIGN));
     // Dropped with this future, and every connection with it.
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
-        let slot = Arc::clone(&slots).acquire_owned().await.expect("the semaphore is never closed");
         match listener.accept().await {
-            Ok((stream, _)) => {
-                let router = router.clone();
-                connections.spawn(async move {
-                    server::connection(stream, router).await;
-                    drop(slot);
-                });
+            Ok((stream, peer)) => {
+                let here = peer.ip().to_canonical();
+                let is_own = here.is_loopback() || stream.local_addr().is_ok_and(|to| to.ip().to_canonical() == here);
+                let pool = if is_own { &own } else { &foreign };
+                let Ok(entry) = pool.try_enter(&bounds::source(here)) else {
+                    pool.refuse();
+                    continue;
+                };
+                connections.spawn(server::guarded(stream, router.clone(), entry));
             }
             Err(reason) => {
                 warn!(%reason, "admin port: accept failed");

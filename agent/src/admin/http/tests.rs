@@ -20,6 +20,7 @@ use tokio::{
 
 use super::{Health, NodeView, View, bind, health::STUCK, metrics, serve};
 use crate::{
+    bounds::Bound,
     identity::{CertificateStore, LocalIssuer},
     mesh::{MeshStore, Snapshot, WorkloadKey},
     proxy::{Applied, PodState, PodStatus},
@@ -139,7 +140,7 @@ impl Scene {
     async fn ask(&mut self, router: axum::Router, request: &str) -> (u16, String) {
         let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let mut stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let server = self.tasks.spawn(serve(listener, router));
+        let server = self.tasks.spawn(serve(listener, router, Bound::Probes));
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         timeout(SOON, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
@@ -157,6 +158,29 @@ impl Scene {
         let router = super::health(Arc::clone(&self.health));
         self.ask(router, &format!("GET /healthz/{what} HTTP/1.1\r\nHost: 10.0.0.1\r\n\r\n")).await
     }
+}
+
+/// More idle connections than a port serves, from the node itself: the newest is answered.
+#[tokio::test]
+async fn idle_connections_do_not_keep_others_from_a_port() {
+    let mut tasks = JoinSet::new();
+    let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let to = listener.local_addr().unwrap();
+    tasks.spawn(serve(listener, super::health(Arc::default()), Bound::Probes));
+    let mut idle = Vec::new();
+    for n in 0..100 {
+        let mut stream = TcpStream::connect(to).await.unwrap();
+        // Nothing at all, or the beginning of a request.
+        stream.write_all(&b"GET /healthz/live HTTP/1.1\r\n"[..n % 28]).await.unwrap();
+        idle.push(stream);
+    }
+    let began = std::time::Instant::now();
+    let mut stream = TcpStream::connect(to).await.unwrap();
+    stream.write_all(b"GET /healthz/live HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    timeout(SOON, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
 }
 
 fn new(workload: &WorkloadKey) -> NewConnection {

@@ -2,16 +2,18 @@
 
 use std::{
     num::NonZeroU32,
-    time::{Duration, SystemTime},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
 };
 
 use rcgen::{CertificateParams, DnType, KeyPair, SanType};
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
+use tokio::net::TcpStream;
 use tonic::Code;
 use x509_parser::{certificate::X509Certificate, prelude::FromDer as _};
 
 use super::{
-    Lines, Raw, Replica,
+    Files, Lines, Raw, Replica,
     cluster::{Token, agent, pod},
     csr, eventually, identity, leaf, request, settings, two_nodes,
 };
@@ -274,6 +276,50 @@ async fn a_flood_without_tokens_does_not_reach_the_api_server() {
     assert!(lines < 150, "{lines} lines");
     assert!(metrics.contains("underpass_ca_refusals_not_logged_total "), "{metrics}");
     assert!(!metrics.contains("underpass_ca_refusals_not_logged_total 0\n"), "{metrics}");
+}
+
+/// More connections than there may be, of which some have got as far as HTTP/2, and nobody asks for
+/// anything.
+#[tokio::test]
+async fn connections_without_a_token_do_not_keep_agents_out() {
+    let cluster = two_nodes();
+    let mut settings = settings();
+    settings.rates.connections = 32;
+    let replica = Replica::start(&cluster, settings).await;
+    let known = Raw::new(&cluster, &replica).await;
+    let (one, two) = (cluster.agent_token("agent-n1"), cluster.agent_token("agent-n2"));
+    known.ask(&one, WEB).await.expect("the control");
+
+    let mut silent = Vec::new();
+    for _ in 0..200 {
+        silent.push(TcpStream::connect(replica.address).await.unwrap());
+    }
+    let pem = std::fs::read(Files::new(&cluster, "none").await.root_file()).unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(&pem).unwrap()).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let mut config = config.with_root_certificates(roots).with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let tls = tokio_rustls::TlsConnector::from(Arc::new(config));
+    let mut idle = Vec::new();
+    for _ in 0..40 {
+        let stream = TcpStream::connect(replica.address).await.unwrap();
+        idle.push(tls.connect("underpass-ca.mesh.svc".try_into().unwrap(), stream).await.unwrap());
+    }
+
+    let began = Instant::now();
+    Raw::new(&cluster, &replica).await.ask(&two, CACHE).await.expect("a new agent is served");
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    let connections = async || {
+        let metrics = replica.get("/metrics").await.1;
+        let line = metrics.lines().find_map(|line| line.strip_prefix("underpass_ca_connections_total "));
+        line.unwrap().parse::<u64>().unwrap()
+    };
+    let before = connections().await;
+    known.ask(&one, WEB).await.expect("and the one that was there");
+    assert_eq!(connections().await, before, "on the connection that it had");
+    drop((silent, idle));
 }
 
 #[tokio::test]

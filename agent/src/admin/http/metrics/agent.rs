@@ -13,6 +13,7 @@ use super::{
     encode::{NONE, counter, gauge, histogram},
 };
 use crate::{
+    bounds::{Bound, evictions, refusals},
     relay::{CloseReason, Connection, DataPath, Direction},
     telemetry::{KtlsFallback, RefusalReason, Reporter, logging},
 };
@@ -96,6 +97,7 @@ fn ends(to: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result {
     counter(to, "underpass_connections_closed", "Established connections that ended, and why", closed)?;
     let refused = RefusalReason::ALL.map(|reason| ([("reason", reason.as_str())], telemetry.counters.refused(reason)));
     counter(to, "underpass_refusals", "Connections refused or cut, and why", refused)?;
+    bounds(to)?;
     let sides =
         |client: &'static str, server: &'static str| [(Reporter::Source, client), (Reporter::Destination, server)];
     histogram(
@@ -110,6 +112,17 @@ fn ends(to: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result {
         "Lives of established connections that ended",
         sides("outbound", "inbound").map(|(side, way)| ([("direction", way)], telemetry.lifetimes.of(side))),
     )
+}
+
+fn bounds(to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let by_pool = |count: fn(Bound) -> u64| Bound::AGENT.map(|bound| ([("pool", bound.as_str())], count(bound)));
+    counter(
+        to,
+        "underpass_pool_evictions",
+        "Peers that had said nothing and lost their place to a newcomer",
+        by_pool(evictions),
+    )?;
+    counter(to, "underpass_pool_refusals", "Newcomers that found no place", by_pool(refusals))
 }
 
 fn relay(to: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result {
