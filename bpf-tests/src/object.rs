@@ -34,6 +34,8 @@ pub enum Verdict {
     Pass,
     /// `TC_ACT_SHOT`.
     Drop,
+    /// `TC_ACT_REDIRECT`: the packet, changed, goes elsewhere.
+    Redirect,
 }
 
 /// Which tc program.
@@ -109,20 +111,30 @@ impl Loaded {
 
     /// Runs a tc program over a packet.
     pub fn run(&self, direction: Direction, link: LinkLayer, packet: &[u8]) -> Result<Verdict> {
+        Ok(self.turned(direction, link, packet)?.0)
+    }
+
+    /// The same, with what has become of the packet.
+    pub fn turned(&self, direction: Direction, link: LinkLayer, packet: &[u8]) -> Result<(Verdict, Vec<u8>)> {
         let name = match (direction, link) {
             (Direction::Guard, LinkLayer::None) => underpass_abi::programs::GUARD_L3,
             (Direction::Guard, _) => underpass_abi::programs::GUARD,
             (Direction::Inbound, LinkLayer::None) => underpass_abi::programs::INBOUND_L3,
             (Direction::Inbound, _) => underpass_abi::programs::INBOUND,
         };
-        let input = ProgramInput { data_in: Some(packet), ..ProgramInput::default() };
+        let mut after = vec![0; packet.len()];
+        let input = ProgramInput { data_in: Some(packet), data_out: Some(&mut after), ..ProgramInput::default() };
         let output =
             self.program(name)?.test_run(input).with_context(|| format!("running {name} over {packet:02x?}"))?;
-        match output.return_value.cast_signed() {
-            -1 => Ok(Verdict::Pass),
-            2 => Ok(Verdict::Drop),
+        let verdict = match output.return_value.cast_signed() {
+            -1 => Verdict::Pass,
+            2 => Verdict::Drop,
+            7 => Verdict::Redirect,
             other => anyhow::bail!("{name} returned {other} for {packet:02x?}"),
-        }
+        };
+        let length = output.data.map_or(0, |data| data.len());
+        after.truncate(length);
+        Ok((verdict, after))
     }
 
     /// Runs a packet, and panics unless exactly `expected` is counted and the verdict goes with it (`None`: passed, nothing
@@ -152,6 +164,8 @@ impl Loaded {
         assert_eq!(counted, wanted, "{direction:?}, {case}: what was counted");
         let passes = [Counter::InboundAssigned, Counter::InboundProbe];
         let drops = expected.is_some_and(|counter| !passes.contains(&counter));
+        // The interface of these runs has another address than the packets, so none of them is
+        // answered.
         let wanted = if drops { Verdict::Drop } else { Verdict::Pass };
         assert_eq!(verdict, wanted, "{direction:?}, {case}: verdict");
         Ok(())
@@ -266,6 +280,12 @@ impl Loaded {
     /// Sets an entry.
     pub fn update<K: Pod, V: Pod>(&self, map: &str, key: &K, value: &V) -> Result<()> {
         self.map(map)?.update(bytes(key), bytes(value), MapFlags::ANY).with_context(|| format!("updating {map}"))
+    }
+
+    /// An entry.
+    pub fn lookup<K: Pod, V: Pod>(&self, map: &str, key: &K) -> Result<Option<V>> {
+        let value = self.map(map)?.lookup(bytes(key), MapFlags::ANY).with_context(|| format!("reading {map}"))?;
+        value.map(|value| read(&value)).transpose()
     }
 
     /// Removes an entry.

@@ -174,6 +174,7 @@ fn probes_are_known_by_the_cgroup_of_their_socket() -> Result<()> {
         {
             let loaded = with_mode(flags)?;
             loaded.probe_cgroup(number)?;
+            loaded.port_rule(POD, 80, DIRECTION_PROBE, PORT_PROBE)?;
             let on_syn = if known { InboundProbe } else { refused };
             let on_ack = (!known).then_some(InboundNoSocket);
             for host in HOSTS {
@@ -181,6 +182,8 @@ fn probes_are_known_by_the_cgroup_of_their_socket() -> Result<()> {
                 loaded.expect(Inbound, &format!("{case}, SYN"), &tcp(host, 80, SYN), Some(on_syn))?;
                 loaded.expect(Inbound, &format!("{case}, ACK"), &tcp(host, 80, ACK), on_ack)?;
                 loaded.expect(Inbound, &case, &tcp(host, 15006, SYN), Some(InboundAgentPort))?;
+                // The kubelet has no business on a port that the pod does not declare.
+                loaded.expect(Inbound, &format!("{case}, undeclared"), &tcp(host, 81, SYN), Some(refused))?;
             }
         }
         let permissive = with_mode(0)?;
@@ -214,15 +217,22 @@ fn declared_ports_take_probes_from_the_nodes_addresses() -> Result<()> {
 }
 
 #[test]
-fn fragments_of_tcp_do_not_enter() -> Result<()> {
-    for (mode, loaded) in [("STRICT", with_mode(POD_STRICT)?), ("PERMISSIVE", with_mode(0)?)] {
+fn fragments_are_judged_by_the_first_one() -> Result<()> {
+    let strict = Some(InboundStrictDropped);
+    let short = |host: &str, length| tcp(host, 80, SYN).fragment(0, true).payload_of(length);
+    for (mode, loaded, refused) in [("STRICT", with_mode(POD_STRICT)?, strict), ("PERMISSIVE", with_mode(0)?, None)] {
         for host in HOSTS {
             for (case, packet, expected) in [
-                ("later", tcp(host, 80, ACK).fragment(1, true), Some(FragmentDropped)),
-                ("last", tcp(host, 15008, ACK).fragment(185, false), Some(FragmentDropped)),
-                ("tiny first", tcp(host, 80, SYN).fragment(0, true).payload_of(8), Some(FragmentDropped)),
-                ("19 bytes", tcp(host, 15008, SYN).fragment(0, true).payload_of(19), Some(FragmentDropped)),
-                ("first, tunnel", tcp(host, 15008, ACK).fragment(0, true), None),
+                ("first", tcp(host, 80, SYN).fragment(0, true), refused),
+                ("first, tunnel", tcp(host, 15008, SYN).fragment(0, true), None),
+                ("first, the agent's", tcp(host, 15006, SYN).fragment(0, true), Some(InboundAgentPort)),
+                ("behind the header", tcp(host, 80, ACK).fragment(3, true), None),
+                ("last", tcp(host, 15008, ACK).fragment(185, false), None),
+                // These could be put over the ports or flags that the first one was judged by.
+                ("over ports and flags", tcp(host, 80, ACK).fragment(1, true), Some(FragmentDropped)),
+                ("over flags", tcp(host, 80, ACK).fragment(2, false), Some(FragmentDropped)),
+                ("tiny first", short(host, 8), Some(FragmentDropped)),
+                ("19 bytes", short(host, 19), Some(FragmentDropped)),
                 ("UDP, first", udp(host, 80).fragment(0, true), None),
                 ("UDP, later", udp(host, 15053).fragment(1, true), None),
                 ("UDP, last", udp(host, 80).fragment(185, false), None),
@@ -234,6 +244,39 @@ fn fragments_of_tcp_do_not_enter() -> Result<()> {
     Ok(())
 }
 
+/// The receiver cuts a packet where its IP header says, and takes the rest of the TCP header from
+/// the next fragment.
+#[test]
+fn padding_is_no_tcp_header() -> Result<()> {
+    let loaded = with_mode(POD_STRICT)?;
+    for (host, length_at) in [(HOSTS[0], 2), (HOSTS[1], 4)] {
+        for link in Link::ALL {
+            let whole = tcp(host, 15008, ACK).fragment(0, true).bytes(link);
+            let at = link.len() + length_at;
+            let length = u16::from_be_bytes([whole[at], whole[at + 1]]);
+            for (cut, expected) in [(0, None), (4, Some(FragmentDropped)), (12, Some(FragmentDropped))] {
+                let mut padded = whole.clone();
+                padded[at..at + 2].copy_from_slice(&(length - cut).to_be_bytes());
+                loaded.expect_bytes(Inbound, &format!("{cut} bytes of padding, {host}"), link, &padded, expected)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The kernel forgets which listener was chosen for a fragment, and would take the packet to the
+/// application.
+#[test]
+fn a_fragmented_syn_is_not_handed_over() -> Result<()> {
+    let loaded = with_mode(POD_ASSIGN)?;
+    for host in HOSTS {
+        let whole = tcp(host, 80, SYN);
+        loaded.expect(Inbound, &format!("whole, {host}"), &whole, Some(InboundAssignFailed))?;
+        loaded.expect(Inbound, &format!("first, {host}"), &whole.fragment(0, true), Some(FragmentDropped))?;
+    }
+    Ok(())
+}
+
 #[test]
 fn extension_headers_do_not_hide_tcp() -> Result<()> {
     use Extension::{Authentication, Destination, Fragment, HopByHop, Routing};
@@ -241,7 +284,8 @@ fn extension_headers_do_not_hide_tcp() -> Result<()> {
     let every = [HopByHop(8), Destination(16), Routing(24), Fragment(0, false), Authentication, Destination(8)];
     let seven = [&every[..], &[Destination(8)]].concat();
     let later = [Fragment(2, true), Destination(8)];
-    let cases: [(&str, Packet, &[Extension], Option<Counter>); 7] = [
+    let rest = [Fragment(3, true), Destination(8)];
+    let cases: [(&str, Packet, &[Extension], Option<Counter>); 8] = [
         ("SYN", tcp(HOSTS[1], 80, SYN), &every, Some(InboundStrictDropped)),
         ("ACK", tcp(HOSTS[1], 80, ACK), &every, Some(InboundNoSocket)),
         ("agent port", tcp(HOSTS[1], 15006, SYN), &every, Some(InboundAgentPort)),
@@ -249,6 +293,7 @@ fn extension_headers_do_not_hide_tcp() -> Result<()> {
         ("UDP", udp(HOSTS[1], 80), &every, None),
         ("seven headers", tcp(HOSTS[1], 15008, SYN), &seven, Some(InboundUnparsable)),
         ("later fragment of an extension header", tcp(HOSTS[1], 15008, SYN), &later, Some(FragmentDropped)),
+        ("one behind the first 24 bytes", tcp(HOSTS[1], 80, SYN), &rest, None),
     ];
     for (case, packet, extensions, expected) in cases {
         loaded.expect(Inbound, case, &packet.extensions(extensions), expected)?;
@@ -290,7 +335,7 @@ fn damaged_packets_get_a_verdict() -> Result<()> {
                     damaged[position] = value;
                     match loaded.run(Inbound, link, &damaged)? {
                         Verdict::Pass => verdicts[0] += 1,
-                        Verdict::Drop => verdicts[1] += 1,
+                        Verdict::Drop | Verdict::Redirect => verdicts[1] += 1,
                     }
                 }
             }

@@ -9,7 +9,7 @@ use libbpf_rs::{MapCore as _, MapType, Program, query::ProgInfoIter};
 use underpass::capture::object::{ABI_HASH, OBJECT, OBJECT_WITH_LOG};
 use underpass_abi::{COUNTERS, POD_ID_GLOBAL, capacity, programs};
 
-const PROGRAMS: [&str; 11] = [
+const PROGRAMS: [&str; 12] = [
     programs::CONNECT4,
     programs::CONNECT6,
     programs::GETPEERNAME4,
@@ -17,6 +17,7 @@ const PROGRAMS: [&str; 11] = [
     programs::GETSOCKNAME4,
     programs::GETSOCKNAME6,
     programs::SOCKOPS,
+    programs::PROBE,
     programs::GUARD,
     programs::GUARD_L3,
     programs::INBOUND,
@@ -42,6 +43,7 @@ fn maps_are_what_the_agent_expects() -> Result<()> {
         ("EXCLUDED_CIDRS", MapType::LpmTrie, 24, 4, capacity::EXCLUDED_CIDRS, NO_PREALLOC),
         ("PORT_RULES", MapType::Hash, 8, 4, capacity::PORT_RULES, NO_PREALLOC),
         ("PROBE_CGROUPS", MapType::Hash, 8, 4, capacity::PROBE_CGROUPS, NO_PREALLOC),
+        ("PROBES", MapType::LruHash, 36, 16, capacity::PROBES, 0),
         ("NODE_ADDRESSES", MapType::Hash, 16, 4, capacity::NODE_ADDRESSES, NO_PREALLOC),
         ("SOCKETS", MapType::SkStorage, 4, 24, 0, NO_PREALLOC),
         ("FLOWS", MapType::Hash, 48, 32, capacity::FLOWS, NO_PREALLOC),
@@ -134,6 +136,7 @@ fn aya_loads_both_variants() -> Result<()> {
             match program {
                 AyaProgram::CgroupSockAddr(program) => program.load(),
                 AyaProgram::SockOps(program) => program.load(),
+                AyaProgram::CgroupSkb(program) => program.load(),
                 AyaProgram::SchedClassifier(program) => program.load(),
                 other => anyhow::bail!("{name} is a {:?}", other.prog_type()),
             }

@@ -27,10 +27,17 @@ pub struct Ends {
 
 /// Counts a refusal and tells user space about it.
 #[inline(always)]
-pub fn refuse(ctx: &impl EbpfContext, counter: Counter, pod_id: u32, ends: &Ends) {
+pub fn report(counter: Counter, pod_id: u32, ends: &Ends) {
     count(counter);
     let &Ends { src, dst, src_port, dst_port } = ends;
     EVENTS.send(Event { kind: counter as u32, pod_id, src, dst, src_port, dst_port, _pad: 0 });
+}
+
+/// [`report`], and a line with feature `log`.
+#[inline(always)]
+pub fn refuse(ctx: &impl EbpfContext, counter: Counter, pod_id: u32, ends: &Ends) {
+    report(counter, pod_id, ends);
+    let &Ends { src, dst, src_port, dst_port } = ends;
     log::info!(
         ctx,
         "refused, reason {}, pod {}: {:i}:{} to {:i}:{}",
@@ -41,5 +48,5 @@ pub fn refuse(ctx: &impl EbpfContext, counter: Counter, pod_id: u32, ends: &Ends
         dst,
         dst_port
     );
-    let _ = ctx;
+    let _ = (ctx, src, dst, src_port, dst_port);
 }

@@ -42,7 +42,7 @@ fn judge(ctx: &TcContext, link: Link) -> i32 {
         Kind::Tcp if payload.is_syn() => (Counter::GuardDropped, Some(payload.dst_port)),
         Kind::TcpPiece => (Counter::FragmentDropped, None),
         Kind::Unparsable => (Counter::GuardUnparsable, None),
-        Kind::Tcp | Kind::Udp | Kind::Other => return PASS,
+        Kind::Tcp | Kind::TcpRest | Kind::Udp | Kind::Other => return PASS,
     };
     let pod_id = POD_ID.load();
     // SAFETY: the value stays readable while the program runs (RCU).

@@ -12,10 +12,10 @@ use underpass_abi::{
 
 use crate::{
     decide,
-    events::{count, refuse},
+    events::{count, report},
     maps::POD_ID,
     parse::{self, Kind, Link, Packet},
-    probe, socket,
+    probe, reset, socket,
 };
 
 /// Not our business: the next program on the interface decides.
@@ -48,10 +48,11 @@ fn judge(ctx: &TcContext, link: Link) -> i32 {
         Kind::Udp if packet.payload.dst_port == DNS_PORT => Counter::InboundAgentPort,
         Kind::TcpPiece => Counter::FragmentDropped,
         Kind::Unparsable => Counter::InboundUnparsable,
-        Kind::Udp | Kind::Other => return PASS,
+        Kind::TcpRest | Kind::Udp | Kind::Other => return PASS,
     };
-    refuse(ctx, reason, pod_id, &packet.ends());
-    TC_ACT_SHOT
+    // A line for aya-log would not fit on the stack beside the answer; the event says the same.
+    report(reason, pod_id, &packet.ends());
+    if packet.payload.kind == Kind::Tcp { reset::answer(ctx, &packet, pod_id) } else { TC_ACT_SHOT }
 }
 
 #[inline(always)]
@@ -85,6 +86,11 @@ fn tcp(ctx: &TcContext, packet: &Packet, pod_id: u32) -> Result<(), Counter> {
     }
     if action != PORT_ASSIGN {
         return Err(Counter::InboundStrictDropped);
+    }
+    // The kernel puts fragments together after this program and forgets the socket that was chosen
+    // here: the SYN would reach the application.
+    if packet.payload.fragmented {
+        return Err(Counter::FragmentDropped);
     }
     let assigned = Socket::lookup(ctx, packet, PLAINTEXT_PORT).is_some_and(|socket| socket.take(ctx));
     if !assigned {

@@ -2,7 +2,7 @@
 //!
 //! One file per hook: [`connect`] rewrites destinations, [`sockops`] tells the agent what they were, [`names`] hides the
 //! rewriting from the application, [`guard`] stops what escaped capture, [`inbound`] decides about plaintext arriving,
-//! with [`probe`] knowing what the kubelet sends.
+//! [`probe`] recognises what the kubelet sends, [`reset`] answers what is refused.
 //! Helpers are those of Linux 6.1; user space finds programs and maps by the names in `underpass_abi`.
 #![no_std]
 #![no_main]
@@ -17,6 +17,7 @@ mod maps;
 mod names;
 mod parse;
 mod probe;
+mod reset;
 mod socket;
 mod sockops;
 

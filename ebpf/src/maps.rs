@@ -3,13 +3,13 @@
 use aya_ebpf::{
     Global,
     bindings::{BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_RINGBUF},
-    btf_maps::{HashMap, LpmTrie, PerCpuArray, SkStorage},
+    btf_maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage},
     helpers::generated::{bpf_ringbuf_reserve, bpf_ringbuf_submit},
     macros::btf_map,
 };
 use underpass_abi::{
     Address, COUNTERS as COUNTER_COUNT, ExcludeKey, FlowKey, MeshEntry, OriginalDestination, PodConfig, PortKey,
-    PortRule, SocketState, capacity,
+    PortRule, ProbeKey, ProbeSyn, SocketState, capacity,
 };
 
 /// Memory is taken as entries come: most nodes use a fraction of the capacities.
@@ -39,7 +39,12 @@ pub static PORT_RULES: HashMap<PortKey, PortRule, { capacity::PORT_RULES }, GROW
 #[btf_map]
 pub static PROBE_CGROUPS: HashMap<u64, u32, { capacity::PROBE_CGROUPS }, GROWING> = HashMap::new();
 
-/// The node's own addresses, where probes come from when their sockets cannot be seen; the value says nothing.
+/// Connections that the probe cgroups have just begun to open.
+#[btf_map]
+pub static PROBES: LruHashMap<ProbeKey, ProbeSyn, { capacity::PROBES }> = LruHashMap::new();
+
+/// The node's own addresses, when declared probe ports take plaintext from all of them; the value
+/// says nothing.
 #[btf_map]
 pub static NODE_ADDRESSES: HashMap<Address, u32, { capacity::NODE_ADDRESSES }, GROWING> = HashMap::new();
 

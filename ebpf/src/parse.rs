@@ -18,6 +18,8 @@ pub enum Link {
 pub struct Packet {
     pub src: Address,
     pub dst: Address,
+    /// Where the IP header begins, in bytes from the start of the packet.
+    pub network: usize,
     pub payload: Payload,
 }
 
@@ -30,6 +32,10 @@ pub struct Payload {
     pub dst_port: u16,
     /// TCP flags; 0 for other kinds.
     pub flags: u8,
+    /// Is the rest of it in other fragments? Known for TCP only.
+    pub fragmented: bool,
+    /// Where the TCP header begins, in bytes from the start of the packet; 0 for other kinds.
+    pub offset: usize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -39,8 +45,13 @@ pub enum Kind {
     Tcp,
     /// UDP with its ports.
     Udp,
-    /// A fragment of TCP (or of what could be TCP) without the whole TCP header.
+    /// A fragment that may hold a part of the TCP header, but not all of it: ports and flags would
+    /// be judged on bytes that are not there, or that another fragment replaces.
     TcpPiece,
+    /// A fragment that begins behind the TCP header. The receiver needs the first fragment to make
+    /// a packet of it, and that one is judged like a whole packet. Linux discards a packet whose
+    /// fragments overlap (RFC 5722; IPv4 since 4.19).
+    TcpRest,
     /// Could be TCP, and ends or goes on in a way that does not let us find out.
     Unparsable,
     /// Neither.
@@ -58,12 +69,13 @@ impl Payload {
 impl From<Kind> for Payload {
     #[inline(always)]
     fn from(kind: Kind) -> Self {
-        Self { kind, src_port: 0, dst_port: 0, flags: 0 }
+        Self { kind, src_port: 0, dst_port: 0, flags: 0, fragmented: false, offset: 0 }
     }
 }
 
-const TCP_SYN: u8 = 0x02;
-const TCP_ACK: u8 = 0x10;
+pub const TCP_SYN: u8 = 0x02;
+pub const TCP_RST: u8 = 0x04;
+pub const TCP_ACK: u8 = 0x10;
 
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
@@ -77,6 +89,11 @@ const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
 const DESTINATION_OPTIONS: u8 = 60;
+
+/// Length of a TCP header without options, which ports and flags are in.
+pub const TCP_HEADER: usize = 20;
+/// Fragments begin at multiples of 8 bytes: this one and those above lie behind the TCP header.
+const REST: u16 = 3;
 
 /// IPv6 extension headers that are walked. RFC 8200 section 4.1 recommends each at most once, destination options twice.
 const MAX_EXTENSIONS: usize = 6;
@@ -117,17 +134,19 @@ fn ipv4(ctx: &TcContext, offset: usize) -> Option<Packet> {
     }
     let length = usize::from(header[0] & 0xf) * 4;
     let fragment = u16::from_be_bytes([header[6], header[7]]);
-    let (more, later) = (fragment & 0x2000 != 0, fragment & 0x1fff != 0);
+    let (more, later) = (fragment & 0x2000 != 0, fragment & 0x1fff);
+    let end = offset + usize::from(u16::from_be_bytes([header[2], header[3]]));
     let payload = match header[9] {
-        TCP if later => Kind::TcpPiece.into(),
+        TCP if later != 0 => later_fragment(later).into(),
         TCP if length < 20 => Kind::Unparsable.into(),
-        TCP => tcp(ctx, offset + length, more),
-        UDP if !later => udp(ctx, offset + length),
+        TCP => tcp(ctx, offset + length, more, end),
+        UDP if later == 0 => udp(ctx, offset + length),
         _ => Kind::Other.into(),
     };
     Some(Packet {
         src: socket::mapped(u32::from_ne_bytes([header[12], header[13], header[14], header[15]])),
         dst: socket::mapped(u32::from_ne_bytes([header[16], header[17], header[18], header[19]])),
+        network: offset,
         payload,
     })
 }
@@ -140,11 +159,12 @@ fn ipv6(ctx: &TcContext, offset: usize) -> Option<Packet> {
     if header[0] >> 4 != 6 {
         return None;
     }
-    Some(Packet { src, dst, payload: ipv6_payload(ctx, offset + 40, header[6]) })
+    let end = offset + 40 + usize::from(u16::from_be_bytes([header[4], header[5]]));
+    Some(Packet { src, dst, network: offset, payload: ipv6_payload(ctx, offset + 40, header[6], end) })
 }
 
 #[inline(always)]
-fn ipv6_payload(ctx: &TcContext, mut offset: usize, mut next: u8) -> Payload {
+fn ipv6_payload(ctx: &TcContext, mut offset: usize, mut next: u8, end: usize) -> Payload {
     let mut first_fragment = false;
     for _ in 0..MAX_EXTENSIONS {
         if !is_extension(next) {
@@ -158,7 +178,8 @@ fn ipv6_payload(ctx: &TcContext, mut offset: usize, mut next: u8) -> Payload {
                 let fragment = u16::from_be_bytes([extension[2], extension[3]]);
                 if fragment & 0xfff8 != 0 {
                     // behind an extension header the rest of the packet could be anything
-                    return if next == TCP || is_extension(next) { Kind::TcpPiece } else { Kind::Other }.into();
+                    let later = fragment >> 3;
+                    return if next == TCP || is_extension(next) { later_fragment(later) } else { Kind::Other }.into();
                 }
                 first_fragment |= fragment & 1 != 0;
                 offset += 8;
@@ -168,7 +189,7 @@ fn ipv6_payload(ctx: &TcContext, mut offset: usize, mut next: u8) -> Payload {
         }
     }
     match next {
-        TCP => tcp(ctx, offset, first_fragment),
+        TCP => tcp(ctx, offset, first_fragment, end),
         UDP => udp(ctx, offset),
         next if is_extension(next) => Kind::Unparsable.into(),
         _ => Kind::Other.into(),
@@ -180,14 +201,27 @@ fn is_extension(header: u8) -> bool {
     matches!(header, HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION_OPTIONS)
 }
 
+/// `at` is where the fragment begins in the packet, in units of 8 bytes.
 #[inline(always)]
-fn tcp(ctx: &TcContext, offset: usize, first_fragment: bool) -> Payload {
-    match ctx.load::<[u8; 20]>(offset) {
+fn later_fragment(at: u16) -> Kind {
+    if at < REST { Kind::TcpPiece } else { Kind::TcpRest }
+}
+
+/// `end` is where the packet ends by its IP header: what a first fragment has behind it is padding,
+/// and the receiver takes that part of the TCP header from another fragment.
+#[inline(always)]
+fn tcp(ctx: &TcContext, offset: usize, first_fragment: bool, end: usize) -> Payload {
+    if first_fragment && offset + TCP_HEADER > end {
+        return Kind::TcpPiece.into();
+    }
+    match ctx.load::<[u8; TCP_HEADER]>(offset) {
         Ok(header) => Payload {
             kind: Kind::Tcp,
             src_port: u16::from_be_bytes([header[0], header[1]]),
             dst_port: u16::from_be_bytes([header[2], header[3]]),
             flags: header[13],
+            fragmented: first_fragment,
+            offset,
         },
         Err(_) if first_fragment => Kind::TcpPiece.into(),
         Err(_) => Kind::Unparsable.into(),
@@ -201,7 +235,7 @@ fn udp(ctx: &TcContext, offset: usize) -> Payload {
             kind: Kind::Udp,
             src_port: u16::from_be_bytes([header[0], header[1]]),
             dst_port: u16::from_be_bytes([header[2], header[3]]),
-            flags: 0,
+            ..Kind::Udp.into()
         },
         Err(_) => Kind::Other.into(),
     }

@@ -43,6 +43,13 @@ pub struct Status {
     /// cgroups from which kubelet probes are expected.
     #[serde(default)]
     pub probe_cgroups: Vec<ProbeCgroupStatus>,
+    /// Addresses from which declared probe ports take plaintext, whoever makes the connection;
+    /// empty unless configured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub probe_node_addresses: Vec<IpAddr>,
+    /// Pods with plaintext connections that are forbidden now and could not be ended yet.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub plaintext_left: Vec<PlaintextLeft>,
     /// What happened to the configuration file.
     pub reload: ReloadStatus,
     /// How the Kubernetes API is followed; absent when the mesh comes from the file.
@@ -52,7 +59,7 @@ pub struct Status {
 
 impl Status {
     /// A status without what the server knows itself (version, node, trust domain, generation), which it fills in, and without
-    /// probe cgroups and cluster.
+    /// what capture and cluster know.
     pub fn new(ktls: KtlsStatus, pods: Vec<PodStatus>, reload: ReloadStatus) -> Self {
         Self {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -63,8 +70,35 @@ impl Status {
             ktls,
             pods,
             probe_cgroups: Vec::new(),
+            probe_node_addresses: Vec::new(),
+            plaintext_left: Vec::new(),
             reload,
             cluster: None,
+        }
+    }
+}
+
+/// A pod whose forbidden plaintext connections could not be ended; this is tried again until it
+/// succeeds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlaintextLeft {
+    /// `namespace/name`.
+    pub workload: String,
+    /// What forbids them: `mode` or `policy`.
+    pub forbidden_by: String,
+    /// How often this was tried.
+    pub attempts: u32,
+    /// What the last attempt ended in.
+    pub error: String,
+}
+
+impl From<capture::Unswept> for PlaintextLeft {
+    fn from(left: capture::Unswept) -> Self {
+        Self {
+            workload: left.key.to_string(),
+            forbidden_by: left.cause.as_str().to_owned(),
+            attempts: left.attempts,
+            error: left.error,
         }
     }
 }
@@ -76,7 +110,8 @@ pub struct ProbeCgroupStatus {
     pub path: String,
     /// Whether connections from it are let in as probes.
     pub state: ProbeCgroupState,
-    /// Why it was refused, and what to do.
+    /// Why it was refused, or why an active one is recognised only while packets carry their
+    /// sockets; and what to do.
     pub reason: Option<String>,
 }
 
@@ -95,7 +130,7 @@ pub enum ProbeCgroupState {
 impl From<capture::ProbeCgroup> for ProbeCgroupStatus {
     fn from(cgroup: capture::ProbeCgroup) -> Self {
         let (state, reason) = match cgroup.state {
-            capture::ProbeCgroupState::Active { .. } => (ProbeCgroupState::Active, None),
+            capture::ProbeCgroupState::Active { .. } => (ProbeCgroupState::Active, cgroup.unrecorded),
             capture::ProbeCgroupState::Missing => (ProbeCgroupState::Missing, None),
             capture::ProbeCgroupState::Refused { reason } => (ProbeCgroupState::Refused, Some(reason)),
         };

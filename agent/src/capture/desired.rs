@@ -5,12 +5,12 @@ use std::{collections::BTreeMap, net::IpAddr};
 use ipnet::IpNet;
 use underpass_abi::{
     Address, DIRECTION_INBOUND, DIRECTION_OUTBOUND, DIRECTION_PROBE, MESH_CAPTURE, MeshEntry, POD_ASSIGN,
-    POD_CAPTURE_ALL, POD_STRICT, PORT_ASSIGN, PORT_EXCLUDED, PORT_PERMISSIVE, PORT_PROBE, PORT_STRICT, PodConfig,
-    PortKey, PortRule, is_agent_port,
+    POD_CAPTURE_ALL, POD_SILENT, POD_STRICT, PORT_ASSIGN, PORT_EXCLUDED, PORT_PERMISSIVE, PORT_PROBE, PORT_STRICT,
+    PodConfig, PortKey, PortRule, is_agent_port,
 };
 
 use crate::{
-    mesh::{Exclusions, InboundMode, LocalPod, Snapshot, Workload},
+    mesh::{Exclusions, InboundMode, LocalPod, PlaintextRefusal, Snapshot, Workload},
     policy::{Disposition, PlaintextRules},
 };
 
@@ -75,8 +75,17 @@ pub struct MeshState {
     pub rules: Rules,
     /// For `NODE_ADDRESSES`.
     pub node_addresses: BTreeMap<Address, u32>,
-    /// Every destination of every pod is captured.
+    /// What holds for every pod alike.
+    pub everywhere: Everywhere,
+}
+
+/// Settings of the mesh that each pod's entry carries.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Everywhere {
+    /// Every destination is captured.
     pub capture_all: bool,
+    /// Refused plaintext gets no answer.
+    pub silent: bool,
 }
 
 /// What holds for one pod.
@@ -126,7 +135,9 @@ pub fn mesh(snapshot: &Snapshot) -> MeshState {
     let mut rules = Rules::default();
     rules.exclude(ALL_PODS, &settings.exclude);
     let node_addresses = settings.probes.node_addresses.iter().map(|a| (address(*a), PRESENT)).collect();
-    MeshState { mesh, rules, node_addresses, capture_all: settings.capture_all }
+    let everywhere =
+        Everywhere { capture_all: settings.capture_all, silent: settings.plaintext_refusal == PlaintextRefusal::Drop };
+    MeshState { mesh, rules, node_addresses, everywhere }
 }
 
 /// What of [`MeshState::mesh`] is different from what it was with `before`. `None` when more than addresses is different.
@@ -155,7 +166,7 @@ pub fn pod(
     workload: &Workload,
     local: &LocalPod,
     plaintext: Option<&PlaintextRules>,
-    capture_all: bool,
+    everywhere: Everywhere,
 ) -> PodState {
     let first = |v4: bool| workload.addresses.iter().find(|a| a.is_ipv4() == v4).map_or([0; 16], |a| address(*a));
     let flag = |set, flag| if set { flag } else { 0 };
@@ -164,7 +175,8 @@ pub fn pod(
         pod_id: id,
         flags: flag(default == Disposition::Deny, POD_STRICT)
             | flag(default == Disposition::Evaluate, POD_ASSIGN)
-            | flag(capture_all || local.capture_all, POD_CAPTURE_ALL),
+            | flag(everywhere.capture_all || local.capture_all, POD_CAPTURE_ALL)
+            | flag(everywhere.silent, POD_SILENT),
         addr4: first(true),
         addr6: first(false),
     };
@@ -246,6 +258,11 @@ impl Strictness {
     /// Is plaintext to `port` refused?
     pub fn refuses(&self, port: u16) -> bool {
         self.ports.get(&port).copied().unwrap_or(self.default)
+    }
+
+    /// Is plaintext refused on any port?
+    pub fn refuses_any(&self) -> bool {
+        self.default || self.ports.values().any(|refused| *refused)
     }
 
     /// Does this refuse on any port what `before` let in?

@@ -6,15 +6,14 @@ use tokio::{sync::oneshot, task::JoinHandle};
 use underpass_abi::PodConfig;
 
 use super::{
-    CaptureError, Inner, Marker,
-    desired::{self, Strictness},
-    garbage,
+    CaptureError, Inner, Marker, desired, garbage,
     interfaces::{self, Interface},
     netns::Netns,
     pod::{NewPod, Pod, PodListeners},
     processes,
     registry::Entry,
-    routes, sockdiag, sockets,
+    routes, sockets,
+    sweep::{Cause, Judge, Sweep},
     tc::{self, Programs},
     watcher,
 };
@@ -202,8 +201,7 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
         mark,
     });
 
-    let before = adopted.map(|config| inner.maps.tables().strictness(&config));
-    let state = desired::pod(id, workload, local, plaintext, inner.registry().capture_all);
+    let state = desired::pod(id, workload, local, plaintext, inner.registry().everywhere);
     let after = {
         let mut tables = inner.maps.tables();
         tables.apply_pod(&state)?;
@@ -220,8 +218,11 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
     })?;
     let present = watcher::present(&mut watch);
     let programs = attach(inner, netns, id, present).await?;
-    if before.is_some_and(|before| after.tightens(&before)) {
-        destroy_plaintext(netns, after).await?;
+    // Whatever an earlier agent, or nobody, has let in: an agent that failed to end such
+    // connections cannot have said so.
+    if after.refuses_any() {
+        let sweep = strict_sweep(inner, &workload.key, netns);
+        if adopted.is_some() { inner.sweeps.run(sweep).await } else { inner.sweeps.start(sweep) }
     }
     let (stop, stopped) = oneshot::channel();
     let watcher = tokio::spawn(watcher::run(inner.attacher(netns, id), programs, watch, stopped));
@@ -263,26 +264,28 @@ async fn listen(candidate: &Candidate<'_>, mark: &Marker) -> Result<PodListeners
 }
 
 /// Applies what changed to an enrolled pod.
-async fn update(inner: &Inner, enrolled: &Enrolled, wanted: &Wanted) -> Result<(), EnrollError> {
+async fn update(inner: &Arc<Inner>, enrolled: &Enrolled, wanted: &Wanted) -> Result<(), EnrollError> {
     let Enrolled { pod, netns, .. } = enrolled;
     let Wanted { workload, plaintext } = wanted.clone();
     let entry = Entry { pod: Arc::clone(pod), netns: Arc::clone(netns), workload, plaintext };
-    if let Some(tighter) = inner.capture(entry)? {
-        destroy_plaintext(netns, tighter).await?;
+    let key = entry.workload.key.clone();
+    if inner.capture(entry)? {
+        inner.sweeps.run(strict_sweep(inner, &key, netns)).await;
     }
     Ok(())
 }
 
-/// Ends connections that were admitted in plaintext and would not be any more.
-pub async fn destroy_plaintext(netns: &Netns, strict: Strictness) -> Result<(), EnrollError> {
-    let destroyed =
-        sockdiag::destroy_plaintext(netns, move |local, _| strict.refuses(local.port())).await.map_err(|e| {
-            EnrollError::Setup { action: "ending plaintext connections that STRICT forbids", reason: e.to_string() }
-        })?;
-    if destroyed > 0 {
-        tracing::info!(namespace = %netns.path().display(), destroyed, "ended plaintext connections: STRICT now");
-    }
-    Ok(())
+/// Ends a pod's plaintext connections on ports that refuse plaintext, by what the maps say when it
+/// is done.
+pub fn strict_sweep(inner: &Arc<Inner>, key: &WorkloadKey, netns: &Arc<Netns>) -> Sweep {
+    let (maps, cookie) = (Arc::clone(&inner.maps), netns.cookie());
+    let judge: Judge = Arc::new(move || {
+        let tables = maps.tables();
+        let config = *tables.pods().get(&cookie)?;
+        let strict = tables.strictness(&config);
+        Some(Box::new(move |local, _| strict.refuses(local.port())))
+    });
+    Sweep { key: key.clone(), netns: Arc::clone(netns), cause: Cause::Mode, judge }
 }
 
 /// See [`super::Capture::unenroll`].
@@ -313,8 +316,11 @@ async fn release(inner: &Inner, key: &WorkloadKey, mut enrolled: Enrolled, stay_
     let (pod, netns) = (Arc::clone(&enrolled.pod), Arc::clone(&enrolled.netns));
     let failed = |what, e: &CaptureError| tracing::error!(workload = %key, error = %e, "{what}");
     inner.registry().entries.remove(key);
-    if !stay_captured && let Err(e) = inner.maps.tables().release(netns.cookie()) {
-        failed("cannot turn capture off", &e);
+    if !stay_captured {
+        inner.sweeps.forget(netns.cookie());
+        if let Err(e) = inner.maps.tables().release(netns.cookie()) {
+            failed("cannot turn capture off", &e);
+        }
     }
     pod.signal_unenrolled();
     enrolled.stop_watching().await;

@@ -4,7 +4,10 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io,
-    os::{fd::AsFd, unix::fs::MetadataExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -50,6 +53,8 @@ pub struct Started {
     pub objects: Arc<Objects>,
     /// The maps.
     pub maps: Maps,
+    /// Records what a probe cgroup sends; attached where such cgroups are.
+    pub probe: OwnedFd,
     /// Where refusals are reported.
     pub events: RingBuf<MapData>,
     /// Lines of aya-log, when asked for.
@@ -86,7 +91,7 @@ pub fn start(options: &CaptureOptions) -> Result<Started, CaptureError> {
     let fresh = !layout.dir().exists();
     layout.create()?;
     start_in(options, &layout)
-        .map(|(objects, maps, events, log)| Started { lock, objects, maps, events, log })
+        .map(|(objects, maps, probe, events, log)| Started { lock, objects, maps, probe, events, log })
         .inspect_err(|_| {
             // What an earlier agent left stays: it fails closed. What this start made does nothing yet.
             if fresh && let Err(e) = super::cleanup::remove_version(&layout) {
@@ -95,7 +100,7 @@ pub fn start(options: &CaptureOptions) -> Result<Started, CaptureError> {
         })
 }
 
-type Parts = (Arc<Objects>, Maps, RingBuf<MapData>, Option<EbpfLogger<BpfLog>>);
+type Parts = (Arc<Objects>, Maps, OwnedFd, RingBuf<MapData>, Option<EbpfLogger<BpfLog>>);
 
 fn start_in(options: &CaptureOptions, layout: &Layout) -> Result<Parts, CaptureError> {
     let bytes = if options.bpf_log { object::OBJECT_WITH_LOG } else { object::OBJECT };
@@ -113,6 +118,10 @@ fn start_in(options: &CaptureOptions, layout: &Layout) -> Result<Parts, CaptureE
         .transpose()
         .map_err(|e| CaptureError::Bpf { action: "read the programs' log".to_owned(), reason: chain(&e) })?;
     attach_hooks(&mut bpf, layout, &options.cgroup)?;
+    load(&mut bpf, programs::PROBE)?;
+    let probe = bpf.program(programs::PROBE).expect("loaded above").fd();
+    let probe = probe.map_err(|e| chain(&e)).and_then(|fd| fd.as_fd().try_clone_to_owned().map_err(|e| e.to_string()));
+    let probe = probe.map_err(|reason| CaptureError::Bpf { action: "keep program up_probe".to_owned(), reason })?;
     let (maps, events) = Maps::take(&mut bpf)?;
     let objects = Objects {
         layout: layout.clone(),
@@ -122,7 +131,7 @@ fn start_in(options: &CaptureOptions, layout: &Layout) -> Result<Parts, CaptureE
         spare: Mutex::default(),
         preparing: Mutex::default(),
     };
-    Ok((Arc::new(objects), maps, events, log))
+    Ok((Arc::new(objects), maps, probe, events, log))
 }
 
 /// Connections that an earlier agent did not accept went away with its listeners. Those that had already ended on the application's side
@@ -162,7 +171,14 @@ fn map_id(bpf: &Ebpf, name: &'static str) -> Result<u32, CaptureError> {
     use aya::maps::Map;
     let failed = |reason| CaptureError::Bpf { action: format!("look at map {name}"), reason };
     let data = match bpf.map(name) {
-        Some(Map::HashMap(d) | Map::LpmTrie(d) | Map::SkStorage(d) | Map::RingBuf(d) | Map::PerCpuArray(d)) => d,
+        Some(
+            Map::HashMap(d)
+            | Map::LruHashMap(d)
+            | Map::LpmTrie(d)
+            | Map::SkStorage(d)
+            | Map::RingBuf(d)
+            | Map::PerCpuArray(d),
+        ) => d,
         Some(_) => return Err(failed("it has an unexpected type".to_owned())),
         None => return Err(failed("the object has none of this name".to_owned())),
     };
@@ -194,6 +210,7 @@ fn load(bpf: &mut Ebpf, name: &'static str) -> Result<(), CaptureError> {
     match program {
         Program::CgroupSockAddr(p) => p.load(),
         Program::SockOps(p) => p.load(),
+        Program::CgroupSkb(p) => p.load(),
         Program::SchedClassifier(p) => p.load(),
         _ => return Err(failed("it has an unexpected type".to_owned())),
     }

@@ -16,8 +16,8 @@ use aya::{
     maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
 };
 use underpass_abi::{
-    Address, COUNTERS, Counter, FlowKey, MeshEntry, OriginalDestination, PodConfig, PortKey, PortRule, SOCKET_AGENT,
-    SocketState, capacity,
+    Address, COUNTERS, Counter, FlowKey, MeshEntry, OriginalDestination, PodConfig, PortKey, PortRule, ProbeKey,
+    ProbeSyn, SOCKET_AGENT, SocketState, capacity,
 };
 
 use super::{
@@ -29,13 +29,14 @@ use super::{
 use crate::sys::bpf::SharedMap;
 
 /// Name, key size, value size and number of entries of every pinned map.
-pub const PINNED: [(&str, usize, usize, usize); 11] = [
+pub const PINNED: [(&str, usize, usize, usize); 12] = [
     ("PODS", 8, size_of::<PodConfig>(), capacity::PODS),
     ("PODS_BY_ID", 4, size_of::<PodConfig>(), capacity::PODS),
     ("MESH", 4 + 16, size_of::<MeshEntry>(), capacity::MESH),
     ("EXCLUDED_CIDRS", 4 + 20, 4, capacity::EXCLUDED_CIDRS),
     ("PORT_RULES", size_of::<PortKey>(), size_of::<PortRule>(), capacity::PORT_RULES),
     ("PROBE_CGROUPS", 8, 4, capacity::PROBE_CGROUPS),
+    ("PROBES", size_of::<ProbeKey>(), size_of::<ProbeSyn>(), capacity::PROBES),
     ("NODE_ADDRESSES", size_of::<Address>(), 4, capacity::NODE_ADDRESSES),
     ("SOCKETS", 4, size_of::<SocketState>(), 0),
     ("FLOWS", size_of::<FlowKey>(), size_of::<OriginalDestination>(), capacity::FLOWS),
@@ -188,6 +189,11 @@ impl Tables {
         let wanted = ids.into_iter().map(|id| (id, PRESENT)).collect();
         self.probe_cgroups.check(0..=u64::MAX, &wanted)?;
         self.probe_cgroups.reconcile(0..=u64::MAX, &wanted)
+    }
+
+    /// The addresses whose plaintext declared probe ports take.
+    pub fn node_addresses(&self) -> impl Iterator<Item = &Address> {
+        self.node_addresses.contents().keys()
     }
 
     /// The probe cgroups.

@@ -26,6 +26,7 @@ mod registry;
 pub mod routes;
 mod sockdiag;
 pub mod sockets;
+mod sweep;
 mod table;
 mod tc;
 mod watcher;
@@ -33,7 +34,7 @@ mod watcher;
 use std::{
     collections::{BTreeMap, HashMap},
     io,
-    net::SocketAddr,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, BorrowedFd},
     path::PathBuf,
     sync::{
@@ -47,15 +48,16 @@ use tokio::task::JoinHandle;
 pub use enroll::EnrollError;
 pub use pod::{Pod, PodListeners};
 pub use probes::{ProbeCgroup, ProbeCgroupState};
+pub use sweep::{Cause, Judge, Unswept};
 
 use self::{
-    desired::Strictness,
     enroll::Enrolled,
     enroll::Wanted,
     inheritance::{Inheritance, Listening},
     netns::Netns,
-    probes::Probes,
+    probes::{Probes, Recorder},
     registry::{Entry, Registry},
+    sweep::{Sweep, Sweeps},
     watcher::Attacher,
 };
 use crate::{
@@ -145,6 +147,7 @@ struct Inner {
     probes: Arc<Probes>,
     registry: Mutex<Registry>,
     census: processes::Census,
+    sweeps: Arc<Sweeps>,
     /// Enrolments, each behind a lock that serialises what happens to its workload.
     slots: Mutex<HashMap<WorkloadKey, Slot>>,
     /// Failures to attach to interfaces that came later.
@@ -165,7 +168,7 @@ impl Capture {
             (options, started)
         })
         .await;
-        let loader::Started { lock, objects, maps, events, log } = started?;
+        let loader::Started { lock, objects, maps, probe, events, log } = started?;
         let ids = objects.layout().tc_pins()?.into_iter().map(|(pin, _)| pin.pod_id).collect::<Vec<_>>();
         let registry = Registry::new(ids.into_iter().chain(maps.tables().pod_ids()));
         let mut readers = vec![tokio::spawn(events::log_events(events))];
@@ -173,12 +176,13 @@ impl Capture {
         let maps = Arc::new(maps);
         let inner = Inner {
             method,
+            probes: Probes::new(options.cgroup.clone(), Arc::clone(&maps), Recorder::new(probe, objects.layout())),
             objects,
-            probes: Probes::new(options.cgroup.clone(), Arc::clone(&maps)),
             maps,
             options,
             registry: Mutex::new(registry),
             census: processes::Census::default(),
+            sweeps: Sweeps::new(),
             slots: Mutex::default(),
             bare_interfaces: Arc::default(),
             lock: Mutex::new(Some(lock)),
@@ -190,13 +194,8 @@ impl Capture {
     /// additions before removals). Must be called within a Tokio runtime: ending plaintext connections that are not allowed any more
     /// goes on in the background.
     pub fn apply(&self, snapshot: &Snapshot) -> Result<(), CaptureError> {
-        let tighter = self.inner.apply(snapshot)?;
-        for (netns, strict) in tighter {
-            tokio::spawn(async move {
-                if let Err(e) = enroll::destroy_plaintext(&netns, strict).await {
-                    tracing::error!(namespace = %netns.path().display(), error = %e, "plaintext connections go on");
-                }
-            });
+        for (key, netns) in self.inner.apply(snapshot)? {
+            self.inner.sweeps.start(enroll::strict_sweep(&self.inner, &key, &netns));
         }
         self.inner.probes.set(&snapshot.settings.probes.cgroups)
     }
@@ -212,18 +211,20 @@ impl Capture {
         run(enroll::enroll(Arc::clone(&self.inner), Wanted { workload: workload.clone(), plaintext })).await
     }
 
-    /// Ends the plaintext connections that are open between the pod's listeners (first argument) and the outside (second)
-    /// and that `forbidden` names; how many they were. Both ends see a reset. Nothing happens to a pod that is not enrolled.
-    pub async fn end_plaintext(
-        &self,
-        pod: &Pod,
-        forbidden: impl Fn(SocketAddr, SocketAddr) -> bool + Send + 'static,
-    ) -> io::Result<usize> {
+    /// Ends the plaintext connections of a pod that `judge` says its policies forbid. Both ends see
+    /// a reset. A failure is tried again in the background until it succeeds, see
+    /// [`unswept`](Self::unswept). Nothing happens to a pod that is not enrolled.
+    pub async fn end_plaintext(&self, pod: &Pod, judge: Judge) {
         let netns = self.inner.registry().entries.get(&pod.key).map(|e| Arc::clone(&e.netns));
-        match netns {
-            Some(netns) => run(async move { sockdiag::destroy_plaintext(&netns, forbidden).await }).await,
-            None => Ok(0),
-        }
+        let Some(netns) = netns else { return };
+        let (sweeps, sweep) =
+            (Arc::clone(&self.inner.sweeps), Sweep { key: pod.key.clone(), netns, cause: Cause::Policy, judge });
+        run(async move { sweeps.run(sweep).await }).await;
+    }
+
+    /// Pods with plaintext connections that are forbidden and could not be ended yet.
+    pub fn unswept(&self) -> Vec<Unswept> {
+        self.inner.sweeps.unswept()
     }
 
     /// Gives the pod plain traffic back: capture off first, guard and inbound program last. Live connections go on; the
@@ -248,6 +249,7 @@ impl Capture {
     /// Gives everything but the live connections up to another agent, which is about to start: maps, pins, interfaces. The listeners
     /// go on here, too, until [`Self::stop_accepting`]. Nothing may be applied or enrolled any more.
     pub async fn retire(&self) -> io::Result<Vec<Listening>> {
+        self.inner.sweeps.stop();
         // What this process does to the pods' namespaces from now on would be done to the other agent's.
         routes::leave_all();
         for reader in &self.readers {
@@ -280,6 +282,12 @@ impl Capture {
     /// The configured probe cgroups, and how they stand.
     pub fn probe_cgroups(&self) -> Vec<ProbeCgroup> {
         self.inner.probes.cgroups()
+    }
+
+    /// The addresses from which declared probe ports take plaintext; none unless the configuration
+    /// asks for it.
+    pub fn probe_node_addresses(&self) -> Vec<IpAddr> {
+        self.inner.maps.tables().node_addresses().map(|a| Ipv6Addr::from(*a).to_canonical()).collect()
     }
 
     /// Removes what earlier agents left for pods that are not enrolled now. Called once after the first configuration
@@ -372,9 +380,9 @@ impl Inner {
         }
     }
 
-    /// Writes the mesh-wide part, and what it changes for every pod. Returns the namespaces in which more is refused
-    /// than before.
-    fn apply(&self, snapshot: &Snapshot) -> Result<Vec<(Arc<Netns>, Strictness)>, CaptureError> {
+    /// Writes the mesh-wide part, and what it changes for every pod. Returns the pods in which more
+    /// is refused than before.
+    fn apply(&self, snapshot: &Snapshot) -> Result<Vec<(WorkloadKey, Arc<Netns>)>, CaptureError> {
         let mut registry = self.registry();
         let mut tables = self.maps.tables();
         // Unknown until all is written.
@@ -390,35 +398,38 @@ impl Inner {
         let before: Vec<_> = registry
             .entries
             .values()
-            .filter_map(|e| Some((Arc::clone(&e.netns), tables.strictness(&config(&tables, e)?))))
+            .filter_map(|e| {
+                let pod = (e.pod.key.clone(), Arc::clone(&e.netns));
+                Some((pod, tables.strictness(&config(&tables, e)?)))
+            })
             .collect();
         tables.apply_mesh(&state)?;
-        if state.capture_all != registry.capture_all {
+        if state.everywhere != registry.everywhere {
             for entry in registry.entries.values() {
-                write_pod(&mut tables, entry, state.capture_all)?;
+                write_pod(&mut tables, entry, state.everywhere)?;
             }
         }
-        registry.capture_all = state.capture_all;
+        registry.everywhere = state.everywhere;
         registry.applied = Some(snapshot.clone());
         let after = registry.entries.values().filter_map(|e| Some(tables.strictness(&config(&tables, e)?)));
         Ok(before
             .into_iter()
             .zip(after)
             .filter(|((_, before), after)| after.tightens(before))
-            .map(|((netns, _), after)| (netns, after))
+            .map(|((pod, _), _)| pod)
             .collect())
     }
 
-    /// Turns capture on for a pod, or applies a change to it. Returns what it refuses now when that is more than
+    /// Turns capture on for a pod, or applies a change to it. Returns whether it refuses more than
     /// before.
-    fn capture(&self, entry: Entry) -> Result<Option<Strictness>, CaptureError> {
+    fn capture(&self, entry: Entry) -> Result<bool, CaptureError> {
         let mut registry = self.registry();
         let mut tables = self.maps.tables();
         let before = tables.pod(entry.pod.id).copied().map(|config| tables.strictness(&config));
-        let config = write_pod(&mut tables, &entry, registry.capture_all)?;
+        let config = write_pod(&mut tables, &entry, registry.everywhere)?;
         let after = tables.strictness(&config);
         registry.entries.insert(entry.workload.key.clone(), entry);
-        Ok(before.is_some_and(|before| after.tightens(&before)).then_some(after))
+        Ok(before.is_some_and(|before| after.tightens(&before)))
     }
 }
 
@@ -426,12 +437,12 @@ impl Inner {
 fn write_pod(
     tables: &mut maps::Tables,
     entry: &Entry,
-    capture_all: bool,
+    everywhere: desired::Everywhere,
 ) -> Result<underpass_abi::PodConfig, CaptureError> {
     let Some(local) = &entry.workload.local else {
         unreachable!("only local workloads become entries");
     };
-    let state = desired::pod(entry.pod.id, &entry.workload, local, entry.plaintext.as_ref(), capture_all);
+    let state = desired::pod(entry.pod.id, &entry.workload, local, entry.plaintext.as_ref(), everywhere);
     tables.apply_pod(&state)?;
     tables.capture(entry.pod.netns_cookie, state.config)?;
     Ok(state.config)

@@ -3,6 +3,7 @@
 //! ```text
 //! PIN_ROOT/<ABI hash>/maps/<NAME>
 //! PIN_ROOT/<ABI hash>/links/{connect4, connect6, getpeername4, ..., sockops}
+//! PIN_ROOT/<ABI hash>/links/probe-<id of a probe cgroup>
 //! PIN_ROOT/<ABI hash>/links/tc-<pod id>-<interface index>-{ingress,egress}
 //! ```
 //! bpffs refuses dots in names.

@@ -1,17 +1,21 @@
-//! Probe cgroups: whose connections are the kubelet's probes, which neither mode nor policy stops.
+//! Probe cgroups: connections from them are the kubelet's probes, which neither mode nor policy
+//! stops.
 //!
 //! The programs know a cgroup by its kernel id. A unit that is restarted gets a new cgroup, with another id, under its old
 //! name, so the directories on the way to a configured cgroup are watched.
 
+mod record;
 mod watch;
 
 use std::{
+    collections::BTreeMap,
     fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+pub use self::record::Recorder;
 use self::watch::Watch;
 use super::{CaptureError, hierarchy::Mount, maps::Maps};
 
@@ -22,6 +26,9 @@ pub struct ProbeCgroup {
     pub path: PathBuf,
     /// How it stands.
     pub state: ProbeCgroupState,
+    /// Why its connections cannot be recorded, and what to do. They are recognised only while
+    /// packets carry their sockets.
+    pub unrecorded: Option<String>,
 }
 
 /// How a probe cgroup stands.
@@ -46,6 +53,7 @@ pub struct Probes {
     /// The attach point: the pods are below it.
     attach: PathBuf,
     maps: Arc<Maps>,
+    recorder: Recorder,
     state: Mutex<State>,
 }
 
@@ -58,8 +66,8 @@ struct State {
 
 impl Probes {
     /// No probe cgroup is configured yet; those of an earlier agent stay until [`set`](Self::set).
-    pub fn new(attach: PathBuf, maps: Arc<Maps>) -> Arc<Self> {
-        Arc::new(Self { attach, maps, state: Mutex::default() })
+    pub fn new(attach: PathBuf, maps: Arc<Maps>, recorder: Recorder) -> Arc<Self> {
+        Arc::new(Self { attach, maps, recorder, state: Mutex::default() })
     }
 
     /// Makes `cgroups` the probe cgroups. Must be called within a Tokio runtime, which then follows their directories.
@@ -67,7 +75,8 @@ impl Probes {
         let mut state = self.state();
         let known = std::mem::take(&mut state.cgroups);
         let as_known = |path: &PathBuf| known.iter().find(|k| k.path == *path).cloned();
-        let new = |path: &PathBuf| ProbeCgroup { path: path.clone(), state: ProbeCgroupState::Missing };
+        let new =
+            |path: &PathBuf| ProbeCgroup { path: path.clone(), state: ProbeCgroupState::Missing, unrecorded: None };
         // What is new has no state to compare with, so it is announced whatever it is.
         let fresh: Vec<_> = cgroups.iter().filter(|p| as_known(p).is_none()).cloned().collect();
         state.cgroups = cgroups.iter().map(|p| as_known(p).unwrap_or_else(|| new(p))).collect();
@@ -105,6 +114,7 @@ impl Probes {
             let directories = cgroups.iter().filter_map(|c| mount.directory(&c.path)).collect::<Vec<_>>();
             watch.follow(mount.point(), &directories);
         }
+        let mut active = BTreeMap::new();
         for cgroup in &mut *cgroups {
             let found = match &place {
                 Ok((mount, attach)) => find(mount, &mount.cgroup(attach), &cgroup.path),
@@ -113,7 +123,24 @@ impl Probes {
             if found != cgroup.state || fresh.contains(&cgroup.path) {
                 announce(&cgroup.path, &found);
             }
+            if let (ProbeCgroupState::Active { id }, Ok((mount, _))) = (&found, &place)
+                && let Some(directory) = mount.directory(&cgroup.path)
+            {
+                active.insert(*id, directory);
+            }
             cgroup.state = found;
+        }
+        let failures = self.recorder.record(&active);
+        for cgroup in &mut *cgroups {
+            let failure = match cgroup.state {
+                ProbeCgroupState::Active { id } => failures.get(&id).cloned(),
+                _ => None,
+            };
+            if failure.is_some() && failure != cgroup.unrecorded {
+                let (cgroup, reason) = (cgroup.path.display(), failure.as_deref());
+                tracing::warn!(%cgroup, reason, "kubelet probes are recognised only while packets carry their sockets");
+            }
+            cgroup.unrecorded = failure;
         }
         let ids = cgroups.iter().filter_map(|c| match c.state {
             ProbeCgroupState::Active { id } => Some(id),

@@ -7,7 +7,7 @@ use std::{
 
 use underpass_abi::{PodConfig, capacity};
 
-use super::{CaptureError, EnrollError, netns::Netns, pod::Pod};
+use super::{CaptureError, EnrollError, desired::Everywhere, netns::Netns, pod::Pod};
 use crate::{
     mesh::{Snapshot, Workload, WorkloadKey},
     policy::PlaintextRules,
@@ -20,8 +20,8 @@ pub struct Registry {
     pub entries: BTreeMap<WorkloadKey, Entry>,
     /// What the mesh-wide part of the maps is; `None` when that is not known exactly.
     pub applied: Option<Snapshot>,
-    /// Every destination of every pod is captured.
-    pub capture_all: bool,
+    /// What holds for every pod alike.
+    pub everywhere: Everywhere,
     /// Namespaces of enrolled pods and of those being enrolled.
     claims: HashMap<u64, Claim>,
     /// Namespaces that an earlier agent captured and whose enrolment failed: they stay captured, so that nothing leaves

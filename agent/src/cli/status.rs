@@ -1,6 +1,6 @@
 //! `underpass status`.
 
-use std::process::ExitCode;
+use std::{net::IpAddr, process::ExitCode};
 
 use clap::Args;
 use serde::Serialize;
@@ -14,7 +14,7 @@ use super::{
     workloads::pod_state,
 };
 use crate::{
-    admin::api::{AllCounters, PodState, ProbeCgroupState, Status},
+    admin::api::{AllCounters, PlaintextLeft, PodState, ProbeCgroupState, Status},
     sources::kubernetes::SourceStatus,
 };
 
@@ -90,6 +90,18 @@ impl View for Report {
         }
         let refused = s.probe_cgroups.iter().filter(|c| c.state == ProbeCgroupState::Refused);
         problems.extend(refused.map(|c| format!("probe cgroup {}: {}", c.path, or_none(c.reason.as_deref()))));
+        if !s.probe_node_addresses.is_empty() {
+            problems.push(format!(
+                "declared probe ports take plaintext from whoever uses {}, NodePort clients among them;                  turn probes.fromNodeAddresses and probes.nodeAddresses off",
+                addresses(&s.probe_node_addresses)
+            ));
+        }
+        problems.extend(s.plaintext_left.iter().map(|left| {
+            format!(
+                "{} has plaintext connections that its {} forbids; ending them failed {} times: {}",
+                left.workload, left.forbidden_by, left.attempts, left.error
+            )
+        }));
         problems
     }
 }
@@ -114,13 +126,29 @@ fn summary(s: &Status) -> String {
     }
     for cgroup in &s.probe_cgroups {
         let state = match (cgroup.state, &cgroup.reason) {
-            (ProbeCgroupState::Active, _) => "active".to_owned(),
+            (ProbeCgroupState::Active, None) => "active".to_owned(),
+            (ProbeCgroupState::Active, Some(reason)) => {
+                format!("active only where packets carry their sockets: {reason}")
+            }
             (ProbeCgroupState::Missing, _) => "missing: its probes fail under STRICT".to_owned(),
             (ProbeCgroupState::Refused, reason) => format!("refused: {}", or_none(reason.as_deref())),
         };
         lines.line("probe cgroup", &format!("{} ({state})", cgroup.path));
     }
+    if !s.probe_node_addresses.is_empty() {
+        let from = addresses(&s.probe_node_addresses);
+        lines.line("probes", &format!("declared ports take plaintext from anybody at {from}"));
+    }
+    for left in &s.plaintext_left {
+        let PlaintextLeft { workload, forbidden_by, attempts, error } = left;
+        let state = format!("not ended, forbidden by {forbidden_by}; {attempts} attempts: {error}");
+        lines.line("plaintext", &format!("{workload} ({state})"));
+    }
     lines.text()
+}
+
+fn addresses(list: &[IpAddr]) -> String {
+    list.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(", ")
 }
 
 fn pods(s: &Status, style: Style) -> String {

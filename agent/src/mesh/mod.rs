@@ -22,7 +22,7 @@ pub use issuer::{CaAddress, CaAddressError, IstioCa};
 pub use mode::{EffectiveMode, ModeDefaults, ModeSource};
 pub use model::{
     AccessLogRule, AccessLogSettings, CertificateFiles, Endpoint, Exclusions, InboundMode, LocalPod, MeshSettings,
-    PortMode, ProbeSettings, Protocol, Service, ServicePort, Workload, WorkloadKey,
+    PlaintextRefusal, PortMode, ProbeSettings, Protocol, Service, ServicePort, Workload, WorkloadKey,
 };
 pub use policy::{
     Action, Condition, Labels, Operation, Policy, PolicyKey, PolicyStatus, Rule, Scope, ServiceAccount, Source,

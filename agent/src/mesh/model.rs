@@ -109,7 +109,8 @@ pub struct LocalPod {
     pub exclude: Exclusions,
     /// Capture every TCP destination, not only mesh addresses.
     pub capture_all: bool,
-    /// Ports that take plaintext from [`ProbeSettings::node_addresses`] in every mode.
+    /// Ports that the pod declares for probes and lifecycle hooks: they take the kubelet's
+    /// plaintext in every mode, and that of [`ProbeSettings::node_addresses`].
     pub probe_ports: Vec<u16>,
     /// Where its certificate comes from, with the `files` issuer.
     pub files: Option<CertificateFiles>,
@@ -199,10 +200,23 @@ pub struct MeshSettings {
     pub capture_all: bool,
     /// What no pod has captured.
     pub exclude: Exclusions,
+    /// How pods answer plaintext that they refuse.
+    pub plaintext_refusal: PlaintextRefusal,
     /// Who probes this node's pods.
     pub probes: ProbeSettings,
     /// What the access log says.
     pub access_log: AccessLogSettings,
+}
+
+/// How a pod answers a plaintext connection that its mode or its policies refuse.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PlaintextRefusal {
+    /// With a TCP reset: the client fails at once.
+    #[default]
+    Reset,
+    /// Not at all: the client waits until it gives up.
+    Drop,
 }
 
 /// Which connections have a line in the access log, by the namespace of the pod on this node.
@@ -239,6 +253,11 @@ pub struct AccessLogRule {
 pub struct ProbeSettings {
     /// cgroup v2 paths as `/proc/PID/cgroup` has them; connections of processes in them and below are probes.
     pub cgroups: Vec<PathBuf>,
-    /// The node's own addresses, from which connections to [`LocalPod::probe_ports`] are probes.
+    /// Addresses of the node whose connections to [`LocalPod::probe_ports`] pass for probes,
+    /// whoever on the node or behind its address translation makes them. None unless the
+    /// configuration asks for it.
     pub node_addresses: Vec<IpAddr>,
+    /// With Kubernetes, and without `node_addresses` in the configuration: those of the Node
+    /// object.
+    pub from_node_addresses: bool,
 }

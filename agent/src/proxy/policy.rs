@@ -7,11 +7,11 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use tracing::{error, info};
+use tracing::info;
 
 use super::Proxy;
 use crate::{
-    capture::Pod,
+    capture::{Judge, Pod},
     mesh::{InboundMode, Snapshot, SpiffeId, WorkloadKey},
     policy::{
         Decision, Disposition, NodePolicies, PlaintextRules, PolicySet, Request, Selection, Verdict, plaintext_rules,
@@ -127,12 +127,11 @@ impl Enforcement {
         current.node.of(&what.workload).is_some() && current.judge(&what.workload, &request).is_err()
     }
 
-    /// Takes note of what decides about plaintext for a workload: its rules, if that is something new.
-    fn changed(&self, workload: &WorkloadKey) -> Option<PlaintextRules> {
+    /// Takes note of what decides about plaintext for a workload; is that something new?
+    fn changed(&self, workload: &WorkloadKey) -> bool {
         let current = self.current.load();
-        let policies = current.node.of(workload)?;
-        let rules = current.plaintext_rules(workload);
-        let judged = Judged { rules: rules.clone(), selection: policies.selection().clone() };
+        let Some(policies) = current.node.of(workload) else { return false };
+        let judged = Judged { rules: current.plaintext_rules(workload), selection: policies.selection().clone() };
         let mut all = self.judged();
         let changed = match all.get(workload) {
             Some(before) => *before != judged,
@@ -140,7 +139,7 @@ impl Enforcement {
             None => !policies.is_empty(),
         };
         all.insert(workload.clone(), judged);
-        changed.then_some(rules)
+        changed
     }
 
     fn judged(&self) -> MutexGuard<'_, HashMap<WorkloadKey, Judged>> {
@@ -208,17 +207,20 @@ impl Proxy {
 
     /// Ends plaintext connections inside a pod, which do not pass the agent, when what decides about them has changed.
     pub(super) async fn end_forbidden_plaintext(self: &Arc<Self>, pod: &Pod) {
-        let Some(rules) = self.policies.changed(&pod.key) else { return };
-        let (proxy, key) = (Arc::clone(self), pod.key.clone());
-        let forbidden = move |local: SocketAddr, remote: SocketAddr| match rules.of(local.port()) {
-            Disposition::Allow => false,
-            Disposition::Deny => true,
-            Disposition::Evaluate => proxy.policies.forbids_plaintext(&key, remote.ip(), local),
-        };
-        match self.capture.end_plaintext(pod, forbidden).await {
-            Ok(0) => {}
-            Ok(ended) => info!(pod = %pod.key, ended, "plaintext connections ended: the policies forbid them now"),
-            Err(error) => error!(pod = %pod.key, %error, "plaintext connections that the policies forbid go on"),
+        if !self.policies.changed(&pod.key) {
+            return;
         }
+        let (proxy, key) = (Arc::downgrade(self), pod.key.clone());
+        let judge: Judge = Arc::new(move || {
+            let proxy = proxy.upgrade()?;
+            proxy.policies.of(&key)?;
+            let (rules, key) = (proxy.policies.plaintext_rules(&key), key.clone());
+            Some(Box::new(move |local: SocketAddr, remote: SocketAddr| match rules.of(local.port()) {
+                Disposition::Allow => false,
+                Disposition::Deny => true,
+                Disposition::Evaluate => proxy.policies.forbids_plaintext(&key, remote.ip(), local),
+            }))
+        });
+        self.capture.end_plaintext(pod, judge).await;
     }
 }

@@ -24,10 +24,15 @@ use aya_log::EbpfLogger;
 use tokio::io::{Interest, unix::AsyncFd};
 
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
+const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
+
+/// `BPF_CGROUP_INET_EGRESS` of `enum bpf_attach_type`.
+const BPF_CGROUP_INET_EGRESS: u32 = 1;
 
 const BPF_MAP_TYPE_HASH: u32 = 1;
 const BPF_MAP_TYPE_LRU_HASH: u32 = 9;
@@ -48,6 +53,14 @@ struct InfoByFd {
     fd: u32,
     info_len: u32,
     info: u64,
+}
+
+#[repr(C)]
+struct LinkCreate {
+    prog_fd: u32,
+    target_fd: u32,
+    attach_type: u32,
+    flags: u32,
 }
 
 #[repr(C)]
@@ -77,6 +90,14 @@ struct RawLinkInfo {
     prog_id: u32,
     _pad: u32,
     target: [u32; 4],
+}
+
+/// Leading fields of `struct bpf_prog_info`.
+#[repr(C)]
+#[derive(Default)]
+struct RawProgramInfo {
+    kind: u32,
+    id: u32,
 }
 
 /// Leading fields of `struct bpf_map_info`.
@@ -134,6 +155,32 @@ pub fn object_get(path: &Path) -> io::Result<OwnedFd> {
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
     // SAFETY: the kernel just returned this descriptor (with O_CLOEXEC), nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Pins what `object` is at `path`, which must be free.
+pub fn object_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = ObjGet { pathname: path.as_ptr() as u64, bpf_fd: raw(object), file_flags: 0 };
+    // SAFETY: `attr` is BPF_OBJ_PIN's layout, which is BPF_OBJ_GET's, and `path` a C string that
+    // outlives the call.
+    unsafe { bpf(BPF_OBJ_PIN, &mut attr) }.map(drop)
+}
+
+/// Attaches a program for packets that a cgroup sends, beside others. `EPERM` when the cgroup has
+/// one that allows no other.
+pub fn link_cgroup_egress(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let mut attr =
+        LinkCreate { prog_fd: raw(program), target_fd: raw(cgroup), attach_type: BPF_CGROUP_INET_EGRESS, flags: 0 };
+    // SAFETY: `attr` is BPF_LINK_CREATE's layout and holds no pointer.
+    let fd = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }?;
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel just returned this descriptor (with O_CLOEXEC), nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The kernel's number of a program.
+pub fn program_id(program: BorrowedFd<'_>) -> io::Result<u32> {
+    info_by_fd::<RawProgramInfo>(program).map(|info| info.id)
 }
 
 /// Makes `link` run `program` from now on, without a moment in which it runs neither. `ENOLINK` when what it was

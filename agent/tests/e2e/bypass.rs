@@ -3,14 +3,14 @@
 
 use std::{path::Path, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use testbed::{Mode, Pod, Process, app_path};
 
 use crate::world::{
     MARKER, Stage, World, app, app_error, assert_plaintext_seen, at, counter, eventually, serve, sniff, wait_counter,
 };
 
-/// How long a client waits whose SYN is dropped.
+/// How long a client waits that gets no answer.
 const DROPPED: &str = "3";
 
 /// Runs `testbed-app request` in the pod's network namespace but outside of its cgroup.
@@ -73,7 +73,7 @@ fn mptcp_nested_namespaces_foreign_cgroups_marks_and_second_interfaces_do_not_le
 }
 
 #[test]
-fn strict_drops_plaintext_and_serves_the_mesh() -> Result<()> {
+fn strict_refuses_plaintext_and_serves_the_mesh() -> Result<()> {
     let mut stage = Stage::new("strict")?;
     let outsider = stage.bed.node("a").pod("outsider")?;
     stage.mesh.workload("server").mode = Some(Mode::Strict);
@@ -83,13 +83,16 @@ fn strict_drops_plaintext_and_serves_the_mesh() -> Result<()> {
     let _open = serve(&world.server, 8081, &[])?;
     for ip in [world.server.ipv4().to_string(), format!("[{}]", world.server.ipv6())] {
         let to = format!("{ip}:8080");
-        ensure!(app_error(&outsider, &["request", &to, "--timeout", DROPPED])? == "timeout", "plaintext under STRICT");
+        ensure!(
+            app_error(&outsider, &["request", &to, "--timeout", DROPPED])? == "ECONNREFUSED",
+            "plaintext under STRICT"
+        );
         app(&outsider, &["request", &format!("{ip}:8081")])?;
         app(&world.client, &["request", &to])?;
         // The agent's private ports are not reachable from outside.
         for port in [15001, 15006, 15053] {
             let error = app_error(&outsider, &["request", &format!("{ip}:{port}"), "--timeout", DROPPED])?;
-            ensure!(error == "timeout", "{port}: {error}");
+            ensure!(error == "ECONNREFUSED", "{port}: {error}");
         }
     }
     ensure!(counter(&world.b, "bpf.inbound_strict_dropped")? >= 2, "{}", world.b.counters()?);
@@ -178,4 +181,87 @@ fn dialling_the_outbound_listener_directly_is_a_reset() -> Result<()> {
     wait_counter(&world.a, "refused.no-original-destination", 3)?;
     ensure!(Path::new(&world.a.pin_root()).exists());
     Ok(())
+}
+
+/// Refused plaintext fails at once, unless silence is asked for; and a change reaches pods that are
+/// enrolled already.
+#[test]
+fn refused_plaintext_is_answered_unless_silence_is_asked_for() -> Result<()> {
+    let mut stage = Stage::new("answer")?;
+    let outsider = stage.bed.node("a").pod("outsider")?;
+    stage.mesh.workload("server").mode = Some(Mode::Strict);
+    stage.mesh.plaintext_refusal = Some("drop".into());
+    let mut world = stage.start()?;
+    let _echo = serve(&world.server, 8080, &[])?;
+    let to = [at(world.server.ipv4(), 8080), at(world.server.ipv6(), 8080)];
+    let refusal = |to: &str| app_error(&outsider, &["request", to, "--timeout", DROPPED]);
+    for to in &to {
+        ensure!(refusal(to)? == "timeout", "an answer from {to}");
+    }
+    world.mesh.plaintext_refusal = None;
+    world.reload()?;
+    for to in &to {
+        eventually(Duration::from_secs(20), || {
+            let error = refusal(to)?;
+            ensure!(error == "ECONNREFUSED", "{to}: {error}");
+            Ok(())
+        })?;
+        app(&world.client, &["request", to])?;
+    }
+    // Without an agent, the kernel answers.
+    world.b.kill()?;
+    for to in &to {
+        let begun = std::time::Instant::now();
+        ensure!(refusal(to)? == "ECONNREFUSED", "{to}, no agent");
+        ensure!(begun.elapsed() < Duration::from_secs(1), "{to}: after {:?}", begun.elapsed());
+    }
+    Ok(())
+}
+
+/// A network that cuts packets to pieces: the tunnel and PERMISSIVE pods do not notice, STRICT
+/// refuses as ever.
+#[test]
+fn fragments_reach_whoever_whole_packets_reach() -> Result<()> {
+    let mut stage = Stage::new("pieces")?;
+    let outsider = stage.bed.node("a").pod("outsider")?;
+    stage.mesh.workload("server").ports = vec![testbed::PortMode { port: 8081, mode: Mode::Strict }];
+    for pod in [&outsider, &stage.client, &stage.server] {
+        // No "don't fragment" on what it sends.
+        pod.namespace().sysctl(&[("net.ipv4.ip_no_pmtu_disc", "1")])?;
+    }
+    let world = stage.start()?;
+    for name in ["a", "b"] {
+        world.bed.node(name).namespace().ip("link set wire mtu 1300\n")?;
+    }
+    let _bulk = serve(&world.server, 8080, &["--mode", "bulk"])?;
+    let _strict = serve(&world.server, 8081, &[])?;
+    let to = at(world.server.ipv4(), 8080);
+    let transfer = ["bulk", to.as_str(), "--up", "1000000", "--down", "1000000"];
+    for pod in [&world.client, &outsider] {
+        let before = created_fragments(&world)?;
+        app(pod, &transfer).with_context(|| format!("from {}", pod.name()))?;
+        ensure!(created_fragments(&world)? > before + 500, "{}: nothing was fragmented", pod.name());
+    }
+    ensure!(counter(&world.a, "tunnels_out")? == 1, "{}", world.a.counters()?);
+    for agent in [&world.a, &world.b] {
+        ensure!(counter(agent, "bpf.fragment_dropped")? == 0, "{}", agent.counters()?);
+    }
+    let refused = app_error(&outsider, &["request", &at(world.server.ipv4(), 8081), "--timeout", DROPPED])?;
+    ensure!(refused == "ECONNREFUSED", "{refused}");
+    Ok(())
+}
+
+/// `FragCreates` of both nodes.
+fn created_fragments(world: &World) -> Result<u64> {
+    let mut sum = 0;
+    for name in ["a", "b"] {
+        let snmp =
+            world.bed.node(name).namespace().enter(|| std::fs::read_to_string("/proc/thread-self/net/snmp"))??;
+        let lines: Vec<Vec<&str>> =
+            snmp.lines().filter(|line| line.starts_with("Ip:")).map(|line| line.split(' ').collect()).collect();
+        let [names, values] = &lines[..] else { anyhow::bail!("not two lines about IP: {snmp}") };
+        let at = names.iter().position(|name| *name == "FragCreates").context("FragCreates")?;
+        sum += values[at].parse::<u64>()?;
+    }
+    Ok(sum)
 }

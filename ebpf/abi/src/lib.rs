@@ -56,6 +56,8 @@ pub const POD_STRICT: u32 = 1 << 0;
 pub const POD_CAPTURE_ALL: u32 = 1 << 1;
 /// Inbound plaintext goes to the agent, as with [`PORT_ASSIGN`], unless a port rule says otherwise. [`POD_STRICT`] goes before.
 pub const POD_ASSIGN: u32 = 1 << 2;
+/// Refused TCP packets get no answer; otherwise the pod answers them with a reset.
+pub const POD_SILENT: u32 = 1 << 3;
 
 /// Value of the `MESH` trie (key: an [`Address`]; 96 is added to IPv4 prefix lengths).
 #[repr(C)]
@@ -88,7 +90,8 @@ pub struct PortKey {
 pub const DIRECTION_OUTBOUND: u16 = 0;
 /// A connection made to the pod.
 pub const DIRECTION_INBOUND: u16 = 1;
-/// The port answers probes: an entry, whatever its action, admits plaintext from the addresses in `NODE_ADDRESSES`.
+/// The port answers the kubelet: an entry, whatever its action, admits the kubelet's plaintext, and
+/// that of `NODE_ADDRESSES`.
 pub const DIRECTION_PROBE: u16 = 2;
 
 /// Value of `PORT_RULES`.
@@ -114,6 +117,38 @@ pub const PORT_PROBE: u32 = 5;
 /// Deepest level of the cgroup v2 hierarchy, the root being 0, at which a probe cgroup is recognised. Levels count from the
 /// root of the hierarchy, also for an agent in a cgroup namespace: a node that is a container (kind) is three or four deep itself.
 pub const PROBE_CGROUP_LEVELS: i32 = 16;
+
+/// Key of `PROBES`: a connection that a probe cgroup opens, as its SYN leaves the node's network
+/// namespace.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ProbeKey {
+    /// Source address.
+    pub src: Address,
+    /// Destination address.
+    pub dst: Address,
+    /// Source port, host byte order.
+    pub src_port: u16,
+    /// Destination port, host byte order.
+    pub dst_port: u16,
+}
+
+/// Value of `PROBES`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProbeSyn {
+    /// When the SYN left, in nanoseconds of the monotonic clock.
+    pub sent_at: u64,
+    /// The SYN's sequence number, host byte order. The kernel chooses this number at random (RFC
+    /// 6528), so a packet with the same addresses and ports from another sender does not match.
+    pub sequence: u32,
+    /// Zero.
+    pub _pad: u32,
+}
+
+/// How long an entry of `PROBES` admits its connection, in nanoseconds. The SYN needs microseconds
+/// from one end of the node to the other, and a repeated SYN renews the entry.
+pub const PROBE_LIFE: u64 = 5_000_000_000;
 
 /// Per-socket state in `SOCKETS` (socket storage): it lives and dies with the socket.
 #[repr(C)]
@@ -201,17 +236,19 @@ pub enum Counter {
     GuardDropped = 3,
     /// Egress guard: packet to a mesh address that could not be parsed far enough to be judged.
     GuardUnparsable = 4,
-    /// Inbound: plaintext SYN dropped under STRICT.
+    /// Inbound: plaintext SYN refused under STRICT.
     InboundStrictDropped = 5,
     /// Inbound: packet for one of the agent's private ports from outside.
     InboundAgentPort = 6,
     /// Inbound: non-SYN without a connected socket, under STRICT.
     InboundNoSocket = 7,
-    /// Later fragment of a TCP packet, or a first one without a whole TCP header.
+    /// Fragment of a TCP packet that cannot be judged: a first one without a whole TCP header, a
+    /// later one that reaches into the header, or a SYN that the agent would have to be given
+    /// whole.
     FragmentDropped = 8,
     /// Inbound: SYN handed to the plaintext listener.
     InboundAssigned = 9,
-    /// Inbound: SYN should have been handed over but no listener was there; dropped.
+    /// Inbound: SYN should have been handed over but no listener was there; refused.
     InboundAssignFailed = 10,
     /// Abandoned flows removed before the agent accepted them.
     FlowsAbandoned = 11,
@@ -258,6 +295,8 @@ pub mod capacity {
     pub const PROBE_CGROUPS: usize = 16;
     /// `NODE_ADDRESSES`.
     pub const NODE_ADDRESSES: usize = 64;
+    /// `PROBES`: SYNs of the last moments; the oldest yields to the newest.
+    pub const PROBES: usize = 4096;
     /// `FLOWS`: connections between `connect` and the agent's `accept`.
     pub const FLOWS: usize = 262_144;
     /// `EVENTS`, in bytes; a power of two and a multiple of the page size.
@@ -280,6 +319,8 @@ pub mod programs {
     pub const GETSOCKNAME6: &str = "up_sockname6";
     /// Re-keys captured connections by 4-tuple.
     pub const SOCKOPS: &str = "up_sockops";
+    /// Records the connections that a probe cgroup opens.
+    pub const PROBE: &str = "up_probe";
     /// tc egress guard for Ethernet interfaces.
     pub const GUARD: &str = "up_guard";
     /// tc egress guard for interfaces without a link-layer header.
@@ -301,6 +342,8 @@ mod pod {
     unsafe impl aya::Pod for super::MeshEntry {}
     unsafe impl aya::Pod for super::PortKey {}
     unsafe impl aya::Pod for super::PortRule {}
+    unsafe impl aya::Pod for super::ProbeKey {}
+    unsafe impl aya::Pod for super::ProbeSyn {}
     unsafe impl aya::Pod for super::SocketState {}
     unsafe impl aya::Pod for super::FlowKey {}
     unsafe impl aya::Pod for super::OriginalDestination {}

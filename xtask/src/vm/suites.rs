@@ -86,6 +86,8 @@ const SUITES: &[Suite] = &[
     Suite { name: "bpf-guard", package: BPF, target: "guard", kind: "test", retries: 1, usual: Usual::All },
     Suite { name: "bpf-inbound", package: BPF, target: "inbound", kind: "test", retries: 1, usual: Usual::All },
     Suite { name: "bpf-interfaces", package: BPF, target: "interfaces", kind: "test", retries: 1, usual: Usual::All },
+    Suite { name: "bpf-probes", package: BPF, target: "probes", kind: "test", retries: 1, usual: Usual::All },
+    Suite { name: "bpf-resets", package: BPF, target: "resets", kind: "test", retries: 1, usual: Usual::All },
     Suite { name: "cli", package: AGENT, target: "cli", kind: "test", retries: 1, usual: Usual::All },
     Suite { name: "e2e", package: AGENT, target: "e2e", kind: "test", retries: 1, usual: END_TO_END },
     Suite { name: "underpass", package: AGENT, target: "underpass", kind: "lib", retries: 1, usual: KERNEL },

@@ -18,6 +18,9 @@ pub struct MeshConfig {
     pub lifetime: String,
     /// Mode of workloads that say nothing else.
     pub mode: Mode,
+    /// How refused plaintext is answered, when not as by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plaintext_refusal: Option<String>,
     /// Capture every TCP destination.
     pub capture_all: bool,
     /// Networks captured beside the workloads' addresses and the VIPs.
@@ -87,7 +90,7 @@ pub struct Probes {
     /// cgroup v2 paths, as `/proc/PID/cgroup` has them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cgroups: Vec<PathBuf>,
-    /// The nodes' own addresses.
+    /// The nodes' own addresses, where declared ports are open to them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub node_addresses: Vec<IpAddr>,
 }
@@ -118,7 +121,7 @@ pub struct Enroll {
     /// The pod's own exclusions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclude: Option<Exclude>,
-    /// Ports that take plaintext from [`Probes::node_addresses`].
+    /// Ports that take the kubelet's plaintext.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub probe_ports: Vec<u16>,
     /// Certificate files.
@@ -215,6 +218,8 @@ struct Document<'a> {
 #[serde(rename_all = "camelCase")]
 struct Mesh<'a> {
     mode: Mode,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    plaintext_refusal: Option<&'a str>,
     capture_all: bool,
     cidrs: &'a [String],
     exclude: &'a Exclude,
@@ -228,6 +233,7 @@ impl MeshConfig {
             ca_dir: Some(ca_dir.into()),
             lifetime: "1h".into(),
             mode: Mode::Permissive,
+            plaintext_refusal: None,
             capture_all: false,
             cidrs: Vec::new(),
             exclude: Exclude::default(),
@@ -314,7 +320,13 @@ impl MeshConfig {
             node: node.name(),
             trust_domain: &self.trust_domain,
             issuer,
-            mesh: Mesh { mode: self.mode, capture_all: self.capture_all, cidrs: &self.cidrs, exclude: &self.exclude },
+            mesh: Mesh {
+                mode: self.mode,
+                plaintext_refusal: self.plaintext_refusal.as_deref(),
+                capture_all: self.capture_all,
+                cidrs: &self.cidrs,
+                exclude: &self.exclude,
+            },
             probes: &self.probes,
             workloads,
             services: &self.services,

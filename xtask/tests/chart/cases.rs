@@ -46,6 +46,7 @@ certificates: { lifetime: 12h }
 mesh:
   mode: strict
   rootNamespace: mesh-config
+  plaintextRefusal: drop
   captureAll: true
   cidrs: [10.0.0.0/8, "fd00:10::/64"]
   exclude:
@@ -55,6 +56,7 @@ mesh:
 probes:
   cgroups: [/kubelet]
   nodeAddresses: [10.0.0.11, "fd00::11"]
+  fromNodeAddresses: true
 accessLog:
   enabled: false
   sample: 0.25

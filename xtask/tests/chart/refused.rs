@@ -23,6 +23,7 @@ const WRONG: &[(&str, &str)] = &[
     ("profile=production", "profile must be one of"),
     ("platform=eks", "platform must be one of"),
     ("mesh.mode=STRICT", "mesh.mode must be one of"),
+    ("mesh.plaintextRefusal=reject", "mesh.plaintextRefusal must be one of"),
     ("issuer.kind=istiod", "issuer.kind must be one of"),
     ("ca.root.source=cert-manager", "ca.root.source must be one of"),
     ("image.pullPolicy=always", "image.pullPolicy must be one of"),

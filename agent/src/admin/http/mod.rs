@@ -76,6 +76,9 @@ pub trait NodeView: Send + Sync + 'static {
     fn bpf_counters(&self) -> BTreeMap<String, u64>;
     /// Entries in the BPF maps that the agent writes: name, entries, room.
     fn bpf_maps(&self) -> Vec<(&'static str, usize, usize)>;
+    /// Pods with forbidden plaintext connections that could not be ended yet, see
+    /// [`crate::capture::Capture::unswept`].
+    fn plaintext_left(&self) -> usize;
     /// This node's pods, enrolled or not.
     fn pods(&self) -> Vec<PodStatus>;
     /// The configuration that the pods have been made equal to.

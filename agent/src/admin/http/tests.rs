@@ -44,6 +44,10 @@ impl NodeView for Fake {
         [("captured".to_owned(), 7)].into()
     }
 
+    fn plaintext_left(&self) -> usize {
+        2
+    }
+
     fn bpf_maps(&self) -> Vec<(&'static str, usize, usize)> {
         vec![("MESH", 3, 1024)]
     }
@@ -479,6 +483,7 @@ async fn metrics_are_open_metrics() {
     assert!((value(r#"underpass_bytes_total{data_path="user",to="upstream"}"#) - 11.0).abs() < 1e-9);
     assert!((value(r#"underpass_connections_open{direction="inbound",data_path="user"}"#) - 1.0).abs() < 1e-9);
     assert!((value(r#"underpass_bpf_events_total{event="captured"}"#) - 7.0).abs() < 1e-9);
+    assert!((value("underpass_plaintext_left") - 2.0).abs() < 1e-9);
     assert!((value(r#"underpass_ready{condition="certificates"}"#) - 1.0).abs() < 1e-9);
     let expiry =
         value("underpass_certificate_expiry_timestamp_seconds{identity=\"spiffe://cluster.local/ns/default/sa/web\"}");

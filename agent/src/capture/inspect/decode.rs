@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv6Addr};
 use ipnet::IpNet;
 use underpass_abi::{
     Address, Counter, DIRECTION_INBOUND, DIRECTION_OUTBOUND, DIRECTION_PROBE, FlowKey, MESH_CAPTURE, MeshEntry,
-    OriginalDestination, POD_ASSIGN, POD_CAPTURE_ALL, POD_STRICT, PORT_ASSIGN, PORT_EXCLUDED, PORT_PERMISSIVE,
-    PORT_PROBE, PORT_STRICT, PodConfig, PortKey, PortRule,
+    OriginalDestination, POD_ASSIGN, POD_CAPTURE_ALL, POD_SILENT, POD_STRICT, PORT_ASSIGN, PORT_EXCLUDED,
+    PORT_PERMISSIVE, PORT_PROBE, PORT_STRICT, PodConfig, PortKey, PortRule, ProbeKey, ProbeSyn,
 };
 
 use super::{
@@ -73,8 +73,12 @@ pub(super) fn pod_id(id: u32, names: &Names) -> Fields {
 
 /// Value of `PODS` and `PODS_BY_ID`.
 pub(super) fn pod_config(config: &PodConfig) -> Fields {
-    const FLAGS: [(u32, &str); 3] =
-        [(POD_STRICT, "strict"), (POD_CAPTURE_ALL, "capture-all"), (POD_ASSIGN, "plaintext-to-agent")];
+    const FLAGS: [(u32, &str); 4] = [
+        (POD_STRICT, "strict"),
+        (POD_CAPTURE_ALL, "capture-all"),
+        (POD_ASSIGN, "plaintext-to-agent"),
+        (POD_SILENT, "silent"),
+    ];
     fields([
         ("pod_id", Field::Number(config.pod_id.into())),
         ("flags", flags(config.flags, &FLAGS)),
@@ -129,6 +133,21 @@ pub(super) fn port_rule(rule: PortRule) -> Fields {
 /// Key of `PROBE_CGROUPS`.
 pub(super) fn cgroup(id: u64) -> Fields {
     fields([("cgroup_id", Field::Number(id))])
+}
+
+/// Key of `PROBES`.
+pub(super) fn probe(key: &ProbeKey) -> Fields {
+    fields([
+        ("source", Field::Address(ip(key.src))),
+        ("source_port", Field::Number(key.src_port.into())),
+        ("destination", Field::Address(ip(key.dst))),
+        ("port", Field::Number(key.dst_port.into())),
+    ])
+}
+
+/// Value of `PROBES`.
+pub(super) fn probe_syn(syn: &ProbeSyn) -> Fields {
+    fields([("sequence", Field::Number(syn.sequence.into())), ("sent_at_ns", Field::Number(syn.sent_at))])
 }
 
 /// Key of `NODE_ADDRESSES`.

@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, path::Path};
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, lpm_trie::Key};
 use serde::Serialize;
 use underpass_abi::{
-    Address, COUNTERS, ExcludeKey, FlowKey, MeshEntry, OriginalDestination, PodConfig, PortKey, PortRule, capacity,
+    Address, COUNTERS, ExcludeKey, FlowKey, MeshEntry, OriginalDestination, PodConfig, PortKey, PortRule, ProbeKey,
+    ProbeSyn, capacity,
 };
 
 use super::{
@@ -100,6 +101,9 @@ fn read(layout: &Layout, name: &str, names: &Names) -> Result<Read, String> {
             (port_key(k, names), decode::port_rule(v))
         }),
         "PROBE_CGROUPS" => hash(layout, name, capacity::PROBE_CGROUPS, |k: u64, _: u32| (cgroup(k), decode::nothing())),
+        "PROBES" => {
+            hash(layout, name, capacity::PROBES, |k: ProbeKey, v: ProbeSyn| (decode::probe(&k), decode::probe_syn(&v)))
+        }
         "NODE_ADDRESSES" => {
             hash(layout, name, capacity::NODE_ADDRESSES, |k: Address, _: u32| (address(k), decode::nothing()))
         }

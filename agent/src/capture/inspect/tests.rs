@@ -88,6 +88,7 @@ fn every_pinned_map_is_listed_or_says_why_not() {
         "EXCLUDED_CIDRS",
         "PORT_RULES",
         "PROBE_CGROUPS",
+        "PROBES",
         "NODE_ADDRESSES",
         "FLOWS",
         "COUNTERS",

@@ -2,18 +2,20 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use underpass_abi::{
-    DIRECTION_INBOUND, DIRECTION_OUTBOUND, DIRECTION_PROBE, POD_CAPTURE_ALL, POD_STRICT, PORT_EXCLUDED,
+    DIRECTION_INBOUND, DIRECTION_OUTBOUND, DIRECTION_PROBE, POD_CAPTURE_ALL, POD_SILENT, POD_STRICT, PORT_EXCLUDED,
     PORT_PERMISSIVE, PORT_PROBE, PORT_STRICT, TUNNEL_PORT,
 };
 
 use super::{
     super::desired::{
-        ALL_PODS, MeshState, PortSlot, Strictness, address, excluded_prefix, mesh, mesh_changes, mesh_prefix, pod,
+        ALL_PODS, Everywhere, MeshState, PortSlot, Strictness, address, excluded_prefix, mesh, mesh_changes,
+        mesh_prefix, pod,
     },
     workload,
 };
 use crate::mesh::{
-    Exclusions, InboundMode, MeshSettings, PortMode, Service, ServicePort, Snapshot, SnapshotBuilder, Workload,
+    Exclusions, InboundMode, MeshSettings, PlaintextRefusal, PortMode, Service, ServicePort, Snapshot, SnapshotBuilder,
+    Workload,
 };
 
 fn nets(list: &[&str]) -> Vec<ipnet::IpNet> {
@@ -93,7 +95,7 @@ fn mesh_wide_exclusions_are_under_no_pod() {
         inbound_ports: vec![9090],
     };
     let state = state(MeshSettings { exclude, capture_all: true, ..MeshSettings::default() }, vec![]);
-    assert!(state.capture_all);
+    assert!(state.everywhere.capture_all);
     let cidrs = nets(&["169.254.169.254/32", "2001:db8:ffff::/48"]);
     assert_eq!(state.rules.excluded.len(), 2);
     for net in cidrs {
@@ -118,7 +120,7 @@ fn a_pod_gets_its_first_addresses_and_flags() {
     let mut w = workload("web", "10.0.1.1", Some("/run/netns/web"));
     w.addresses.extend(["10.0.1.2", "2001:db8::1"].map(|a| a.parse::<std::net::IpAddr>().unwrap()));
     let local = w.local.clone().unwrap();
-    let plain = pod(3, &w, &local, None, false);
+    let plain = pod(3, &w, &local, None, Everywhere::default());
     assert_eq!((plain.config.pod_id, plain.config.flags), (3, 0));
     assert_eq!(plain.config.addr4, address("10.0.1.1".parse().unwrap()));
     assert_eq!(plain.config.addr6, address("2001:db8::1".parse().unwrap()));
@@ -126,9 +128,14 @@ fn a_pod_gets_its_first_addresses_and_flags() {
 
     w.mode = InboundMode::Strict;
     w.addresses.truncate(2);
-    assert_eq!(pod(3, &w, &local, None, true).config.flags, POD_STRICT | POD_CAPTURE_ALL);
-    assert_eq!(pod(3, &w, &local, None, true).config.addr6, [0; 16]);
+    assert_eq!(pod(3, &w, &local, None, EVERYTHING).config.flags, POD_STRICT | POD_CAPTURE_ALL);
+    assert_eq!(pod(3, &w, &local, None, EVERYTHING).config.addr6, [0; 16]);
+    let settings = MeshSettings { plaintext_refusal: PlaintextRefusal::Drop, ..MeshSettings::default() };
+    let silent = state(settings, vec![]).everywhere;
+    assert_eq!(pod(3, &w, &local, None, silent).config.flags, POD_STRICT | POD_SILENT);
 }
+
+const EVERYTHING: Everywhere = Everywhere { capture_all: true, silent: false };
 
 #[test]
 fn port_rules_follow_modes_and_exclusions() {
@@ -149,7 +156,7 @@ fn port_rules_follow_modes_and_exclusions() {
         outbound_cidrs: nets(&["10.9.0.0/16"]),
         inbound_ports: vec![82, 15001],
     };
-    let state = pod(3, &w, &local, None, false);
+    let state = pod(3, &w, &local, None, Everywhere::default());
     let slot = |direction, port| PortSlot { pod_id: 3, direction, port };
     let rules: Vec<_> = state.rules.ports.iter().map(|(s, r)| (*s, r.action)).collect();
     assert_eq!(
@@ -173,7 +180,7 @@ fn strictness_is_that_of_the_programs() {
     let exclude = Exclusions { inbound_ports: vec![9090, 9091], ..Exclusions::default() };
     let everyone = state(MeshSettings { exclude, ..MeshSettings::default() }, vec![]).rules;
     let strictness = |w: &Workload| {
-        let state = pod(1, w, &local, None, false);
+        let state = pod(1, w, &local, None, Everywhere::default());
         Strictness::new(&state.config, &state.rules, &everyone)
     };
     let permissive = strictness(&w);
@@ -195,8 +202,8 @@ fn strictness_is_that_of_the_programs() {
     assert!(!strict.tightens(&strict));
 
     let without = Strictness::new(
-        &pod(1, &w, &local, None, false).config,
-        &pod(1, &w, &local, None, false).rules,
+        &pod(1, &w, &local, None, Everywhere::default()).config,
+        &pod(1, &w, &local, None, Everywhere::default()).rules,
         &Arc::default(),
     );
     assert!(without.tightens(&strict), "an exclusion that goes away");

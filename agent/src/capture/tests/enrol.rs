@@ -87,7 +87,7 @@ async fn strict_ends_what_was_admitted_and_admits_no_more() {
     });
     assert_eq!(read.await.unwrap().unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     drop(server);
-    assert_eq!(scene.dial_from_peer().await, Connected::TimedOut);
+    assert_eq!(scene.dial_from_peer().await, Connected::Refused);
     assert!(capture.counters()["inbound_strict_dropped"] > 0);
 
     scene.web.mode = InboundMode::Permissive;

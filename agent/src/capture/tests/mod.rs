@@ -12,6 +12,7 @@ mod restart;
 mod scale;
 mod scene;
 mod start;
+mod sweeps;
 mod table;
 
 use crate::mesh::{Exclusions, InboundMode, LocalPod, Protocol, Workload, WorkloadKey};

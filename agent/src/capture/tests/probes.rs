@@ -10,7 +10,10 @@ use super::{
     super::{Capture, ProbeCgroupState},
     lab::{Lab, cgroup_mount, snapshot, until},
 };
-use crate::mesh::{MeshSettings, ProbeSettings};
+use crate::{
+    mesh::{MeshSettings, ProbeSettings},
+    sys::bpf::LinkTarget,
+};
 
 /// A cgroup outside of the pods', with one below it; removed when dropped.
 struct Kubelet(PathBuf);
@@ -55,6 +58,17 @@ fn in_map(capture: &Capture) -> Vec<u64> {
     capture.inner.maps.tables().probe_cgroups()
 }
 
+/// The cgroups, by id, whose connections are recorded.
+fn recorded(lab: &Lab) -> Vec<u64> {
+    let links = lab.links();
+    let probes = links.iter().filter_map(|(name, link)| {
+        let id = name.strip_prefix("probe-")?.parse().unwrap();
+        assert_eq!(link.target, LinkTarget::Cgroup(id), "{name}");
+        Some(id)
+    });
+    probes.collect()
+}
+
 fn states(capture: &Capture) -> Vec<ProbeCgroupState> {
     capture.probe_cgroups().into_iter().map(|c| c.state).collect()
 }
@@ -71,18 +85,41 @@ async fn a_cgroup_is_followed_as_it_comes_and_goes() {
     let first = kubelet.id();
     until("the new cgroup is used", || in_map(&capture) == [first]).await;
     assert_eq!(states(&capture), [ProbeCgroupState::Active { id: first }]);
+    assert_eq!(recorded(&lab), [first]);
     drop(kubelet);
     until("the old cgroup is forgotten", || in_map(&capture).is_empty()).await;
+    assert!(recorded(&lab).is_empty());
     // As when a unit is restarted: gone and there again before anybody looks.
     drop(Kubelet::create(path.clone()));
     let kubelet = Kubelet::create(path.clone());
     assert_ne!(kubelet.id(), first, "ids are not used again");
     until("the cgroup that replaces it is used", || in_map(&capture) == [kubelet.id()]).await;
+    assert_eq!(recorded(&lab), [kubelet.id()]);
     fs::remove_dir(&path).unwrap();
     fs::create_dir(&path).unwrap();
     until("also when only the last directory is replaced", || in_map(&capture) == [kubelet.id()]).await;
     apply(&capture, &[]);
-    assert!(in_map(&capture).is_empty() && states(&capture).is_empty());
+    assert!(in_map(&capture).is_empty() && states(&capture).is_empty() && recorded(&lab).is_empty());
+}
+
+/// Connections are recorded while no agent runs, then by the next one's program in the same place.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_next_agent_goes_on_recording() {
+    let lab = Lab::new();
+    let kubelet = Kubelet::create(Kubelet::path_for(&lab));
+    let capture = lab.start().await;
+    apply(&capture, &[&kubelet.0]);
+    let link = |lab: &Lab| lab.links()[&format!("probe-{}", kubelet.id())];
+    let before = link(&lab);
+    drop(capture);
+    assert_eq!(link(&lab), before, "nobody runs");
+    let capture = lab.start().await;
+    assert_eq!(link(&lab), before, "until it is known who sends probes");
+    apply(&capture, &[&kubelet.0]);
+    let after = link(&lab);
+    assert_eq!((after.id, after.target), (before.id, before.target));
+    assert_ne!(after.program_id, before.program_id);
+    assert_eq!(capture.probe_cgroups()[0].unrecorded, None);
 }
 
 #[tokio::test(flavor = "multi_thread")]

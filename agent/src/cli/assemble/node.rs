@@ -41,6 +41,10 @@ impl NodeView for NodeStatus {
         self.capture.map_sizes()
     }
 
+    fn plaintext_left(&self) -> usize {
+        self.capture.unswept().len()
+    }
+
     fn pods(&self) -> Vec<PodStatus> {
         self.reconciler.pods()
     }
@@ -79,7 +83,9 @@ impl StatusProvider for NodeStatus {
         let status = Status::new(KtlsStatus::of(&self.ktls), pods.collect(), self.reload.status());
         let probe_cgroups = self.capture.probe_cgroups().into_iter().map(Into::into).collect();
         let cluster = self.cluster.as_ref().map(Statuses::status);
-        Status { probe_cgroups, cluster, ..status }
+        let probe_node_addresses = self.capture.probe_node_addresses();
+        let plaintext_left = self.capture.unswept().into_iter().map(Into::into).collect();
+        Status { probe_cgroups, probe_node_addresses, plaintext_left, cluster, ..status }
     }
 
     fn bpf_counters(&self) -> BTreeMap<String, u64> {

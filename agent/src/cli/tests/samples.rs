@@ -5,8 +5,8 @@ use std::time::{Duration, SystemTime};
 use crate::{
     admin::{
         api::{
-            AllCounters, CertificateStatus, Connections, KtlsStatus, PodState, PodStatus, ProbeCgroupState,
-            ProbeCgroupStatus, Status,
+            AllCounters, CertificateStatus, Connections, KtlsStatus, PlaintextLeft, PodState, PodStatus,
+            ProbeCgroupState, ProbeCgroupStatus, Status,
         },
         inventory::{
             CertificateDetails, CertificateInfo, Certificates, EndpointInfo, ServiceInfo, Services, WorkloadInfo,
@@ -91,14 +91,26 @@ pub fn a_status(name: &str) -> status::Report {
         state,
         reason: reason.map(str::to_owned),
     };
-    let probe_cgroups =
-        vec![cgroup(ProbeCgroupState::Missing, None), cgroup(ProbeCgroupState::Refused, Some("pods are in it"))];
+    let probe_cgroups = vec![
+        cgroup(ProbeCgroupState::Active, None),
+        cgroup(ProbeCgroupState::Active, Some("no room")),
+        cgroup(ProbeCgroupState::Missing, None),
+        cgroup(ProbeCgroupState::Refused, Some("pods are in it")),
+    ];
+    let left = PlaintextLeft {
+        workload: "shop/web".into(),
+        forbidden_by: "mode".into(),
+        attempts: 3,
+        error: "no descriptors".into(),
+    };
     let status = Status {
         version: "1.2.3".into(),
         node: "node-a".into(),
         trust_domain: "cluster.local".into(),
         generation: 4,
         probe_cgroups,
+        probe_node_addresses: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+        plaintext_left: vec![left],
         ..Status::new(KtlsStatus::default(), pods, reload)
     };
     status::Report { status, counters }

@@ -15,8 +15,12 @@ fn tables_for_people() {
         data path      user
         configuration  generation 4, from last good copy (1 accepted, 2 rejected)
         config error   n.yaml:1:1: shop/other
+        probe cgroup   /system.slice/kubelet.service (active)
+        probe cgroup   /system.slice/kubelet.service (active only where packets carry their sockets: no room)
         probe cgroup   /system.slice/kubelet.service (missing: its probes fail under STRICT)
         probe cgroup   /system.slice/kubelet.service (refused: pods are in it)
+        probes         declared ports take plaintext from anybody at 10.0.0.1, fd00::1
+        plaintext      shop/web (not ended, forbidden by mode; 3 attempts: no descriptors)
 
         WORKLOAD    STATE     POD  IDENTITY                               CERTIFICATE UNTIL     REASON
         shop/web    enrolled  3    spiffe://cluster.local/ns/shop/sa/web  2027-01-15T10:00:00Z  -
@@ -42,8 +46,12 @@ fn tables_for_people() {
         data path      user
         configuration  generation 4, from last good copy (1 accepted, 2 rejected)
         config error   n.yaml:1:1: shop/other
+        probe cgroup   /system.slice/kubelet.service (active)
+        probe cgroup   /system.slice/kubelet.service (active only where packets carry their sockets: no room)
         probe cgroup   /system.slice/kubelet.service (missing: its probes fail under STRICT)
         probe cgroup   /system.slice/kubelet.service (refused: pods are in it)
+        probes         declared ports take plaintext from anybody at 10.0.0.1, fd00::1
+        plaintext      shop/web (not ended, forbidden by mode; 3 attempts: no descriptors)
 
         WORKLOAD    STATE     POD  IDENTITY                               CERTIFICATE UNTIL     REASON                                                 SERIAL  NETNS
         shop/web    enrolled  3    spiffe://cluster.local/ns/shop/sa/web  2027-01-15T10:00:00Z  -                                                      4a2f    /run/netns/web

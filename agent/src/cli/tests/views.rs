@@ -64,7 +64,16 @@ fn problems_name_what_is_wrong_and_only_that() {
         }
     }
     let name = "shop/other";
-    check(&a_status(name).problems(), &["not accepted", "shop/other is not enrolled: port 15008", "pods are in it"]);
+    check(
+        &a_status(name).problems(),
+        &[
+            "not accepted",
+            "shop/other is not enrolled: port 15008",
+            "pods are in it",
+            "whoever uses 10.0.0.1, fd00::1, NodePort clients among them",
+            "shop/web has plaintext connections that its mode forbids; ending them failed 3 times: no descriptors",
+        ],
+    );
     check(&workloads(name).problems(), &["shop/other is not enrolled: the namespace", "shop/web is not enrolled yet"]);
     check(&services(name).problems(), &["shop/gone has no endpoint"]);
     check(&policies(name).problems(), &["a/two lets in less", "a/three refuses everything"]);

@@ -76,6 +76,7 @@ pub(super) fn node_config(file: &str, document: &Document, node: Option<&str>) -
             .collect::<Result<_, _>>()?,
         capture_all: document.mesh.capture_all,
         exclude: check.exclusions("mesh.exclude", &document.mesh.exclude)?,
+        plaintext_refusal: document.mesh.plaintext_refusal,
         probes: probes::settings(check, document)?,
         access_log: access_log::settings(check, &document.access_log)?,
     };

@@ -17,7 +17,7 @@ use crate::mesh::ProbeSettings;
 /// that are containers (`kubelet-kubepods.slice`).
 const PODS: &str = "kubepods";
 
-/// Checks the section, and that it has what the workloads' probe ports need.
+/// Checks the section, and that somebody can use the workloads' probe ports.
 pub(super) fn settings(check: Check<'_>, document: &Document) -> Result<ProbeSettings, ConfigError> {
     let Document { probes, workloads, .. } = document;
     let list = |name: &'static str, most| List { check, name, most };
@@ -25,12 +25,20 @@ pub(super) fn settings(check: Check<'_>, document: &Document) -> Result<ProbeSet
         cgroups: list("probes.cgroups", capacity::PROBE_CGROUPS).parse(&probes.cgroups, cgroup)?,
         node_addresses: list("probes.nodeAddresses", capacity::NODE_ADDRESSES)
             .parse(&probes.node_addresses, node_address)?,
+        from_node_addresses: probes.from_node_addresses.as_ref().is_some_and(|set| set.value),
     };
-    if settings.node_addresses.is_empty() {
+    if let Some(set) = probes.from_node_addresses.as_ref().filter(|set| set.value)
+        && settings.node_addresses.is_empty()
+        && document.kubernetes.is_none()
+    {
+        let problem = "only the Kubernetes API tells the node's addresses; list them in probes.nodeAddresses";
+        return Err(check.wrong(set, "probes.fromNodeAddresses", problem.to_owned()));
+    }
+    if settings.node_addresses.is_empty() && settings.cgroups.is_empty() {
         let ports = |w: &'_ Spanned<Workload>| Some(w.value.enroll.as_ref()?.value.probe_ports.first()?.clone());
         if let Some((i, port)) = workloads.iter().enumerate().find_map(|(i, w)| Some((i, ports(w)?))) {
             let problem = format!(
-                "port {} takes probes from the node's addresses, and probes.nodeAddresses lists none; list them there",
+                "port {} is for the kubelet, and nothing says how the kubelet is recognised; list its cgroup in probes.cgroups",
                 port.value
             );
             return Err(check.wrong(&port, &format!("workloads[{i}].enroll.probePorts[0]"), problem));

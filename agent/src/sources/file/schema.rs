@@ -8,6 +8,8 @@ mod policy;
 use serde::Deserialize;
 use serde_saphyr::Spanned;
 
+use crate::mesh::PlaintextRefusal;
+
 pub(super) use policy::{Action, Condition, Labels, Operation, Policy, Rule, Source, Strings};
 
 /// The only accepted `apiVersion`.
@@ -85,6 +87,7 @@ pub(super) struct Mesh {
     pub(super) capture_all: bool,
     pub(super) cidrs: Vec<Spanned<String>>,
     pub(super) exclude: Exclude,
+    pub(super) plaintext_refusal: PlaintextRefusal,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -92,6 +95,7 @@ pub(super) struct Mesh {
 pub(super) struct Probes {
     pub(super) cgroups: Vec<Spanned<String>>,
     pub(super) node_addresses: Vec<Spanned<String>>,
+    pub(super) from_node_addresses: Option<Spanned<bool>>,
 }
 
 #[derive(Debug, Default, Deserialize)]

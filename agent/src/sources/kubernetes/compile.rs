@@ -348,14 +348,14 @@ impl Pass<'_> {
         }
     }
 
-    /// The node's addresses are those of its object where the configuration names none.
+    /// Where probe ports are open to the node's addresses and the configuration names none, they
+    /// are those of the node's object.
     fn node(&mut self, cluster: &Cluster, base: &Snapshot) {
-        let configured = &base.settings.probes.node_addresses;
-        let node = cluster.nodes.iter().next().map(|(_, node)| node);
-        let addresses = if configured.is_empty() { node.map(|n| &n.addresses) } else { Some(configured) };
-        let mut addresses = addresses.cloned().unwrap_or_default();
-        if configured.is_empty() {
-            addresses.truncate(capacity::NODE_ADDRESSES);
+        let probes = &base.settings.probes;
+        let mut addresses = probes.node_addresses.clone();
+        if addresses.is_empty() && probes.from_node_addresses {
+            let node = cluster.nodes.iter().next().map(|(_, node)| &node.addresses);
+            addresses.extend(node.into_iter().flatten().take(capacity::NODE_ADDRESSES));
         }
         self.builder.settings().probes.node_addresses = addresses;
     }

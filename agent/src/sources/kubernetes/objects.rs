@@ -97,6 +97,15 @@ pub(super) struct Container {
     pub(super) liveness_probe: Option<Probe>,
     pub(super) readiness_probe: Option<Probe>,
     pub(super) startup_probe: Option<Probe>,
+    pub(super) lifecycle: Option<Lifecycle>,
+}
+
+/// Hooks that the kubelet calls; they have the shape of probes.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct Lifecycle {
+    pub(super) post_start: Option<Probe>,
+    pub(super) pre_stop: Option<Probe>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -106,7 +115,7 @@ pub(super) struct ContainerPort {
     pub(super) container_port: i64,
 }
 
-/// `exec` probes need no network.
+/// What a probe or a hook does; `exec` and `sleep` need no network.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub(super) struct Probe {

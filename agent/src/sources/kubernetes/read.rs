@@ -205,12 +205,14 @@ fn port(number: i64) -> Option<u16> {
     u16::try_from(number).ok().filter(|p| *p > 0)
 }
 
-/// Ports that the kubelet probes.
+/// Ports that the kubelet connects to: of probes and lifecycle hooks. Ephemeral containers can have
+/// neither.
 fn probe_ports(pod: &Pod) -> Vec<u16> {
     let mut ports = Vec::new();
     for container in pod.spec.containers.iter().chain(&pod.spec.init_containers) {
         let probes = [&container.liveness_probe, &container.readiness_probe, &container.startup_probe];
-        let handlers = probes.into_iter().flatten().flat_map(|p| [&p.http_get, &p.tcp_socket, &p.grpc]);
+        let hooks = container.lifecycle.iter().flat_map(|l| [&l.post_start, &l.pre_stop]);
+        let handlers = probes.into_iter().chain(hooks).flatten().flat_map(|p| [&p.http_get, &p.tcp_socket, &p.grpc]);
         for handler in handlers.flatten().filter(|h| h.host.as_ref().is_none_or(String::is_empty)) {
             let number = handler.port.as_ref().and_then(|p| container_port(container, p));
             if let Some(number) = number.filter(|n| !ports.contains(n)) {
@@ -220,6 +222,34 @@ fn probe_ports(pod: &Pod) -> Vec<u16> {
     }
     ports.sort_unstable();
     ports
+}
+
+#[cfg(test)]
+#[test]
+fn ports_of_probes_and_hooks() {
+    let handler = |kind: &str, port: serde_json::Value| serde_json::json!({ kind: { "port": port } });
+    let ports = serde_json::json!([{ "name": "http", "containerPort": 8080 }, { "name": "other", "containerPort": 9 }]);
+    let pod = serde_json::json!({ "spec": {
+        "containers": [
+            {
+                "ports": ports,
+                "livenessProbe": handler("httpGet", "http".into()),
+                "readinessProbe": handler("grpc", 8081.into()),
+                "startupProbe": { "exec": { "command": ["true"] } },
+                "lifecycle": {
+                    "postStart": handler("httpGet", "8082".into()),
+                    "preStop": handler("tcpSocket", 8083.into()),
+                },
+            },
+            // A name is one of the container's own; another host is not the pod.
+            { "livenessProbe": handler("tcpSocket", "http".into()), "lifecycle": { "preStop": { "sleep": { "seconds": 1 } } } },
+            { "livenessProbe": { "httpGet": { "host": "example.org", "port": 8084 } }, "lifecycle": null },
+            { "readinessProbe": handler("tcpSocket", 0.into()), "lifecycle": {} },
+        ],
+        "initContainers": [{ "restartPolicy": "Always", "startupProbe": handler("tcpSocket", 8085.into()) }],
+        "ephemeralContainers": [{ "livenessProbe": handler("tcpSocket", 8086.into()) }],
+    } });
+    assert_eq!(probe_ports(&serde_json::from_value(pod).unwrap()), [8080, 8081, 8082, 8083, 8085]);
 }
 
 fn container_port(container: &Container, port_of: &NumberOrName) -> Option<u16> {

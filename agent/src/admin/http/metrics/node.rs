@@ -89,6 +89,12 @@ fn bpf(to: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result {
         "What the BPF programs did and refused",
         counters.into_iter().map(|(name, n)| ([("event", name)], n)),
     )?;
+    gauge(
+        to,
+        "underpass_plaintext_left",
+        "Pods with plaintext connections that are forbidden and could not be ended yet",
+        [(NONE, view.node.plaintext_left())],
+    )?;
     let maps = view.node.bpf_maps();
     gauge(
         to,

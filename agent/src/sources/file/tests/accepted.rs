@@ -8,7 +8,7 @@ use super::{
     super::{IssuerConfig, parse},
     BASE,
 };
-use crate::mesh::{InboundMode, Protocol, Resolution, WorkloadKey};
+use crate::mesh::{InboundMode, PlaintextRefusal, Protocol, Resolution, WorkloadKey};
 
 fn key(namespace: &str, name: &str) -> WorkloadKey {
     WorkloadKey { namespace: namespace.into(), name: name.into() }
@@ -53,6 +53,7 @@ trustDomain: cluster.local
 issuer: { files: {} }
 mesh:
   captureAll: true
+  plaintextRefusal: drop
   exclude: { outboundPorts: [25], outboundCIDRs: [0.0.0.0/0, "fd00::/8"], inboundPorts: [9100] }
 workloads:
   - &web
@@ -85,6 +86,7 @@ services:
     assert_eq!(config.issuer, IssuerConfig::Files);
     let mesh = config.snapshot;
     assert!(mesh.settings.capture_all);
+    assert_eq!(mesh.settings.plaintext_refusal, PlaintextRefusal::Drop);
     assert_eq!(mesh.settings.exclude.outbound_ports, [25]);
     assert_eq!(mesh.settings.exclude.outbound_cidrs.len(), 2);
     assert_eq!(mesh.settings.exclude.inbound_ports, [9100]);

@@ -40,6 +40,12 @@ fn cgroups_addresses_and_ports() {
     assert_eq!(addresses, ["10.0.0.1", "fd00::9", "169.254.7.127"]);
     let local = mesh.local_workloads().next().unwrap().local.as_ref().unwrap();
     assert_eq!(local.probe_ports, [8080, 8081]);
+    assert!(!probes.from_node_addresses);
+    // Ports need somebody who probes them, known in whichever way.
+    let mesh = parse("n.yaml", &with_ports(&with("{ cgroups: [/a] }"), "[8080]")).unwrap().snapshot;
+    assert!(mesh.settings.probes.node_addresses.is_empty());
+    let text = with("{ nodeAddresses: [10.0.0.1], fromNodeAddresses: true }");
+    assert!(parse("n.yaml", &text).unwrap().snapshot.settings.probes.from_node_addresses);
 }
 
 #[test]
@@ -80,7 +86,11 @@ fn values_that_cannot_be_meant() {
     );
     refused(
         &with_ports(BASE, "[@8080]"),
-        "workloads[0].enroll.probePorts[0]: port 8080 takes probes from the node's addresses, and probes.nodeAddresses lists none; list them there",
+        "workloads[0].enroll.probePorts[0]: port 8080 is for the kubelet, and nothing says how the kubelet is recognised; list its cgroup in probes.cgroups",
+    );
+    refused(
+        &with("{ fromNodeAddresses: @true }"),
+        "probes.fromNodeAddresses: only the Kubernetes API tells the node's addresses; list them in probes.nodeAddresses",
     );
     refused(
         &with_ports(&with("{ nodeAddresses: [10.0.0.1] }"), "[@15001]"),

@@ -201,6 +201,22 @@ fn endpoints_that_are_not_ready_are_used_only_when_they_end_and_nothing_else_is_
     assert_eq!(targets(&snapshot(&mut scene), "10.96.0.1"), ["underpass 10.0.0.1:8080"]);
 }
 
+/// Only when asked for, and only where the configuration lists none.
+#[test]
+fn the_nodes_addresses_open_nothing_by_themselves() {
+    let mut scene = Scene::new();
+    scene.apply(json!({ "kind": "Node", "metadata": { "name": NODE },
+        "status": { "addresses": [{ "type": "InternalIP", "address": "192.0.2.1" }, { "type": "Hostname", "address": "a" }] } }));
+    let address = |text: &str| text.parse::<std::net::IpAddr>().unwrap();
+    assert!(snapshot(&mut scene).settings.probes.node_addresses.is_empty());
+    scene.base.settings.probes.from_node_addresses = true;
+    assert_eq!(snapshot(&mut scene).settings.probes.node_addresses, [address("192.0.2.1")]);
+    scene.base.settings.probes.node_addresses = vec![address("192.0.2.9")];
+    assert_eq!(snapshot(&mut scene).settings.probes.node_addresses, [address("192.0.2.9")]);
+    scene.base.settings.probes.from_node_addresses = false;
+    assert_eq!(snapshot(&mut scene).settings.probes.node_addresses, [address("192.0.2.9")]);
+}
+
 #[test]
 fn traffic_policies_and_hints() {
     let mut scene = Scene::new();
@@ -215,7 +231,6 @@ fn traffic_policies_and_hints() {
     scene.apply(slice(json!([zone(a.clone(), "z1"), zone(b.clone(), "z2")])));
     let s = snapshot(&mut scene);
     assert_eq!(targets(&s, "10.96.0.1"), ["underpass 10.0.0.1:8080"]);
-    assert_eq!(s.settings.probes.node_addresses, ["192.0.2.1".parse::<std::net::IpAddr>().unwrap()]);
     scene.apply(slice(json!([zone(a.clone(), "z1"), b.clone()])));
     assert_eq!(targets(&snapshot(&mut scene), "10.96.0.1").len(), 2, "an endpoint without hints turns them off");
     scene.apply(slice(json!([zone(a.clone(), "z3"), zone(b.clone(), "z2")])));

@@ -172,6 +172,7 @@ impl Dice<'_> {
                 let settings = &mut scene.base.settings;
                 settings.mode = self.one_of(&[InboundMode::Strict, InboundMode::Permissive]);
                 settings.probes.node_addresses = self.one_of(&[vec![], vec![IpAddr::from([192, 0, 2, 9])]]);
+                settings.probes.from_node_addresses = self.one_of(&[false, true]);
             }
             _ => *now += Duration::from_millis(self.one_of(&[1, 700, 1_999, 2_000, 5_000])),
         }
