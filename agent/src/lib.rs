@@ -14,6 +14,7 @@ pub mod cni;
 pub mod handover;
 pub mod identity;
 pub mod mesh;
+mod pod_identity;
 pub mod policy;
 pub mod proxy;
 pub mod relay;

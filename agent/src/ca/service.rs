@@ -14,7 +14,7 @@ use super::{
     csr,
     limits::Limits,
     metrics::{Metrics, Reason},
-    pods::{Pods, PodsError},
+    pods::{Found, Pods, PodsError, Unsigned},
     review::{Agent, ReviewError, Reviewer},
     server::Peer,
     signer::{Current, Signed},
@@ -64,6 +64,8 @@ enum Refusal {
     TrustDomain(TrustDomain),
     #[error("no pod with {identity} runs on node {node}")]
     NotOnNode { identity: SpiffeId, node: String },
+    #[error("nothing is signed for the pod with {identity} on node {node}: {why}")]
+    Unsigned { identity: SpiffeId, node: String, why: Unsigned },
     #[error(transparent)]
     Pods(#[from] PodsError),
     #[error("{0}")]
@@ -84,6 +86,7 @@ impl Refusal {
             Self::Identity(_) => "bad-identity",
             Self::TrustDomain(_) => "wrong-trust-domain",
             Self::NotOnNode { .. } => "not-on-node",
+            Self::Unsigned { why, .. } => why.label(),
             Self::Pods(PodsError::Busy) => "pods-rate",
             Self::Pods(PodsError::Api) => "api-unavailable",
             Self::Csr(_) => "bad-request",
@@ -97,7 +100,7 @@ impl Refusal {
             Self::Busy | Self::AddressRate | Self::NodeRate(_) | Self::Pods(PodsError::Busy) => Code::ResourceExhausted,
             Self::Review(review) => review.code(),
             Self::Identity(_) | Self::Csr(_) => Code::InvalidArgument,
-            Self::TrustDomain(_) | Self::NotOnNode { .. } => Code::PermissionDenied,
+            Self::TrustDomain(_) | Self::NotOnNode { .. } | Self::Unsigned { .. } => Code::PermissionDenied,
             Self::Pods(PodsError::Api) | Self::NoSigner => Code::Unavailable,
             Self::Signing(_) => Code::Internal,
         }
@@ -136,8 +139,15 @@ impl Service {
         let request = request.into_inner();
         let identity = self.identity(request.metadata.as_ref(), &agent)?;
         asked.identity = Some(identity.clone());
-        if !self.pods.runs(&agent.node, identity.namespace(), identity.service_account()).await? {
-            return Err(Refusal::NotOnNode { identity, node: agent.node.clone() });
+        // The review has found the agent's own pod, which has hostNetwork.
+        let own = (identity.namespace(), identity.service_account()) == (&agent.namespace, &agent.service_account);
+        if !own {
+            let node = agent.node.clone();
+            match self.pods.runs(&node, identity.namespace(), identity.service_account()).await? {
+                Found::Running => {}
+                Found::Unsigned(why) => return Err(Refusal::Unsigned { identity, node, why }),
+                Found::Nowhere => return Err(Refusal::NotOnNode { identity, node }),
+            }
         }
 
         let key = csr::public_key(&request.csr).map_err(Refusal::Csr)?;

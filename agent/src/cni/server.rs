@@ -128,6 +128,11 @@ async fn answer(desk: &Desk, stream: UnixStream, turn: OwnedSemaphorePermit) -> 
 impl Desk {
     async fn act(&self, request: Request, netns: Option<OwnedFd>) -> Answer {
         match request.command {
+            // It has no identity, so it starts as everybody else does who is not in the mesh: also while the API server,
+            // which may be that pod itself, has not told of it.
+            Command::Add(attachment) | Command::Check(attachment) if attachment.pod.is_static() => {
+                Answer::Done { held: false }
+            }
             Command::Add(attachment) => match netns {
                 Some(netns) => self.add(attachment, netns.into()).await,
                 None => refused("the request came without the pod's network namespace", false),

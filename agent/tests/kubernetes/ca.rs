@@ -168,6 +168,22 @@ fn agents_get_identities_of_pods_on_their_node() -> Result<()> {
     mesh.issue(&replica, &b, "shop/sa/db").map(drop)
 }
 
+/// A kubelet's credentials are enough for a pod object in every namespace, and it is worth nothing.
+#[test]
+fn a_mirror_pod_is_worth_no_identity() -> Result<()> {
+    let mesh = Mesh::new("camirror")?;
+    mesh.plane().kubectl(&["create", "namespace", "payments"])?;
+    let replica = mesh.replica(&[])?;
+    let token = mesh.token("underpass", "agent-a", "underpass-ca")?;
+    mesh.refused(&replica, &token, "payments/sa/default", "runs on node a")?;
+    mesh.plane().mirror_pod("payments", "m-a", "a", "0123456789abcdef0123456789abcdef")?;
+    mesh.plane().set_pod_running("payments", "m-a", "a", &[])?;
+    mesh.refused(&replica, &token, "payments/sa/default", "static pods have no identity")?;
+    replica.process.wait_line("reason=\"static-pod\"", SOON)?;
+    mesh.pod("payments", "real", "default", "a")?;
+    mesh.issue(&replica, &token, "payments/sa/default").map(drop)
+}
+
 #[test]
 fn replicas_share_a_root_and_rotate_it() -> Result<()> {
     let mesh = Mesh::new("caroot")?;

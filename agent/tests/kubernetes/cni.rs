@@ -243,6 +243,52 @@ fn a_pod_is_captured_before_its_first_process() -> Result<()> {
     mesh.a.wait_status(SOON, |s| Ok(!s["pods"].to_string().contains("shop/client"))).map(drop)
 }
 
+/// The pods that a kubelet runs by itself: outside of the mesh, and never held up, whatever their namespace says.
+#[test]
+fn static_pods_start_at_once_and_stay_outside() -> Result<()> {
+    let mut nodes = Nodes::new("kcnistatic")?;
+    let server = nodes.mesh.run("b", "server", &json!({}))?;
+    let _serves = serve(&server.pod, 8080)?;
+    nodes.mesh.wait_in_mesh(&server, true)?;
+    nodes.mesh.wait_enrolled(&server, true)?;
+    let node = nodes.mesh.world.bed.node("a");
+    let (etcd, own) = (node.pod("etcd-a")?, node.pod("own-a")?);
+    // The one's UID is the sum of its manifest, the other's is in its manifest.
+    let (hash, set) = ("0123456789abcdef0123456789abcdef", "7a2f3d5c-0000-4000-8000-00000000000a");
+
+    // Before the API server has heard of it.
+    let said = nodes.call("ADD", &etcd, "shop", hash, "c1")?;
+    ensure!(said.ok && said.took < Duration::from_secs(5), "{} after {:?}", said.value, said.took);
+    for (pod, uid) in [(&etcd, hash), (&own, set)] {
+        nodes.mesh.world.plane.mirror_pod("shop", pod.name(), "a", uid)?;
+        nodes.mesh.world.plane.set_pod_running("shop", pod.name(), "a", &[pod.ipv4().into(), pod.ipv6().into()])?;
+    }
+    let said = nodes.call("ADD", &own, "shop", set, "c2")?;
+    ensure!(said.ok && said.took < Duration::from_secs(5), "{} after {:?}", said.value, said.took);
+    ensure!(nodes.call("CHECK", &own, "shop", set, "c2")?.ok && nodes.call("CHECK", &etcd, "shop", hash, "c1")?.ok);
+    let told = |status: &Value| {
+        let problems = status["cluster"]["problems"].to_string();
+        let said = |pod: &Pod| problems.contains(&format!("Pod shop/{}", pod.name()));
+        Ok(said(&etcd) && said(&own) && problems.contains("static pods have no identity"))
+    };
+    let status = nodes.mesh.a.wait_status(SOON, told)?;
+    for pod in [&etcd, &own] {
+        ensure!(!status["pods"].to_string().contains(&format!("shop/{}", pod.name())), "{status}");
+        let sniffer = nodes.mesh.sniff()?;
+        app(pod, &["request", &at(server.pod.ipv4(), 8080), "--line", MARKER])?;
+        assert_plaintext(&sniffer.stop()?)?;
+    }
+    // Others do not dial it by the tunnel.
+    let client = nodes.mesh.run("b", "client", &json!({}))?;
+    nodes.mesh.wait_enrolled(&client, true)?;
+    let _etcd_serves = serve(&etcd, 2379)?;
+    app(&client.pod, &["request", &at(etcd.ipv4(), 2379)])?;
+
+    nodes.mesh.a.kill()?;
+    ensure!(nodes.call("ADD", &etcd, "shop", hash, "c3")?.ok, "without an agent");
+    Ok(())
+}
+
 #[test]
 fn without_an_agent_pods_of_the_mesh_do_not_start_and_others_do() -> Result<()> {
     let mut nodes = Nodes::new("kcnidown")?;

@@ -140,9 +140,10 @@ pub(super) fn status(config: &Config, stderr: &mut impl Write) -> Result<(), Fai
     }
 }
 
-/// The pod, if the agent has to be asked about it.
+/// The pod, if the agent has to be asked about it. A static pod has no identity and is never in the mesh, and those of a
+/// control plane have to start before there is any agent.
 fn concerned<'a>(config: &Config, subject: &'a Subject) -> Option<&'a PodName> {
-    subject.pod.as_ref().filter(|pod| !config.exempt.contains(&pod.namespace))
+    subject.pod.as_ref().filter(|pod| !config.exempt.contains(&pod.namespace) && !pod.is_static())
 }
 
 fn netns(subject: &Subject) -> Result<File, Failure> {

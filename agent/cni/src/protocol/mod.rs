@@ -88,6 +88,17 @@ pub struct PodName {
     pub uid: Option<String>,
 }
 
+impl PodName {
+    /// Is it a static pod, which its kubelet runs by itself? Its UID tells: kubelets take the MD5 sum of the manifest, 32
+    /// hexadecimal digits. All other pods have a UUID with dashes, which the API server makes whatever a pod's author asks
+    /// for. A manifest may set a UID of another form; the pod's mirror pod then tells.
+    #[must_use]
+    pub fn is_static(&self) -> bool {
+        let hash = |uid: &String| uid.len() == 32 && uid.bytes().all(|byte| byte.is_ascii_hexdigit());
+        self.uid.as_ref().is_some_and(hash)
+    }
+}
+
 /// A pod that goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Removal {

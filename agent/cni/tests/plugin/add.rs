@@ -68,6 +68,26 @@ fn exempt_namespaces_and_what_is_no_pod_pass_without_asking() {
     assert!(asked.try_recv().is_err());
 }
 
+/// The kubelet's own pods, of which some have to run before any agent can: known by their UID, which nobody can choose.
+#[test]
+fn static_pods_pass_without_asking() {
+    let node = Node::new();
+    let args = |uid: &str| format!("K8S_POD_NAMESPACE=shop;K8S_POD_NAME=etcd-node-a;K8S_POD_UID={uid}");
+    let (hash, uuid) = ("0123456789abcdef0123456789ABCDEF", "01234567-89ab-4def-8123-456789abcdef");
+    let expected = node.config()["prevResult"].take();
+    node.project(&[("shop", Treatment::Held)]);
+    assert_eq!(node.call("ADD").set("CNI_ARGS", args(hash)).run().result(), expected, "without an agent");
+    node.call("ADD").set("CNI_ARGS", args(uuid)).run().failure(11);
+
+    let (_agent, asked) = node.answering(Answer::Refused { message: "asked".into(), retry: false });
+    assert_eq!(node.call("ADD").set("CNI_ARGS", args(hash)).run().result(), expected);
+    node.call("CHECK").set("CNI_ARGS", args(hash)).run().nothing();
+    assert!(asked.try_recv().is_err());
+    for other in [uuid, &hash[1..], "0123456789abcdef0123456789abcdeg", ""] {
+        node.call("ADD").set("CNI_ARGS", args(other)).run().failure(100);
+    }
+}
+
 #[test]
 fn a_refusal_is_told_with_the_agents_reason() {
     let node = Node::new();

@@ -3,9 +3,16 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use k8s_openapi::api::core::v1::Pod;
+
+use crate::pod_identity::{self, NoIdentity};
+
+/// How long after the end of its grace period a deleted pod keeps its identity. Its processes have been killed by then; an
+/// object that stays longer is one whose kubelet, or a finalizer, does not let go of it.
+const DELETED: Duration = Duration::from_mins(5);
 
 /// A pod, as far as it matters who may get its identity.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,19 +24,100 @@ pub(super) struct Entry {
 /// Namespace and service account.
 pub(super) type Account = (Arc<str>, Arc<str>);
 
-impl Entry {
-    /// `None` for pods that run nowhere: not scheduled yet, or finished.
-    pub(super) fn of(pod: &Pod) -> Option<Self> {
-        let spec = pod.spec.as_ref()?;
+/// Why nothing is signed for a pod, although it was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(in crate::ca) enum Unsigned {
+    /// It has no identity.
+    #[error(transparent)]
+    NoIdentity(#[from] NoIdentity),
+    /// It is in no mesh: agents never enrol it, and its traffic is the node's.
+    #[error("pods with hostNetwork are not in the mesh, so nothing is signed for them")]
+    HostNetwork,
+    /// Its object outlived it.
+    #[error("its grace period ended more than five minutes ago and it is still not gone; delete it, or what holds it")]
+    Deleted,
+}
+
+impl Unsigned {
+    /// A word for logs and metrics.
+    pub(in crate::ca) fn label(self) -> &'static str {
+        match self {
+            Self::NoIdentity(NoIdentity::Static) => "static-pod",
+            Self::NoIdentity(NoIdentity::NoAccount) => "no-service-account",
+            Self::NoIdentity(NoIdentity::NoUid) => "no-uid",
+            Self::HostNetwork => "host-network",
+            Self::Deleted => "deleted-pod",
+        }
+    }
+}
+
+/// A pod that nothing is signed for, and that may be meant all the same.
+#[derive(Debug)]
+pub(super) struct Without {
+    namespace: Arc<str>,
+    account: Option<Arc<str>>,
+    pub(super) why: Unsigned,
+}
+
+impl Without {
+    /// Would the account be its own, if it had an identity?
+    pub(super) fn is_meant(&self, wanted: &Account) -> bool {
+        let own = self.account.as_deref().unwrap_or("default");
+        (&*self.namespace, own) == (&*wanted.0, &*wanted.1)
+    }
+}
+
+/// What a pod of a node means to whoever signs.
+pub(super) enum Standing {
+    /// Its agent may have its identity.
+    Signed(Entry),
+    /// It may not.
+    Unsigned(Arc<str>, Without),
+    /// The pod does not run: not bound to a node yet, or finished.
+    Nowhere,
+}
+
+impl Standing {
+    /// Of this pod, at this moment.
+    pub(super) fn of(pod: &Pod, now: SystemTime) -> Self {
         let finished = |phase: &str| matches!(phase, "Succeeded" | "Failed");
         if pod.status.as_ref().and_then(|s| s.phase.as_deref()).is_some_and(finished) {
-            return None;
+            return Self::Nowhere;
         }
-        let node = spec.node_name.as_deref().filter(|n| !n.is_empty())?;
-        let namespace = pod.metadata.namespace.as_deref()?;
-        // The API server fills it in; `default` is what it fills in.
-        let account = spec.service_account_name.as_deref().filter(|a| !a.is_empty()).unwrap_or("default");
-        Some(Self { node: node.into(), account: (namespace.into(), account.into()) })
+        let Some(spec) = &pod.spec else { return Self::Nowhere };
+        let node: Option<Arc<str>> = spec.node_name.as_deref().filter(|n| !n.is_empty()).map(Into::into);
+        let (Some(node), Some(namespace)) = (node, pod.metadata.namespace.as_deref()) else { return Self::Nowhere };
+        let named = spec.service_account_name.as_deref();
+        let judged = pod_identity::account(&pod.metadata, named).map_err(Unsigned::from).and_then(|account| {
+            if spec.host_network == Some(true) {
+                return Err(Unsigned::HostNetwork);
+            }
+            if ends(pod).is_some_and(|end| end + DELETED <= now) { Err(Unsigned::Deleted) } else { Ok(account) }
+        });
+        match judged {
+            Ok(account) => Self::Signed(Entry { node, account: (namespace.into(), account.into()) }),
+            Err(why) => {
+                let account = named.filter(|a| !a.is_empty()).map(Into::into);
+                Self::Unsigned(node, Without { namespace: namespace.into(), account, why })
+            }
+        }
+    }
+}
+
+/// When the grace period of a deleted pod ends.
+fn ends(pod: &Pod) -> Option<SystemTime> {
+    let end = pod.metadata.deletion_timestamp.as_ref()?.0.as_second();
+    Some(UNIX_EPOCH + Duration::from_secs(u64::try_from(end).unwrap_or_default()))
+}
+
+impl Entry {
+    /// `None` for pods that the index does not answer for: nothing is signed for them, or, of a pod that ends, not for much
+    /// longer. Those are asked about one by one.
+    fn of(pod: &Pod) -> Option<Self> {
+        match Standing::of(pod, SystemTime::now()) {
+            Standing::Signed(entry) if pod.metadata.deletion_timestamp.is_none() => Some(entry),
+            _ => None,
+        }
     }
 
     /// Whose it is, if it is on this node.

@@ -7,7 +7,7 @@ use std::{
     num::NonZeroU32,
     pin::pin,
     sync::{Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use futures_util::StreamExt as _;
@@ -21,7 +21,8 @@ use kube::{
 use tokio::time::timeout;
 use tracing::{debug, info};
 
-use self::index::{Account, Entry, Index};
+pub(super) use self::index::Unsigned;
+use self::index::{Account, Index, Standing, Without};
 
 /// Most pods of a node that are looked through; a node has 110 by default, 500 at most in practice.
 const MAX_LISTED: u32 = 1000;
@@ -45,6 +46,17 @@ pub(super) enum PodsError {
     Api,
 }
 
+/// Whether a pod runs on a node.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Found {
+    /// One does.
+    Running,
+    /// Only pods that nothing is signed for.
+    Unsigned(Unsigned),
+    /// None.
+    Nowhere,
+}
+
 /// Pods of the cluster.
 pub(super) struct Pods {
     client: Client,
@@ -62,19 +74,24 @@ impl Pods {
     }
 
     /// Does a pod of this service account run on the node?
-    pub(super) async fn runs(&self, node: &str, namespace: &str, account: &str) -> Result<bool, PodsError> {
+    pub(super) async fn runs(&self, node: &str, namespace: &str, account: &str) -> Result<Found, PodsError> {
         if self.index.runs(node, namespace, account) == Some(true) {
-            return Ok(true);
+            return Ok(Found::Running);
         }
         let wanted: Account = (namespace.into(), account.into());
         if self.answers().get(node).is_some_and(|(at, there)| at.elapsed() < BELIEVED && there.contains(&wanted)) {
-            return Ok(true);
+            return Ok(Found::Running);
         }
         if self.asked.check_key(&node.to_owned()).is_err() {
             return Err(PodsError::Busy);
         }
-        let there = self.ask(node).await?;
-        let found = there.contains(&wanted);
+        let (there, without) = self.ask(node).await?;
+        let found = if there.contains(&wanted) {
+            Found::Running
+        } else {
+            let meant = without.iter().find(|pod| pod.is_meant(&wanted));
+            meant.map_or(Found::Nowhere, |pod| Found::Unsigned(pod.why))
+        };
         let mut answers = self.answers();
         if answers.len() < MAX_ANSWERS || answers.contains_key(node) {
             answers.insert(node.to_owned(), (Instant::now(), there));
@@ -82,13 +99,23 @@ impl Pods {
         Ok(found)
     }
 
-    /// Accounts of the pods on a node.
-    async fn ask(&self, node: &str) -> Result<HashSet<Account>, PodsError> {
+    /// Accounts of the pods on a node, and its pods that nothing is signed for.
+    async fn ask(&self, node: &str) -> Result<(HashSet<Account>, Vec<Without>), PodsError> {
         let api: Api<Pod> = Api::all(self.client.clone());
         let params = ListParams::default().fields(&format!("spec.nodeName={node}")).limit(MAX_LISTED);
         match timeout(API_TIMEOUT, api.list(&params)).await {
-            // The selector is the API server's to honour; what came is looked at all the same.
-            Ok(Ok(list)) => Ok(list.iter().filter_map(Entry::of).filter_map(|entry| entry.on(node)).collect()),
+            Ok(Ok(list)) => {
+                let (now, mut there, mut without) = (SystemTime::now(), HashSet::new(), Vec::new());
+                for pod in &list {
+                    // The selector is the API server's to honour; what came is looked at all the same.
+                    match Standing::of(pod, now) {
+                        Standing::Signed(entry) => there.extend(entry.on(node)),
+                        Standing::Unsigned(of, pod) if *of == *node => without.push(pod),
+                        Standing::Unsigned(..) | Standing::Nowhere => {}
+                    }
+                }
+                Ok((there, without))
+            }
             Ok(Err(error)) => {
                 debug!(node, %error, "listing pods");
                 Err(PodsError::Api)

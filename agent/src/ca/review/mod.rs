@@ -21,6 +21,7 @@ use tonic::Code;
 use tracing::debug;
 
 use self::cache::Cache;
+use crate::pod_identity::{self, NoIdentity};
 
 /// Longest time for one question to the API server.
 const API_TIMEOUT: Duration = Duration::from_secs(5);
@@ -31,6 +32,8 @@ const MAX_TOKEN: usize = 12 * 1024;
 /// Names in a reviewed token's `extra`.
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
+/// From Kubernetes 1.30 on.
+const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 
 /// Namespace and name of a `ServiceAccount`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,6 +76,10 @@ pub(super) enum ReviewError {
     PodGone(String),
     #[error("the token's pod {0} runs on no node")]
     NotRunning(String),
+    #[error("the token was made for pod {pod} on node {token}, and the pod is on another node")]
+    OtherNode { pod: String, token: String },
+    #[error("the token's pod {pod}: {why}")]
+    NoIdentity { pod: String, why: NoIdentity },
     #[error("the API server does not answer; try again")]
     Api,
 }
@@ -92,6 +99,8 @@ impl ReviewError {
             Self::Unbound => "unbound-token",
             Self::PodGone(_) => "pod-gone",
             Self::NotRunning(_) => "pod-not-running",
+            Self::OtherNode { .. } => "other-node",
+            Self::NoIdentity { .. } => "pod-without-identity",
             Self::Api => "api-unavailable",
         }
     }
@@ -168,7 +177,10 @@ impl Reviewer {
             _ => None,
         };
         let (Some(name), Some(uid)) = (extra(POD_NAME), extra(POD_UID)) else { return Err(ReviewError::Unbound) };
-        Ok((PodRef { name, uid }, account))
+        // One that is there but names no node, or several, fits no pod.
+        let named = user.extra.as_ref().is_some_and(|extra| extra.contains_key(NODE_NAME));
+        let node = named.then(|| extra(NODE_NAME).unwrap_or_default());
+        Ok((PodRef { name, uid, node }, account))
     }
 
     async fn locate(&self, pod: PodRef, account: &ServiceAccount) -> Result<Agent, ReviewError> {
@@ -189,11 +201,14 @@ impl Reviewer {
         if matches!(phase.as_str(), "Succeeded" | "Failed") {
             return Err(ReviewError::NotRunning(pod.name));
         }
-        if spec.service_account_name.as_deref() != Some(&account.name) {
-            return Err(ReviewError::ServiceAccount(spec.service_account_name.unwrap_or_default()));
+        match pod_identity::account(&found.metadata, spec.service_account_name.as_deref()) {
+            Ok(named) if *named == account.name => {}
+            Ok(named) => return Err(ReviewError::ServiceAccount(named.to_owned())),
+            Err(why) => return Err(ReviewError::NoIdentity { pod: pod.name, why }),
         }
-        match spec.node_name {
-            Some(node) if !node.is_empty() => Ok(Agent {
+        match (spec.node_name, pod.node) {
+            (Some(node), Some(token)) if token != node => Err(ReviewError::OtherNode { pod: pod.name, token }),
+            (Some(node), _) if !node.is_empty() => Ok(Agent {
                 node,
                 namespace: account.namespace.clone(),
                 service_account: account.name.clone(),
@@ -208,4 +223,6 @@ impl Reviewer {
 struct PodRef {
     name: String,
     uid: String,
+    /// The node that it was made for, where the API server says so.
+    node: Option<String>,
 }

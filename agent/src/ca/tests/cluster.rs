@@ -57,6 +57,8 @@ pub(crate) struct Token {
     pub(crate) expires: SystemTime,
     /// Audiences that the answer names; the asked one when there are none here.
     pub(crate) answered: Option<Vec<String>>,
+    /// What the answer says of the node, in API servers that say it.
+    pub(crate) node: Option<Value>,
 }
 
 /// A running pod. Its uid is `uid-NAME`.
@@ -168,6 +170,7 @@ pub(crate) fn agent(pod: &str) -> Token {
         pod: Some((pod.into(), format!("uid-{pod}"))),
         expires: SystemTime::now() + Duration::from_hours(1),
         answered: None,
+        node: None,
     }
 }
 
@@ -396,6 +399,9 @@ async fn review(State(cluster): State<Cluster>, Json(mut review): Json<Value>) -
             if let Some((name, uid)) = &t.pod {
                 extra["authentication.kubernetes.io/pod-name"] = json!([name]);
                 extra["authentication.kubernetes.io/pod-uid"] = json!([uid]);
+            }
+            if let Some(node) = &t.node {
+                extra["authentication.kubernetes.io/node-name"] = node.clone();
             }
             let audiences = t.answered.clone().unwrap_or_else(|| vec![t.audience.clone()]);
             json!({ "authenticated": true, "audiences": audiences, "user": { "username": t.username, "uid": "x", "groups": [], "extra": extra } })

@@ -5,6 +5,7 @@ mod foreign;
 mod issuer;
 mod refusals;
 mod rotation;
+mod unvouched;
 
 use std::{collections::HashMap, net::SocketAddr, num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
 

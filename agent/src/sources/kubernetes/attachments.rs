@@ -12,7 +12,10 @@ use std::{
 
 use tokio::sync::{mpsc, watch};
 
-use super::{cluster::News, records::Key};
+use super::{
+    cluster::News,
+    records::{Key, PodRecord},
+};
 use crate::mesh::WorkloadKey;
 
 /// A pod's network namespace with its addresses.
@@ -138,9 +141,10 @@ impl Attached {
         ((&pod).into(), Self { uid, container, addresses }, namespace)
     }
 
-    /// Is this the pod with that uid?
-    pub(super) fn is(&self, uid: &str) -> bool {
-        self.uid.as_deref().is_none_or(|of| of == uid)
+    /// Is this the sandbox of that pod? A static pod's has the UID that its kubelet uses.
+    pub(super) fn is(&self, pod: &PodRecord) -> bool {
+        let of_static = pod.unvouched.as_ref().and_then(|unvouched| unvouched.uid.as_deref());
+        self.uid.as_deref().is_none_or(|of| *of == *pod.uid || Some(of) == of_static)
     }
 }
 

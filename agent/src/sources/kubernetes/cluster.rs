@@ -194,7 +194,7 @@ impl Cluster {
 
 /// The addresses of a pod that the API server has not told yet.
 fn complete(record: &mut PodRecord, attached: Option<&Attached>) {
-    if let Some(attached) = attached.filter(|a| record.addresses.is_empty() && a.is(&record.uid)) {
+    if let Some(attached) = attached.filter(|a| record.addresses.is_empty() && a.is(record)) {
         record.addresses.clone_from(&attached.addresses);
     }
 }

@@ -26,7 +26,10 @@ use super::{
     status::Problem,
     wiring::{Candidates, Replaced, Wiring},
 };
-use crate::mesh::{MeshSettings, Snapshot, SnapshotBuilder};
+use crate::{
+    mesh::{MeshSettings, Snapshot, SnapshotBuilder},
+    pod_identity::NoIdentity,
+};
 
 /// Turns clusters into snapshots.
 #[derive(Debug)]
@@ -250,7 +253,8 @@ impl Pass<'_> {
         let context = pods::Context { cluster, base, claims: &made.wiring.claims, modes: &made.modes, finder };
         let mut replaced: Vec<(Key, Option<Known>)> = Vec::new();
         for (key, pod) in placed {
-            let mut problems = Vec::new();
+            let without_identity = pod.as_ref().and_then(|pod| pod.without_identity);
+            let mut problems: Vec<String> = without_identity.map(without_identity_here).into_iter().collect();
             let pod = pod.filter(Placed::takes_part);
             let known = pod.and_then(|pod| {
                 pods::workload(&context, &pod, &mut problems).unwrap_or_else(|e| {
@@ -359,4 +363,12 @@ impl Pass<'_> {
         }
         self.builder.settings().probes.node_addresses = addresses;
     }
+}
+
+/// What is said of a pod of this node that is asked to take part and has no identity.
+fn without_identity_here(why: NoIdentity) -> String {
+    format!(
+        "it stays outside of the mesh: {why}, or take it out with the label underpass.io/mode: disabled. Until then its \
+         traffic is plaintext, which STRICT pods refuse"
+    )
 }

@@ -29,6 +29,11 @@ pub(super) enum Phase {
 
 /// Do the labels of the pod and its namespace ask for it, and is it possible?
 pub(super) fn wanted(pod: &PodRecord, namespace: Option<&NamespaceRecord>) -> bool {
+    asked(pod, namespace) && pod.unvouched.is_none()
+}
+
+/// As [`wanted`], whether the pod has an identity or not.
+pub(super) fn asked(pod: &PodRecord, namespace: Option<&NamespaceRecord>) -> bool {
     let choice = pod.choice.or_else(|| namespace.and_then(|n| n.choice));
     choice == Some(Choice::In) && !pod.host_network && !pod.occupied
 }
@@ -103,10 +108,13 @@ impl Enrolments {
 mod tests {
     use std::time::{Duration, Instant};
 
-    use super::{Enrolments, GRACE, Phase, wanted};
-    use crate::sources::kubernetes::{
-        records::{Choice, Key, NamespaceRecord},
-        tests::support::pod,
+    use super::{Enrolments, GRACE, Phase, asked, wanted};
+    use crate::{
+        pod_identity::NoIdentity,
+        sources::kubernetes::{
+            records::{Choice, Key, NamespaceRecord, Unvouched},
+            tests::support::pod,
+        },
     };
 
     #[test]
@@ -126,6 +134,10 @@ mod tests {
             assert!(!wanted(&pod, Some(&namespace(of_namespace))), "host network");
             (pod.host_network, pod.occupied) = (false, true);
             assert!(!wanted(&pod, Some(&namespace(of_namespace))), "sidecar");
+            pod.occupied = false;
+            pod.unvouched = Some(Box::new(Unvouched { why: NoIdentity::Static, uid: None }));
+            assert!(!wanted(&pod, Some(&namespace(of_namespace))), "no identity");
+            assert_eq!(asked(&pod, Some(&namespace(of_namespace))), expected, "{of_pod:?} {of_namespace:?}");
         }
     }
 

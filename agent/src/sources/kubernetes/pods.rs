@@ -4,15 +4,18 @@ use std::{net::IpAddr, sync::Arc, time::Instant};
 
 use super::{
     cluster::Cluster,
-    enrolment::{Enrolments, Phase, wanted},
+    enrolment::{Enrolments, Phase, asked, wanted},
     finder::Finder,
     index::Index,
     modes::Modes,
     records::{Excluded, Key, PodRecord},
 };
-use crate::mesh::{
-    Exclusions, IdentityError, InboundMode, Labels, LocalPod, ModeSource, Protocol, Snapshot, SpiffeId, Workload,
-    WorkloadKey, WorkloadPolicy,
+use crate::{
+    mesh::{
+        Exclusions, IdentityError, InboundMode, Labels, LocalPod, ModeSource, Protocol, Snapshot, SpiffeId, Workload,
+        WorkloadKey, WorkloadPolicy,
+    },
+    pod_identity::NoIdentity,
 };
 
 /// A pod with what is decided about it.
@@ -23,6 +26,8 @@ pub(super) struct Placed<'a> {
     pub(super) phase: Phase,
     /// It runs on this node, and takes part or is about to.
     pub(super) captured_here: bool,
+    /// It runs on this node and is asked to take part, and has no identity.
+    pub(super) without_identity: Option<NoIdentity>,
 }
 
 impl Placed<'_> {
@@ -43,8 +48,11 @@ pub(super) fn place<'a>(
 ) -> Placed<'a> {
     let namespace = cluster.namespaces.get(&cluster_scoped(&key.namespace));
     let phase = enrolments.phase(key, record, !cluster.leaving && wanted(record, namespace.map(Arc::as_ref)), now);
-    let captured_here = phase != Phase::Out && record.node.as_deref() == Some(node) && !record.addresses.is_empty();
-    Placed { key, record, phase, captured_here }
+    let here = record.node.as_deref() == Some(node);
+    let captured_here = phase != Phase::Out && here && !record.addresses.is_empty();
+    let unvouched = record.unvouched.as_ref().filter(|_| here && !cluster.leaving);
+    let without_identity = unvouched.filter(|_| asked(record, namespace.map(Arc::as_ref))).map(|pod| pod.why);
+    Placed { key, record, phase, captured_here, without_identity }
 }
 
 /// Key of an object that is in no namespace.

@@ -12,7 +12,10 @@ use std::{
 use tracing::warn;
 use underpass_cni::projection::{Projection, Treatment, VERSION};
 
-use super::{cluster::Cluster, records::Choice};
+use super::{
+    cluster::Cluster,
+    records::{Choice, PodRecord},
+};
 
 /// Shortest time between two files: looking through all pods has its price, too.
 const PAUSE: Duration = Duration::from_millis(250);
@@ -77,7 +80,8 @@ fn project(cluster: &Cluster) -> Projection {
         })
         .collect();
     // Where single pods take part, so may the next one.
-    let own = cluster.pods.iter().filter(|(_, pod)| pod.choice == Some(Choice::In) && !pod.host_network);
+    let possible = |pod: &PodRecord| !pod.host_network && pod.unvouched.is_none();
+    let own = cluster.pods.iter().filter(|(_, pod)| pod.choice == Some(Choice::In) && possible(pod));
     let mut last = None;
     for (key, _) in own.filter(|_| !cluster.leaving) {
         // They are in order, so each namespace is noted once.

@@ -10,13 +10,10 @@ use super::{
     objects::{Configured, Container, Endpoint, EndpointSlice, Namespace, Node, NumberOrName, Pod, Service},
     records::{
         Choice, ConfiguredRecord, EndpointRecord, Key, NamespaceRecord, NodeRecord, PodRecord, ServiceRecord,
-        SliceRecord,
+        SliceRecord, Unvouched,
     },
 };
-use crate::mesh::APPLICATION_LABELS;
-
-/// Service account of a pod that names none, as in Kubernetes.
-const DEFAULT_SERVICE_ACCOUNT: &str = "default";
+use crate::{mesh::APPLICATION_LABELS, pod_identity};
 
 /// Turns objects into records. An object that is of no use (a pod that has ended, a service without an address) becomes `None`,
 /// as if it were gone.
@@ -57,10 +54,13 @@ impl Reader {
         let (exclude, problems) = if own { excluded(annotations) } else { Default::default() };
         let kept = |name: &str| own || APPLICATION_LABELS.contains(&name);
         let listed = pod.status.pod_ips.iter().map(|ip| ip.ip.as_str());
-        let account = pod.spec.service_account_name.as_deref().filter(|a| !a.is_empty());
+        let account = pod_identity::account(&pod.metadata, pod.spec.service_account_name.as_deref());
         Some(PodRecord {
             uid: pod.metadata.uid.as_deref().unwrap_or_default().into(),
-            service_account: self.names.get(account.unwrap_or(DEFAULT_SERVICE_ACCOUNT)),
+            service_account: self.names.get(account.unwrap_or_default()),
+            unvouched: account
+                .err()
+                .map(|why| Box::new(Unvouched { why, uid: pod_identity::static_uid(&pod.metadata).map(Into::into) })),
             labels: labels
                 .iter()
                 .filter(|(name, _)| kept(name))

@@ -5,6 +5,8 @@ use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::pod_identity::NoIdentity;
+
 /// `namespace/name` of an object.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) struct Key {
@@ -32,7 +34,11 @@ pub(super) struct PodRecord {
     pub(super) uid: Arc<str>,
     /// `None` until it is scheduled.
     pub(super) node: Option<Arc<str>>,
+    /// Empty for a pod that has no identity.
     pub(super) service_account: Arc<str>,
+    /// Set for a pod that has no identity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) unvouched: Option<Box<Unvouched>>,
     /// All of them for this node's pods; of others those that name the application.
     pub(super) labels: BTreeMap<Arc<str>, Arc<str>>,
     pub(super) choice: Option<Choice>,
@@ -47,6 +53,15 @@ pub(super) struct PodRecord {
     pub(super) probe_ports: Vec<u16>,
     /// What is wrong with its annotations, for its own node to report.
     pub(super) problems: Vec<String>,
+}
+
+/// A pod that no `ServiceAccount` vouches for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Unvouched {
+    pub(super) why: NoIdentity,
+    /// The UID that the node's kubelet uses for a static pod; its mirror pod has another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) uid: Option<Box<str>>,
 }
 
 /// What annotations leave alone.

@@ -481,9 +481,13 @@ fn publish(store: &MeshStore, snapshot: Snapshot, published: bool) {
 
 /// How a pod that was handed over stands, now that there is a snapshot with it or without it.
 fn verdict(cluster: &Cluster, snapshot: &Snapshot, key: &Key, attached: &Attached) -> Verdict {
-    let Some(record) = cluster.pods.get(key).filter(|record| attached.is(&record.uid)) else {
+    let Some(record) = cluster.pods.get(key).filter(|record| attached.is(record)) else {
         return Verdict::Unknown;
     };
+    // Whatever its namespace says.
+    if record.unvouched.is_some() {
+        return Verdict::Outside;
+    }
     let namespace = cluster.namespaces.get(&cluster_scoped(&key.namespace));
     if namespace.is_none() && record.choice.is_none() {
         return Verdict::Unknown;

@@ -143,6 +143,22 @@ impl ControlPlane {
         })
     }
 
+    /// Creates a mirror pod as the kubelet of `node` does it for a static pod, which it calls `uid` itself. The API server lets
+    /// a kubelet do this in every namespace.
+    pub fn mirror_pod(&self, namespace: &str, pod: &str, node: &str, uid: &str) -> Result<()> {
+        let owner = self.get_raw(&format!("/api/v1/nodes/{node}"))?["metadata"]["uid"].clone();
+        let annotations = json!({ "kubernetes.io/config.mirror": uid, "kubernetes.io/config.hash": uid,
+            "kubernetes.io/config.source": "file", "kubernetes.io/config.seen": "2026-01-01T00:00:00Z" });
+        let object = json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": { "name": pod, "namespace": namespace, "annotations": annotations,
+                "ownerReferences": [{ "apiVersion": "v1", "kind": "Node", "name": node, "uid": owner, "controller": true }] },
+            "spec": { "nodeName": node, "containers": [{ "name": "main", "image": "none" }] },
+        });
+        let arguments = ["create", "--filename=-"];
+        self.kubectl_as(&User::node(node), &arguments, &object.to_string())?.success().map(drop)
+    }
+
     /// Replaces the status of the object at `path` by what `change` makes of it.
     pub fn set_status(&self, path: &str, change: impl FnOnce(&mut Value)) -> Result<()> {
         let mut object = self.get_raw(path)?;

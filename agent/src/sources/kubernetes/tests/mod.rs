@@ -3,4 +3,5 @@
 mod compiling;
 mod incremental;
 mod scale;
+mod static_pods;
 pub(super) mod support;

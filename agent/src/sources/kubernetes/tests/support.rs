@@ -26,6 +26,7 @@ pub(in crate::sources::kubernetes) fn pod(uid: &str, address: &str) -> PodRecord
         uid: uid.into(),
         node: Some("node-b".into()),
         service_account: "default".into(),
+        unvouched: None,
         labels: BTreeMap::new(),
         choice: None,
         occupied: false,
