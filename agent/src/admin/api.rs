@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     capture,
+    identity::revocation::RevocationStatus,
     policy::{Peer, Query},
     relay::{ConnectionId, ConnectionInfo, DataPath},
     sources::{file::ReloadStatus, kubernetes::SourceStatus},
@@ -55,6 +56,9 @@ pub struct Status {
     /// How the Kubernetes API is followed; absent when the mesh comes from the file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cluster: Option<SourceStatus>,
+    /// Certificate revocation lists; absent without a file of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revocation: Option<RevocationStatus>,
 }
 
 impl Status {
@@ -74,6 +78,7 @@ impl Status {
             plaintext_left: Vec::new(),
             reload,
             cluster: None,
+            revocation: None,
         }
     }
 }

@@ -8,7 +8,7 @@ use clap::Args;
 use underpass_cni::install::Installer;
 
 use super::{DEFAULT_PIN_ROOT, DEFAULT_RUN_DIR, exit::EXIT_CODES, output::shown};
-use crate::{capture, cni};
+use crate::{capture, cni, identity::kept};
 
 /// Arguments of `underpass cleanup`.
 #[derive(Debug, Args)]
@@ -37,7 +37,7 @@ pub struct CleanupArgs {
     /// The node's directory for CNI configurations.
     #[arg(long, value_name = "PATH", default_value = "/etc/cni/net.d")]
     pub cni_conf_dir: PathBuf,
-    /// Directory of the agent's sockets.
+    /// Directory of the agent's sockets, and of certificates that it kept for a restart.
     #[arg(long, value_name = "PATH", default_value = DEFAULT_RUN_DIR, env = "UNDERPASS_RUN_DIR")]
     pub run_dir: PathBuf,
     /// Clean up although an agent seems to be running.
@@ -48,6 +48,8 @@ pub struct CleanupArgs {
 pub(super) fn cleanup(args: &CleanupArgs) -> anyhow::Result<()> {
     // First: while an agent runs nothing is touched, the plugin neither.
     remove(&args.pin_root, &args.netns, args.force)?;
+    kept::remove_all(&args.run_dir)
+        .with_context(|| format!("removing the certificates that are kept in {}", args.run_dir.display()))?;
     if args.cni { remove_plugin(args) } else { Ok(()) }
 }
 

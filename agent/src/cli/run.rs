@@ -35,9 +35,12 @@ pub struct RunArgs {
     /// Directory for the last good configuration.
     #[arg(long, value_name = "PATH", default_value = DEFAULT_STATE_DIR)]
     pub state_dir: PathBuf,
-    /// Directory for the admin socket (PATH/admin.sock); one agent per directory.
+    /// Directory for the admin socket (PATH/admin.sock), and on a tmpfs for certificates of a restart; one agent per directory.
     #[arg(long, value_name = "PATH", default_value = DEFAULT_RUN_DIR, env = "UNDERPASS_RUN_DIR")]
     pub run_dir: PathBuf,
+    /// Certificate revocation lists (PEM, one or several), where the configuration has no crlFile. Watched for changes.
+    #[arg(long, value_name = "FILE", env = "CRL_PATH")]
+    pub crl_file: Option<PathBuf>,
     /// How tc programs attach: tcx needs Linux 6.6; auto takes it where it is, else clsact.
     #[arg(long, value_enum, value_name = "MODE", default_value_t)]
     pub tc: TcMode,

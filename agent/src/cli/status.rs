@@ -88,6 +88,9 @@ impl View for Report {
                 problems.push(format!("{more} more objects are not taken as they are"));
             }
         }
+        if let Some(revocation) = &s.revocation {
+            problems.extend(revocation.problems.iter().map(|p| format!("crlFile {}: {p}", revocation.file)));
+        }
         let refused = s.probe_cgroups.iter().filter(|c| c.state == ProbeCgroupState::Refused);
         problems.extend(refused.map(|c| format!("probe cgroup {}: {}", c.path, or_none(c.reason.as_deref()))));
         if !s.probe_node_addresses.is_empty() {
@@ -123,6 +126,10 @@ fn summary(s: &Status) -> String {
     lines.line("configuration", &format!("generation {generation}{source} ({accepted} accepted, {rejected} rejected)"));
     if let Some(error) = &s.reload.error {
         lines.line("config error", error);
+    }
+    if let Some(revocation) = &s.revocation {
+        let (lists, revoked) = (revocation.lists, revocation.revoked);
+        lines.line("revocation", &format!("{lists} lists, {revoked} certificates revoked ({})", revocation.file));
     }
     for cgroup in &s.probe_cgroups {
         let state = match (cgroup.state, &cgroup.reason) {

@@ -9,13 +9,17 @@ mod description;
 mod directory;
 mod files;
 pub mod istio;
+pub mod kept;
 mod local;
+pub mod revocation;
 mod schedule;
 mod store;
 #[cfg(test)]
 mod tests;
 mod waiting;
 mod watch;
+
+use std::collections::BTreeSet;
 
 use futures_util::future::BoxFuture;
 
@@ -25,7 +29,9 @@ pub use certificate::{Leaf, Svid};
 pub use description::Description;
 pub use files::FilesIssuer;
 pub use istio::IstioIssuer;
+pub use kept::{Kept, Recalled};
 pub use local::LocalIssuer;
+pub use revocation::Revocations;
 pub use store::CertificateStore;
 pub(crate) use watch::Watch;
 
@@ -82,6 +88,17 @@ pub trait Issuer: Send + Sync + 'static {
     fn lacks(&self) -> Option<String> {
         None
     }
+
+    /// What an earlier agent kept of the identity, if it is valid now. Reads files.
+    fn recall(&self, _identity: &SpiffeId) -> Option<Recalled> {
+        None
+    }
+
+    /// The identity is not wanted any more, or its certificate has ended: nothing is kept of it. Removes files.
+    fn forget(&self, _identity: &SpiffeId) {}
+
+    /// As above, of all identities but these.
+    fn forget_others(&self, _wanted: &BTreeSet<SpiffeId>) {}
 
     /// Resolves when material may have changed outside of the renewal schedule (a file was rewritten, the CA's
     /// root was replaced); the store then issues everything again. Pending forever for issuers that never do.

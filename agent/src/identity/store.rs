@@ -2,19 +2,21 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use arc_swap::ArcSwap;
+use futures_util::FutureExt as _;
 use tokio::{
     sync::watch,
-    task::{Id, JoinSet},
+    task::{Id, JoinSet, spawn_blocking},
     time::{sleep, timeout},
 };
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
-use super::{IssueError, Issuer, Svid, schedule::Slot, waiting::Waiting};
+use super::{IssueError, Issuer, Recalled, Svid, schedule::Slot, waiting::Waiting};
 use crate::mesh::SpiffeId;
 
 /// Certificates issued at the same time.
@@ -23,6 +25,8 @@ const MAX_ISSUING: usize = 8;
 const RESERVED: usize = 2;
 /// One attempt may take this long.
 const ISSUE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long after the start what an earlier agent kept may belong to a pod that is not known yet.
+const LEFTOVERS: Duration = Duration::from_mins(10);
 /// Longest sleep: due times are wall-clock times, and the wall clock may be set or the machine suspended.
 const MAX_SLEEP: Duration = Duration::from_mins(1);
 
@@ -123,15 +127,18 @@ impl CertificateStore {
         let mut slots: BTreeMap<SpiffeId, Slot> = BTreeMap::new();
         let mut issuing: JoinSet<Result<Svid, IssueError>> = JoinSet::new();
         let mut tasks: HashMap<Id, SpiffeId> = HashMap::new();
+        let mut leftovers = pin!(sleep(LEFTOVERS).fuse());
         loop {
             let pause = self.start_due(&mut slots, &mut issuing, &mut tasks);
             tokio::select! {
                 _ = wanted.changed() => {
-                    let wanted = wanted.borrow_and_update();
-                    slots.retain(|id, _| wanted.contains(id));
-                    for id in wanted.iter() {
-                        slots.entry(id.clone()).or_default();
-                    }
+                    let wanted = wanted.borrow_and_update().clone();
+                    self.change_slots(&mut slots, wanted).await;
+                }
+                () = &mut leftovers => {
+                    let (issuer, wanted) = (Arc::clone(&self.issuer), self.wanted());
+                    // What is not removed now is when the next agent starts.
+                    drop(spawn_blocking(move || issuer.forget_others(&wanted)));
                 }
                 () = &mut changed => {
                     debug!(issuer = self.issuer.name(), "material changed, every certificate is issued again");
@@ -143,16 +150,56 @@ impl CertificateStore {
                         Ok((task, outcome)) => (task, Some(outcome)),
                         Err(panicked) => (panicked.id(), None),
                     };
-                    if let Some(id) = tasks.remove(&task)
-                        && let Some(slot) = slots.get_mut(&id)
-                    {
-                        self.finish(&id, slot, outcome);
+                    let Some(id) = tasks.remove(&task) else { continue };
+                    match slots.get_mut(&id) {
+                        Some(slot) => self.finish(&id, slot, outcome),
+                        // It came too late, and may have been kept.
+                        None => self.forget([id].into()),
                     }
                 }
                 () = self.waiting.entered.notified() => {}
                 () = sleep(pause) => {}
             }
         }
+    }
+
+    /// Makes the slots those of `wanted`. New identities begin with what an earlier agent kept of them.
+    async fn change_slots(&self, slots: &mut BTreeMap<SpiffeId, Slot>, wanted: BTreeSet<SpiffeId>) {
+        let dropped: BTreeSet<_> = slots.keys().filter(|id| !wanted.contains(id)).cloned().collect();
+        slots.retain(|id, _| !dropped.contains(id));
+        let new: Vec<_> = wanted.into_iter().filter(|id| !slots.contains_key(id)).collect();
+        if new.is_empty() && dropped.is_empty() {
+            return;
+        }
+        let issuer = Arc::clone(&self.issuer);
+        let recall = move || -> Vec<_> {
+            for id in &dropped {
+                issuer.forget(id);
+            }
+            new.into_iter().map(|id| (issuer.recall(&id), id)).collect()
+        };
+        let recalled = spawn_blocking(recall).await.unwrap_or_default();
+        let (now, mut used) = (SystemTime::now(), 0);
+        for (recalled, id) in recalled {
+            let mut slot = Slot::default();
+            if let Some(Recalled { svid, current }) = recalled.filter(|r| r.svid.identity == id) {
+                if current {
+                    slot.issued(&svid, now);
+                }
+                self.put(svid);
+                used += 1;
+            }
+            slots.insert(id, slot);
+        }
+        if used > 0 {
+            info!(certificates = used, "certificates that an earlier agent kept are used until they are renewed");
+        }
+    }
+
+    /// Nothing is kept of these for the next agent.
+    fn forget(&self, identities: BTreeSet<SpiffeId>) {
+        let issuer = Arc::clone(&self.issuer);
+        drop(spawn_blocking(move || identities.iter().for_each(|id| issuer.forget(id))));
     }
 
     /// Starts what is due and returns how long nothing else will be.
@@ -218,7 +265,10 @@ impl CertificateStore {
             }
             Err(error) => {
                 let retry = slot.failed(old.as_deref(), now);
-                let still_valid = old.is_some_and(|o| o.valid_at(now));
+                let still_valid = old.as_ref().is_some_and(|o| o.valid_at(now));
+                if old.is_some() && !still_valid {
+                    self.forget([id.clone()].into());
+                }
                 warn!(identity = %id, issuer = self.issuer.name(), %error, ?retry, still_valid, "no new certificate");
             }
         }

@@ -1,4 +1,5 @@
 mod files;
+mod kept;
 mod local;
 mod rotation;
 mod schedule;

@@ -3,6 +3,7 @@
 use std::{
     fmt::Display,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::Instant,
 };
 
@@ -177,6 +178,7 @@ fn hand_over(
         direction: Direction::Inbound,
         source_identity: Some(tunnel.info.peer.clone()),
         destination_identity: Some(context.pod.identity.clone()),
+        peer: Some(Arc::clone(&tunnel.info.chain)),
         source: preamble.source,
         original_destination: preamble.destination,
         upstream: to,

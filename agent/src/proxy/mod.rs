@@ -228,8 +228,8 @@ impl PodContext {
         let account = self.account(&new, trace);
         let connection = table.add_accounted(new, Some(account));
         connection.sent.store(early as u64, Relaxed);
-        // Policies that came into force since it was judged have not seen it in the table.
-        if policies.forbids(&connection) {
+        // Policies and revocation lists that came into force since it was judged have not seen it in the table.
+        if policies.forbids(&connection) || self.proxy.is_revoked(&connection) {
             table.close(connection.id, CloseReason::Policy);
         }
         let inbound = match connection.what.direction {

@@ -46,6 +46,7 @@ fn inbound(peer: &SpiffeId, from: &str, service: Option<&str>) -> NewConnection 
         direction: Direction::Inbound,
         source_identity: Some(peer.clone()),
         destination_identity: Some(identity("shop", "web")),
+        peer: None,
         source: at(from),
         original_destination: at("10.0.0.1:8080"),
         upstream: at("10.0.0.1:8080"),

@@ -4,7 +4,7 @@ use std::{
     io::Read as _,
     net::{IpAddr, SocketAddr},
     os::fd::AsFd as _,
-    sync::atomic::Ordering::Relaxed,
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::Instant,
 };
 
@@ -249,12 +249,17 @@ fn hand_over(
         Upstream::Tunnel(s) => (DataPath::of(s.fallback()), s.fallback(), Some(s.info.cipher), s.info.resumed),
         Upstream::Plain(_) => (DataPath::Plain, None, None, false),
     };
+    let chain = match &upstream {
+        Upstream::Tunnel(tunnel) => Some(Arc::clone(&tunnel.info.chain)),
+        Upstream::Plain(_) => None,
+    };
     let new = NewConnection {
         workload: context.pod.key.clone(),
         pod_id: context.pod.id,
         direction: Direction::Outbound,
         source_identity: Some(context.pod.identity.clone()),
         destination_identity: peer,
+        peer: chain,
         source: client,
         original_destination: destination,
         upstream: to,

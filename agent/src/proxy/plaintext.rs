@@ -59,6 +59,7 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
         direction: Direction::Inbound,
         source_identity: None,
         destination_identity: Some(pod.identity.clone()),
+        peer: None,
         source,
         original_destination: destination,
         upstream: destination,

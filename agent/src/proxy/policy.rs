@@ -205,6 +205,23 @@ impl Proxy {
         }
     }
 
+    /// Has a certificate of the connection's other end been revoked?
+    pub(super) fn is_revoked(&self, connection: &Connection) -> bool {
+        connection.what.peer.as_ref().is_some_and(|chain| self.tls.revocations().revoke(chain))
+    }
+
+    /// Resets every live connection whose other end has a certificate that is revoked, as soon as it is, until dropped.
+    pub async fn end_revoked(self: Arc<Self>) {
+        let mut changes = self.tls.revocations().subscribe();
+        changes.mark_changed();
+        while changes.changed().await.is_ok() {
+            let ended = self.table.close_where(CloseReason::Policy, |connection| self.is_revoked(connection));
+            if ended > 0 {
+                info!(ended, "connections reset: certificates of their other ends are revoked");
+            }
+        }
+    }
+
     /// Ends plaintext connections inside a pod, which do not pass the agent, when what decides about them has changed.
     pub(super) async fn end_forbidden_plaintext(self: &Arc<Self>, pod: &Pod) {
         if !self.policies.changed(&pod.key) {

@@ -19,6 +19,7 @@ use super::{
     totals::{Taken, Totals},
 };
 use crate::{
+    identity::revocation::Chain,
     mesh::{SpiffeId, WorkloadKey},
     telemetry::{Account, KtlsFallback},
 };
@@ -169,6 +170,8 @@ pub struct NewConnection {
     pub source_identity: Option<SpiffeId>,
     /// Identity of the server.
     pub destination_identity: Option<SpiffeId>,
+    /// Certificates of the tunnel's other end.
+    pub peer: Option<Arc<Chain>>,
     /// The client's address as the server's application sees it.
     pub source: SocketAddr,
     /// The destination as the application dialled it.

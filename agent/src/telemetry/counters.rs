@@ -26,6 +26,8 @@ pub enum RefusalReason {
     UntrustedIssuer,
     /// Certificate expired or not yet valid.
     CertificateExpired,
+    /// Certificate on a revocation list.
+    CertificateRevoked,
     /// The certificate's trust domain is not accepted here.
     WrongTrustDomain,
     /// The peer proved another identity than the one the destination has.
@@ -71,10 +73,10 @@ impl RefusalReason {
     /// Every reason, in order.
     pub const ALL: [RefusalReason; REASONS] = {
         use RefusalReason::{
-            AgentPort, BadRecord, CertificateExpired, Deadline, DeniedByPeer, InvalidCertificate, KeyLimit, NoAlpn,
-            NoCertificate, NoEndpoint, NoOriginalDestination, NotTls, PeerUpstreamUnreachable, PodLimit, Policy,
-            ProxyDestination, ProxyHeader, ProxySource, Resources, TlsHandshake, Truncated, UntrustedIssuer,
-            UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
+            AgentPort, BadRecord, CertificateExpired, CertificateRevoked, Deadline, DeniedByPeer, InvalidCertificate,
+            KeyLimit, NoAlpn, NoCertificate, NoEndpoint, NoOriginalDestination, NotTls, PeerUpstreamUnreachable,
+            PodLimit, Policy, ProxyDestination, ProxyHeader, ProxySource, Resources, TlsHandshake, Truncated,
+            UntrustedIssuer, UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
         };
         [
             NoOriginalDestination,
@@ -84,6 +86,7 @@ impl RefusalReason {
             TlsHandshake,
             UntrustedIssuer,
             CertificateExpired,
+            CertificateRevoked,
             WrongTrustDomain,
             WrongIdentity,
             InvalidCertificate,
@@ -108,10 +111,10 @@ impl RefusalReason {
     /// The name in logs and counters.
     pub const fn as_str(self) -> &'static str {
         use RefusalReason::{
-            AgentPort, BadRecord, CertificateExpired, Deadline, DeniedByPeer, InvalidCertificate, KeyLimit, NoAlpn,
-            NoCertificate, NoEndpoint, NoOriginalDestination, NotTls, PeerUpstreamUnreachable, PodLimit, Policy,
-            ProxyDestination, ProxyHeader, ProxySource, Resources, TlsHandshake, Truncated, UntrustedIssuer,
-            UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
+            AgentPort, BadRecord, CertificateExpired, CertificateRevoked, Deadline, DeniedByPeer, InvalidCertificate,
+            KeyLimit, NoAlpn, NoCertificate, NoEndpoint, NoOriginalDestination, NotTls, PeerUpstreamUnreachable,
+            PodLimit, Policy, ProxyDestination, ProxyHeader, ProxySource, Resources, TlsHandshake, Truncated,
+            UntrustedIssuer, UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
         };
         match self {
             NoOriginalDestination => "no-original-destination",
@@ -121,6 +124,7 @@ impl RefusalReason {
             TlsHandshake => "tls-handshake",
             UntrustedIssuer => "untrusted-issuer",
             CertificateExpired => "certificate-expired",
+            CertificateRevoked => "certificate-revoked",
             WrongTrustDomain => "wrong-trust-domain",
             WrongIdentity => "wrong-identity",
             InvalidCertificate => "invalid-certificate",

@@ -101,6 +101,7 @@ impl From<RefusalReason> for ResponseFlag {
             R::TlsHandshake
             | R::UntrustedIssuer
             | R::CertificateExpired
+            | R::CertificateRevoked
             | R::WrongTrustDomain
             | R::InvalidCertificate
             | R::NoAlpn

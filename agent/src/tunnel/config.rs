@@ -29,7 +29,7 @@ use super::{
     verify::{Accepted, ClientVerifier, Leaves, ServerVerifier},
 };
 use crate::{
-    identity::{CertificateStore, Svid},
+    identity::{CertificateStore, Revocations, Svid},
     mesh::{SpiffeId, TrustDomain},
 };
 
@@ -90,11 +90,19 @@ pub struct TlsOptions {
     pub records_per_key: Option<u64>,
     /// Whether sessions are resumed. Without it every connection has a full handshake.
     pub resumption: bool,
+    /// Certificates that are not accepted any more.
+    pub revocations: Arc<Revocations>,
 }
 
 impl Default for TlsOptions {
     fn default() -> Self {
-        Self { suites: Suite::ALL.into(), ktls: Support::disabled(), records_per_key: None, resumption: true }
+        Self {
+            suites: Suite::ALL.into(),
+            ktls: Support::disabled(),
+            records_per_key: None,
+            resumption: true,
+            revocations: Arc::default(),
+        }
     }
 }
 
@@ -127,6 +135,7 @@ pub struct TlsConfigs {
     clients: Cache<(SpiffeId, SpiffeId), ClientConfig>,
     servers: Cache<SpiffeId, Server>,
     leaves: Leaves,
+    revocations: Arc<Revocations>,
 }
 
 struct Server {
@@ -158,6 +167,7 @@ impl TlsConfigs {
             clients: Cache::new(MAX_CLIENTS),
             servers: Cache::new(MAX_SERVERS),
             leaves: Leaves::default(),
+            revocations: Arc::clone(&options.revocations),
         })
     }
 
@@ -205,6 +215,11 @@ impl TlsConfigs {
     /// Peers' leaves.
     pub(super) fn leaves(&self) -> &Leaves {
         &self.leaves
+    }
+
+    /// Certificates that are not accepted any more.
+    pub fn revocations(&self) -> &Arc<Revocations> {
+        &self.revocations
     }
 
     /// What the kernel can do.

@@ -1,6 +1,6 @@
 //! Drives rustls' unbuffered API over a non-blocking socket until traffic keys can be taken out.
 
-use std::time::SystemTime;
+use std::{sync::Arc, time::SystemTime};
 
 use bytes::BufMut as _;
 use rustls::{
@@ -17,9 +17,9 @@ use super::{
     config::peer_name,
     driver::{Driver, DriverError, Step, Unbuffered},
     session::drain,
-    verify::{Accepted, IdentityRefusal, Leaves, refusal},
+    verify::{Accepted, IdentityRefusal, Leaves, Shown, refusal},
 };
-use crate::{mesh::SpiffeId, telemetry::RefusalReason};
+use crate::{identity::Revocations, mesh::SpiffeId, telemetry::RefusalReason};
 
 /// How much is asked of the socket at once.
 pub(super) const READ_CHUNK: usize = 16 * 1024;
@@ -131,19 +131,19 @@ async fn finish<C: Unbuffered>(
 ) -> Result<Session, TunnelError> {
     let unsent = std::mem::take(&mut driver.outgoing);
     let facts = Facts::of(driver.connection.common());
-    let judged = judge(driver.connection.common(), accepted, configs.leaves());
+    let judged = judge(driver.connection.common(), accepted, configs.leaves(), configs.revocations());
     let (secrets, schedule, unread) = driver.into_keys().map_err(|e| refusal(&e))?;
     let Facts { cipher, key_exchange, resumed } = facts;
-    let info = |peer| SessionInfo { local: local.clone(), peer, cipher, key_exchange, resumed };
+    let info = |peer, chain| SessionInfo { local: local.clone(), peer, chain, cipher, key_exchange, resumed };
     let records = UserRecords::new(secrets, schedule, unread, unsent, configs.records_per_key())?;
     match judged {
-        Ok(peer) => {
-            let mut session = Session::new(stream, records, info(peer));
+        Ok(Shown { leaf, chain }) => {
+            let mut session = Session::new(stream, records, info(leaf.identity, chain));
             session.send(&first()).await?;
             Ok(session)
         }
         Err((alert, error)) => {
-            Session::new(stream, records, info(local.clone())).refuse(alert).await;
+            Session::new(stream, records, info(local.clone(), Arc::default())).refuse(alert).await;
             Err(error)
         }
     }
@@ -155,12 +155,13 @@ pub(super) async fn read_more(stream: &mut TcpStream, buffer: &mut Vec<u8>, most
     stream.read_buf(&mut buffer.limit(most)).await
 }
 
-/// The peer's identity, or the alert that it gets.
+/// What the peer has shown, or the alert that it gets.
 pub(super) fn judge(
     common: &CommonState,
     accepted: &Accepted,
     leaves: &Leaves,
-) -> Result<SpiffeId, (AlertDescription, TunnelError)> {
+    revocations: &Revocations,
+) -> Result<Shown, (AlertDescription, TunnelError)> {
     if common.alpn_protocol() != Some(ALPN_NATIVE) {
         let offered = common.alpn_protocol().map_or("none".into(), |p| String::from_utf8_lossy(p).into_owned());
         let detail = format!("peer's application protocol is {offered}, not underpass/1; is it an Underpass agent?");
@@ -169,16 +170,21 @@ pub(super) fn judge(
             TunnelError::Refused { reason: RefusalReason::NoAlpn, detail },
         ));
     }
-    let leaf = match common.peer_certificates() {
-        Some([leaf, ..]) => leaves.parse(leaf).and_then(|leaf| accepted.check_parsed(leaf)),
-        _ => Err(IdentityRefusal::Invalid("none was presented".into())),
-    };
-    let leaf = leaf.and_then(|l| {
-        if l.valid_at(SystemTime::now()) { Ok(l) } else { Err(IdentityRefusal::NotValidNow { peer: l.identity }) }
+    let shown = leaves.parse(common.peer_certificates().unwrap_or_default()).and_then(|shown| {
+        let Shown { leaf, chain } = shown;
+        let leaf = accepted.check_parsed(leaf)?;
+        if !leaf.valid_at(SystemTime::now()) {
+            return Err(IdentityRefusal::NotValidNow { peer: leaf.identity });
+        }
+        if revocations.revoke(&chain) {
+            return Err(IdentityRefusal::Revoked { peer: leaf.identity });
+        }
+        Ok(Shown { leaf, chain })
     });
-    leaf.map(|l| l.identity).map_err(|r| {
+    shown.map_err(|r| {
         let alert = match r {
             IdentityRefusal::NotValidNow { .. } => AlertDescription::CertificateExpired,
+            IdentityRefusal::Revoked { .. } => AlertDescription::CertificateRevoked,
             _ => super::alert::DENIED,
         };
         (alert, TunnelError::Refused { reason: r.reason(), detail: r.to_string() })

@@ -3,14 +3,15 @@
 use std::{os::fd::BorrowedFd, sync::Arc, time::Duration};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
+    ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType,
 };
 use rustls::{
     ExtractedSecrets, client::UnbufferedClientConnection, crypto::aws_lc_rs::Ticketer, pki_types::PrivateKeyDer,
     server::UnbufferedServerConnection,
 };
 use time::OffsetDateTime;
+use x509_parser::{certificate::X509Certificate, prelude::FromDer as _};
 
 use super::{
     config::{Suite, client_config, peer_name, provider, server_config},
@@ -29,7 +30,7 @@ impl TestCa {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let key = KeyPair::generate().expect("a key");
         Self(CertifiedIssuer::self_signed(params, key).expect("a self-signed root"))
     }
@@ -51,6 +52,40 @@ impl TestCa {
         let key = KeyPair::generate().expect("a key");
         let certificate = params.signed_by(&key, &self.0).expect("a signed certificate");
         (certificate, key)
+    }
+
+    /// A revocation list in PEM with this number.
+    pub(crate) fn revoke(&self, number: u64, revoked: &[&Svid]) -> String {
+        self.crl(number, revoked, |_| {})
+    }
+
+    /// [`Self::revoke`], changed before it is signed.
+    pub(crate) fn crl(
+        &self,
+        number: u64,
+        revoked: &[&Svid],
+        change: impl FnOnce(&mut CertificateRevocationListParams),
+    ) -> String {
+        let now = OffsetDateTime::now_utc();
+        let revoked = revoked.iter().map(|svid| {
+            let (_, leaf) = X509Certificate::from_der(&svid.certified.cert[0]).expect("a certificate");
+            RevokedCertParams {
+                serial_number: leaf.raw_serial().to_vec().into(),
+                revocation_time: now,
+                reason_code: None,
+                invalidity_date: None,
+            }
+        });
+        let mut params = CertificateRevocationListParams {
+            this_update: now - Duration::from_mins(1),
+            next_update: now + Duration::from_hours(1),
+            crl_number: number.into(),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        change(&mut params);
+        params.signed_by(&self.0).and_then(|list| list.pem()).expect("a signed list")
     }
 
     /// A good SVID.

@@ -5,4 +5,5 @@ mod native;
 mod openssl;
 mod records;
 mod refusals;
+mod revocation;
 mod support;

@@ -21,7 +21,7 @@ use rustls::{
 
 use super::TunnelError;
 use crate::{
-    identity::Leaf,
+    identity::{Leaf, revocation::Chain},
     mesh::{SpiffeId, TrustDomain},
     telemetry::RefusalReason,
 };
@@ -38,6 +38,8 @@ pub(super) enum IdentityRefusal {
     Identity { peer: SpiffeId, expected: SpiffeId },
     #[error("certificate of {peer} is not valid now")]
     NotValidNow { peer: SpiffeId },
+    #[error("certificate of {peer}, or of an authority between it and the root, is revoked")]
+    Revoked { peer: SpiffeId },
 }
 
 impl IdentityRefusal {
@@ -47,6 +49,7 @@ impl IdentityRefusal {
             Self::TrustDomain { .. } => RefusalReason::WrongTrustDomain,
             Self::Identity { .. } => RefusalReason::WrongIdentity,
             Self::NotValidNow { .. } => RefusalReason::CertificateExpired,
+            Self::Revoked { .. } => RefusalReason::CertificateRevoked,
         }
     }
 }
@@ -91,28 +94,48 @@ impl Accepted {
     }
 }
 
-/// Leaves parsed before: a resumed session brings the same certificate each time.
+/// What a peer has shown, read.
+#[derive(Clone)]
+pub(super) struct Shown {
+    pub(super) leaf: Leaf,
+    /// Every certificate, for as long as the connection lives.
+    pub(super) chain: Arc<Chain>,
+}
+
+/// A leaf, and what came with it: the same leaf may come with others.
+struct Parsed {
+    intermediates: Box<[CertificateDer<'static>]>,
+    shown: Shown,
+}
+
+/// Certificates parsed before: a resumed session brings the same each time.
 #[derive(Default)]
 pub(super) struct Leaves {
-    parsed: Mutex<HashMap<Box<[u8]>, Leaf>>,
+    parsed: Mutex<HashMap<Box<[u8]>, Parsed>>,
 }
 
 impl Leaves {
     /// Leaves kept, some 2 KiB each; more than the pods that talk to one node at a time.
     const MOST: usize = 1024;
 
-    /// [`Leaf::parse`], once for each certificate.
-    pub(super) fn parse(&self, der: &CertificateDer<'_>) -> Result<Leaf, IdentityRefusal> {
+    /// [`Leaf::parse`] and [`Chain::of`], once for each chain.
+    pub(super) fn parse(&self, certificates: &[CertificateDer<'_>]) -> Result<Shown, IdentityRefusal> {
+        let Some((der, intermediates)) = certificates.split_first() else {
+            return Err(IdentityRefusal::Invalid("none was presented".into()));
+        };
         let mut parsed = self.parsed.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(leaf) = parsed.get(der.as_ref()) {
-            return Ok(leaf.clone());
+        if let Some(known) = parsed.get(der.as_ref()).filter(|known| *known.intermediates == *intermediates) {
+            return Ok(known.shown.clone());
         }
         let leaf = Leaf::parse(der).map_err(IdentityRefusal::Invalid)?;
+        let chain = Arc::new(Chain::of(certificates).map_err(IdentityRefusal::Invalid)?);
         if parsed.len() >= Self::MOST {
             parsed.clear();
         }
-        parsed.insert(der.as_ref().into(), leaf.clone());
-        Ok(leaf)
+        let intermediates = intermediates.iter().map(|der| der.clone().into_owned()).collect();
+        let shown = Shown { leaf, chain };
+        parsed.insert(der.as_ref().into(), Parsed { intermediates, shown: shown.clone() });
+        Ok(shown)
     }
 }
 

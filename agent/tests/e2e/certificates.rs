@@ -9,12 +9,13 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType,
 };
 use testbed::{Pod, Process, Testbed};
 use time::OffsetDateTime;
 use underpass::{identity::LocalIssuer, mesh::TrustDomain};
+use x509_parser::{certificate::X509Certificate, prelude::FromDer as _};
 
 use crate::world::{Stage, app, app_error, at, counter, serve};
 
@@ -67,9 +68,34 @@ impl Forge {
         let key = KeyPair::generate()?;
         let mut ca = CertificateParams::default();
         ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        ca.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        ca.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         ca.distinguished_name.push(DnType::CommonName, "another CA");
         Ok(Self { certificate: ca.self_signed(&key)?.pem(), key: key.serialize_pem(), dir: dir.to_path_buf() })
+    }
+
+    /// A list with this number of the certificates in these files, PEM.
+    pub fn revoke(&self, number: u64, certificates: &[&Path]) -> Result<String> {
+        let issuer = Issuer::from_ca_cert_pem(&self.certificate, KeyPair::from_pem(&self.key)?)?;
+        let now = OffsetDateTime::now_utc();
+        let revoked = |file: &&Path| {
+            let pem = pem::parse(fs::read(file)?)?;
+            let (_, leaf) = X509Certificate::from_der(pem.contents())?;
+            Ok(RevokedCertParams {
+                serial_number: leaf.raw_serial().to_vec().into(),
+                revocation_time: now,
+                reason_code: None,
+                invalidity_date: None,
+            })
+        };
+        let params = CertificateRevocationListParams {
+            this_update: now,
+            next_update: now + time::Duration::HOUR,
+            crl_number: number.into(),
+            issuing_distribution_point: None,
+            revoked_certs: certificates.iter().map(revoked).collect::<Result<_>>()?,
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        Ok(params.signed_by(&issuer)?.pem()?)
     }
 
     pub fn leaf(&self, leaf: &Leaf) -> Result<Files> {

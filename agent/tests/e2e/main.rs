@@ -15,6 +15,7 @@ mod operators;
 mod policy;
 mod probes;
 mod refusals;
+mod revocation;
 mod telemetry;
 mod traffic;
 mod untouched;

@@ -1,6 +1,6 @@
 //! Everything together, as it is installed: agents that learn the mesh from the API and have certificates from `underpass ca`.
 
-use std::fs;
+use std::{fs, path::PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
@@ -61,10 +61,14 @@ fn labels_and_an_authority_are_enough() -> Result<()> {
             Ok((node, file))
         })
         .collect::<Result<_>>()?;
-    let mesh = Mesh::with_issuer(world, |node| {
+    let in_memory = Tmpfs::mount(world.bed.node("a").dir("agent/run")?)?;
+    let mut mesh = Mesh::with_issuer(world, |node| {
         let (_, token) = tokens.iter().find(|(of, _)| *of == node).context("a token")?;
         Ok(json!({ "istio": { "address": address, "rootFile": root_file, "tokenFile": token, "serverName": NAME } }))
     })?;
+
+    // It is dropped before the testbed, whose directory it is in.
+    let _in_memory = in_memory;
 
     mesh.label(&["namespace", "shop", "underpass.io/mode=enabled"])?;
     let client = mesh.run("a", "client", &json!({}))?;
@@ -86,6 +90,32 @@ fn labels_and_an_authority_are_enough() -> Result<()> {
     let late = mesh.run_as("a", "late", "late")?;
     mesh.wait_enrolled(&late, true)?;
     ensure!(app(&late.pod, &["request", &to, "--timeout", "2"]).is_err(), "there is no certificate for it");
+
+    // Also an agent that is killed meanwhile: its certificates are kept in the node's memory.
+    mesh.a.kill()?;
+    mesh.a.restart()?;
+    mesh.wait_enrolled(&client, true)?;
+    let sniffer = mesh.sniff()?;
+    app(&client.pod, &["request", &to, "--line", MARKER])?;
+    assert_encrypted(&sniffer.stop()?)?;
+    ensure!(app(&late.pod, &["request", &to, "--timeout", "2"]).is_err(), "nothing was ever kept for it");
     let _authority = authority(&mesh.world)?;
     eventually(SOON, || app(&late.pod, &["request", &to]).map(drop))
+}
+
+/// A tmpfs as `/run` is one on a node.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    fn mount(at: PathBuf) -> Result<Self> {
+        let none: Option<&str> = None;
+        nix::mount::mount(Some("tmpfs"), &at, Some("tmpfs"), nix::mount::MsFlags::empty(), none)?;
+        Ok(Self(at))
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH).expect("it is mounted");
+    }
 }

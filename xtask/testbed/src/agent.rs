@@ -238,6 +238,7 @@ impl Agent {
     pub fn cleanup(&self) -> Result<Output> {
         let mut command = self.node.command(&self.binary);
         command.args(["cleanup", "--force", "--pin-root"]).arg(self.pin_root());
+        command.arg("--run-dir").arg(self.run_dir()?);
         for namespace in self.enrolled_in_config() {
             command.arg("--netns").arg(namespace);
         }

@@ -194,6 +194,7 @@ fn new(workload: &WorkloadKey) -> NewConnection {
         direction: Direction::Inbound,
         source_identity: None,
         destination_identity: None,
+        peer: None,
         source: "10.0.0.2:40000".parse().unwrap(),
         original_destination: "10.96.0.1:80".parse().unwrap(),
         upstream: "10.0.0.1:8080".parse().unwrap(),

@@ -9,7 +9,7 @@ use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use tokio::{net::TcpListener, time::timeout};
 
 use super::{Files, LIMIT, Replica, cluster::agent, eventually, identity, roots, settings, two_nodes};
-use crate::identity::{CertificateStore, Issuer as _, IstioIssuer, Leaf};
+use crate::identity::{CertificateStore, Issuer as _, IstioIssuer, Kept, Leaf};
 
 #[tokio::test]
 async fn certificates_are_renewed_and_kept_while_the_server_is_away() {
@@ -49,6 +49,60 @@ async fn certificates_are_renewed_and_kept_while_the_server_is_away() {
     let _again = Replica::on(listener, &cluster, settings()).await;
     let third = renewed(&second.serial).await;
     assert_eq!(third.roots_id, first.roots_id, "another process, the same root");
+    run.abort();
+}
+
+/// An agent is killed while the authority is away: the next one has what the first was issued.
+#[tokio::test]
+async fn an_agent_that_starts_without_the_authority_uses_what_was_kept() {
+    let cluster = two_nodes();
+    let replica = Replica::start(&cluster, settings()).await;
+    let files = Files::new(&cluster, &cluster.agent_token("agent-n1")).await;
+    let (address, lifetime) = (replica.address, Duration::from_secs(20));
+    let directory = files.directory.path().join("kept");
+    let store = || {
+        let kept = Kept::on(directory.clone()).unwrap();
+        let issuer = IstioIssuer::new(files.ca(address, lifetime)).unwrap().keeping(Some(kept));
+        CertificateStore::new(Arc::new(issuer))
+    };
+    let kept = || std::fs::read_dir(&directory).unwrap().count();
+
+    let first = store();
+    first.want([identity("web"), identity("db")].into());
+    let run = tokio::spawn(Arc::clone(&first).run());
+    let web = first.wait_for(&identity("web"), LIMIT).await.expect("a certificate");
+    first.wait_for(&identity("db"), LIMIT).await.expect("a certificate");
+    assert_eq!(kept(), 2);
+    run.abort();
+    replica.stop().await;
+
+    let second = store();
+    second.want([identity("web"), identity("db"), identity("cache")].into());
+    let run = tokio::spawn(Arc::clone(&second).run());
+    let again = second.wait_for(&identity("web"), LIMIT).await.expect("the one that was kept");
+    assert_eq!((&again.serial, again.roots_id), (&web.serial, web.roots_id));
+    again.verify(SystemTime::now()).unwrap();
+    assert!(second.current(&identity("cache")).is_none(), "never issued");
+
+    // It is renewed as any other when the authority is back, and what is not wanted any more is not kept.
+    let listener = TcpListener::bind(address).await.unwrap();
+    let replica = Replica::on(listener, &cluster, settings()).await;
+    let renewed = async || second.current(&identity("web")).is_some_and(|c| c.serial != web.serial);
+    eventually("renewed", renewed).await;
+    second.want([identity("web")].into());
+    eventually("forgotten", async || kept() == 1).await;
+    let last = second.current(&identity("web")).unwrap();
+    run.abort();
+    replica.stop().await;
+
+    // One that has ended is not used: a connection is refused, and nothing is left of the key.
+    let left = last.not_after.duration_since(SystemTime::now()).unwrap();
+    tokio::time::sleep(left).await;
+    let third = store();
+    third.want([identity("web")].into());
+    let run = tokio::spawn(Arc::clone(&third).run());
+    eventually("removed", async || kept() == 0).await;
+    assert!(third.current(&identity("web")).is_none() && third.all().is_empty());
     run.abort();
 }
 

@@ -18,6 +18,7 @@ use crate::{
     cli::RunArgs,
     cni,
     handover::{self, Predecessor, Successor, Successors},
+    identity::kept,
     proxy::Reconciler,
     relay::{ConnectionTable, Relay},
     sources::{self, kubernetes::Leaving},
@@ -181,6 +182,7 @@ impl Ending {
         let report = cleanup::cleanup(&args.pin_root, &[], true).await.context("removing pins")?;
         for (what, removed) in [
             ("what was between agent and CNI plugin", cni::remove(&args.run_dir)),
+            ("what is kept of certificates", kept::remove_all(&args.run_dir)),
             ("the socket for an agent that follows", handover::remove(&args.run_dir)),
             ("the last good configuration", sources::forget(&args.state_dir)),
         ] {

@@ -23,7 +23,7 @@ use tracing::{info, warn};
 
 use self::{
     ending::{Ending, Parts},
-    issuer::issuer,
+    issuer::{issuer, revocations},
     node::NodeStatus,
 };
 use super::{
@@ -93,13 +93,15 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
     let attachments = cluster.as_ref().map(KubernetesSource::attachments);
     let leaving = cluster.as_ref().map(KubernetesSource::leaving);
     let client = cluster.as_ref().map(KubernetesSource::client);
-    let (issuer, prepare) = issuer(&config)?;
+    let (issuer, prepare) = issuer(&config, &args.run_dir)?;
+    let revocations = revocations(&config, args.crl_file.as_deref())?;
     let trust_domain = config.snapshot.trust_domain.clone();
     let mesh = Arc::new(MeshStore::new(Snapshot::empty(&config.snapshot.node, trust_domain.clone())));
     let certificates = CertificateStore::new(issuer);
     let ktls = kernel_tls(args.ktls).await;
 
     tasks.spawn(Arc::clone(&certificates).run());
+    tasks.spawn(Arc::clone(&revocations).follow(Arc::clone(&certificates)));
     let from_file = cluster.is_none();
     // What the file changes: the mesh itself, or only the settings that hold for what the cluster says.
     let watched = match cluster {
@@ -157,6 +159,7 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
             &TlsOptions {
                 records_per_key: args.records_per_key,
                 resumption: args.resumption == Resumption::On,
+                revocations: Arc::clone(&revocations),
                 ..TlsOptions::with_ktls(ktls.clone())
             },
         ),
@@ -174,6 +177,7 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
             connections_per_pod: args.max_connections_per_pod as usize,
         },
     });
+    tasks.spawn(Arc::clone(&proxy).end_revoked());
     let reconciler = Reconciler::new(proxy, prepare);
     tasks.spawn(super::memory::give_back(Arc::clone(&table), Arc::clone(&reconciler)));
     let known = follow(Arc::clone(&mesh), Arc::clone(&reconciler), Arc::clone(&capture));
@@ -202,6 +206,7 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
         relay: Arc::clone(&relay),
         reload,
         cluster: cluster_status,
+        revocations,
         ktls,
     });
     let view = View {

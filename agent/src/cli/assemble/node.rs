@@ -10,7 +10,7 @@ use crate::{
         server::StatusProvider,
     },
     capture::Capture,
-    identity::CertificateStore,
+    identity::{CertificateStore, Revocations},
     mesh::SpiffeId,
     proxy::{Applied, PodState, PodStatus, Reconciler},
     relay::{Relay, ThreadHealth},
@@ -29,6 +29,7 @@ pub(super) struct NodeStatus {
     pub(super) relay: Arc<Relay>,
     pub(super) reload: Arc<ReloadStats>,
     pub(super) cluster: Option<Statuses>,
+    pub(super) revocations: Arc<Revocations>,
     pub(super) ktls: Support,
 }
 
@@ -85,7 +86,8 @@ impl StatusProvider for NodeStatus {
         let cluster = self.cluster.as_ref().map(Statuses::status);
         let probe_node_addresses = self.capture.probe_node_addresses();
         let plaintext_left = self.capture.unswept().into_iter().map(Into::into).collect();
-        Status { probe_cgroups, probe_node_addresses, plaintext_left, cluster, ..status }
+        let revocation = self.revocations.status();
+        Status { probe_cgroups, probe_node_addresses, plaintext_left, cluster, revocation, ..status }
     }
 
     fn bpf_counters(&self) -> BTreeMap<String, u64> {

@@ -15,7 +15,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     path::Path,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
     time::{Duration, SystemTime},
@@ -24,7 +24,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject};
-use tokio::time::timeout;
+use tokio::{task::spawn_blocking, time::timeout};
 use tonic::{Request, metadata::AsciiMetadataValue};
 use tracing::warn;
 use zeroize::Zeroizing;
@@ -33,7 +33,7 @@ use self::{
     channel::Connection,
     wire::{IstioCertificateRequest, Metadata, Value, istio_certificate_service_client::IstioCertificateServiceClient},
 };
-use super::{IssueError, Issuer, Svid, watch::Watch};
+use super::{IssueError, Issuer, Kept, Recalled, Svid, watch::Watch};
 use crate::mesh::{IstioCa, SpiffeId};
 
 /// Name of the field of the request's metadata that says whose certificate is wanted; the caller's own without it.
@@ -55,6 +55,8 @@ pub struct IstioIssuer {
     watched: AtomicBool,
     /// The root file as [`Issuer::changed`] last reported it.
     reported: Mutex<Option<Vec<u8>>>,
+    /// Where what was issued is kept for the next agent.
+    kept: Option<Kept>,
 }
 
 impl IstioIssuer {
@@ -66,9 +68,22 @@ impl IstioIssuer {
             reason: format!("{e}; raise fs.inotify.max_user_instances if it is exhausted"),
         })?;
         let reported = Mutex::new(std::fs::read(&ca.root_file).ok());
-        let issuer = Self { ca, connection: Mutex::default(), watch, watched: AtomicBool::new(false), reported };
+        let issuer =
+            Self { ca, connection: Mutex::default(), watch, watched: AtomicBool::new(false), reported, kept: None };
         issuer.watch_directory(true);
         Ok(issuer)
+    }
+
+    /// Keeps what is issued, and recalls what was.
+    #[must_use]
+    pub fn keeping(mut self, kept: Option<Kept>) -> Self {
+        self.kept = kept;
+        self
+    }
+
+    /// What makes the authority the one that it is: where it is, and the roots in PEM that it is verified with.
+    fn authority(&self, roots: &[u8]) -> Vec<u8> {
+        [self.ca.address.to_string().as_bytes(), b"\n", roots].concat()
     }
 
     fn watch_directory(&self, log: bool) -> bool {
@@ -118,9 +133,17 @@ impl IstioIssuer {
             reason: format!("its answer cannot be used: {reason}"),
         };
         let (chain, roots) = reply::certificates(&answer.into_inner().cert_chain).map_err(unusable)?;
-        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        let svid = Svid::assemble(identity, chain, key, &roots).map_err(unusable)?;
+        let der = Zeroizing::new(key.serialize_der());
+        let private = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(der.to_vec()));
+        let svid = Svid::assemble(identity, chain, private, &roots).map_err(unusable)?;
         svid.verify(SystemTime::now()).map_err(unusable)?;
+        if let Some(kept) = self.kept.clone() {
+            let (identity, authority) = (identity.clone(), self.authority(&connection.roots));
+            let chain = Arc::clone(&svid.certified);
+            let keep = move || kept.keep(&identity, &authority, &chain.cert, &roots, &der);
+            // It says itself what goes wrong.
+            let _ = spawn_blocking(keep).await;
+        }
         Ok(svid)
     }
 
@@ -180,6 +203,24 @@ impl Issuer for IstioIssuer {
 
     fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Svid, IssueError>> {
         Box::pin(self.ask(identity))
+    }
+
+    fn recall(&self, identity: &SpiffeId) -> Option<Recalled> {
+        // Without it, what is kept is of no authority that is known, and asked for anew as soon as there is one.
+        let roots = std::fs::read(&self.ca.root_file).unwrap_or_default();
+        self.kept.as_ref()?.recall(identity, &self.authority(&roots), SystemTime::now())
+    }
+
+    fn forget(&self, identity: &SpiffeId) {
+        if let Some(kept) = &self.kept {
+            kept.forget(identity);
+        }
+    }
+
+    fn forget_others(&self, wanted: &BTreeSet<SpiffeId>) {
+        if let Some(kept) = &self.kept {
+            kept.retain(wanted);
+        }
     }
 
     /// Resolves when the root file has other content: the authority may have a new root, or be another one.

@@ -107,6 +107,7 @@ impl Node {
             direction,
             source_identity: Some(testing::identity("client")),
             destination_identity: Some(testing::identity("server")),
+            peer: None,
             source: address,
             original_destination: address,
             upstream: address,

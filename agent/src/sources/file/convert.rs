@@ -1,6 +1,6 @@
 //! From the schema to the model: everything that one field's type cannot say.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use serde_saphyr::Spanned;
 
@@ -63,6 +63,7 @@ pub(super) fn node_config(file: &str, document: &Document, node: Option<&str>) -
         }
     };
     let trust_domain: TrustDomain = check.parsed("trustDomain", &document.trust_domain)?;
+    let crl_file = crl_file(check, &document.issuer.value)?;
     let issuer = issuer(check, &document.issuer)?;
     let settings = MeshSettings {
         mode: mode(document.mesh.mode),
@@ -96,7 +97,7 @@ pub(super) fn node_config(file: &str, document: &Document, node: Option<&str>) -
     for (i, p) in document.policies.iter().enumerate() {
         policies.add(&mut builder, i, p)?;
     }
-    Ok(NodeConfig { snapshot: builder.build(), issuer, kubernetes })
+    Ok(NodeConfig { snapshot: builder.build(), issuer, crl_file, kubernetes })
 }
 
 /// The Kubernetes API as the source of what a file would otherwise list itself.
@@ -149,6 +150,13 @@ fn root_namespace<'a>(check: Check<'_>, mesh: &'a Mesh) -> Result<&'a str, Confi
     let Some(name) = &mesh.root_namespace else { return Ok(DEFAULT_ROOT_NAMESPACE) };
     check.name("namespace", "mesh.rootNamespace", name)?;
     Ok(&name.value)
+}
+
+fn crl_file(check: Check<'_>, issuer: &Issuer) -> Result<Option<PathBuf>, ConfigError> {
+    let of_files = issuer.files.as_ref().and_then(|files| files.crl_file.as_ref());
+    let of_istio = issuer.istio.as_ref().and_then(|istio| istio.crl_file.as_ref());
+    let path = |field, file: Option<&Spanned<String>>| file.map(|file| check.path(field, file)).transpose();
+    Ok(path("issuer.files.crlFile", of_files)?.or(path("issuer.istio.crlFile", of_istio)?))
 }
 
 fn issuer(check: Check<'_>, issuer: &Spanned<Issuer>) -> Result<IssuerConfig, ConfigError> {

@@ -78,6 +78,8 @@ pub struct NodeConfig {
     pub snapshot: Snapshot,
     /// The issuer; a change needs a restart.
     pub issuer: IssuerConfig,
+    /// Certificate revocation lists; a change of the path needs a restart, one of the file does not.
+    pub crl_file: Option<PathBuf>,
     /// Present when the mesh comes from the Kubernetes API; the snapshot then only has settings. A change needs a restart.
     pub kubernetes: Option<KubernetesConfig>,
 }

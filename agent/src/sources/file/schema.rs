@@ -58,8 +58,10 @@ pub(super) struct LocalIssuer {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct FilesIssuer {}
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct FilesIssuer {
+    pub(super) crl_file: Option<Spanned<String>>,
+}
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -70,6 +72,7 @@ pub(super) struct IstioIssuer {
     pub(super) cluster_id: Option<Spanned<String>>,
     pub(super) lifetime: Option<Spanned<String>>,
     pub(super) server_name: Option<Spanned<String>>,
+    pub(super) crl_file: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -41,6 +41,7 @@ struct Fixed {
     node: Arc<str>,
     trust_domain: TrustDomain,
     issuer: IssuerConfig,
+    crl_file: Option<PathBuf>,
     kubernetes: Option<KubernetesConfig>,
 }
 
@@ -150,6 +151,7 @@ impl Fixed {
             node: Arc::clone(&config.snapshot.node),
             trust_domain: config.snapshot.trust_domain.clone(),
             issuer: config.issuer.clone(),
+            crl_file: config.crl_file.clone(),
             kubernetes: config.kubernetes.clone(),
         }
     }
@@ -169,6 +171,13 @@ impl Fixed {
         }
         if new.issuer != self.issuer {
             return changed("issuer", &describe(&self.issuer), &describe(&new.issuer));
+        }
+        if new.crl_file != self.crl_file {
+            let describe = |file: &Option<PathBuf>| match file {
+                Some(file) => printable(&file.display().to_string()).to_string(),
+                None => "nothing".to_owned(),
+            };
+            return changed("crlFile", &describe(&self.crl_file), &describe(&new.crl_file));
         }
         if new.kubernetes != self.kubernetes {
             let describe = |k: &Option<KubernetesConfig>| match k {

@@ -7,6 +7,7 @@ mod user;
 
 use std::{
     os::fd::{AsFd as _, OwnedFd},
+    sync::Arc,
     time::Duration,
 };
 
@@ -26,6 +27,7 @@ use super::{
     records::RecordError,
 };
 use crate::{
+    identity::revocation::Chain,
     mesh::SpiffeId,
     sys::tls,
     telemetry::{KtlsFallback, RefusalReason},
@@ -42,6 +44,8 @@ pub struct SessionInfo {
     pub local: SpiffeId,
     /// Who the peer proved to be.
     pub peer: SpiffeId,
+    /// The certificates that it proved it with.
+    pub chain: Arc<Chain>,
     /// Cipher suite, e.g. `TLS13_AES_256_GCM_SHA384`.
     pub cipher: &'static str,
     /// Key exchange group, e.g. `X25519MLKEM768`.

@@ -9,6 +9,7 @@ use tokio::{
 
 use super::support::{Party, error, established, meet, two_parties, unchecked};
 use crate::{
+    identity::Revocations,
     telemetry::RefusalReason,
     tunnel::{
         Protection, Session, Suite, TlsOptions, UserRecords,
@@ -285,8 +286,8 @@ async fn a_resumed_session_does_not_outlive_the_certificate() {
         let mut c = Driver::new(UnbufferedClientConnection::new(Arc::clone(&client_config), peer_name()).unwrap());
         let mut s = Driver::new(UnbufferedServerConnection::new(Arc::clone(&server_config)).unwrap());
         while [pass(&mut c, &mut s), pass(&mut s, &mut c)] != [Step::Done, Step::Done] {}
-        let judged =
-            judge(s.connection.common(), &accepted, &Leaves::default()).map_err(|(alert, e)| (alert, e.reason()));
+        let judged = judge(s.connection.common(), &accepted, &Leaves::default(), &Revocations::default());
+        let judged = judged.map(|shown| shown.leaf.identity).map_err(|(alert, e)| (alert, e.reason()));
         let resumed = s.connection.handshake_kind() == Some(rustls::HandshakeKind::Resumed);
         let (secrets, schedule, mut tickets) = c.into_keys().unwrap();
         let mut records = Records::new(&secrets, schedule, None).unwrap();

@@ -80,7 +80,7 @@ fn unknown_fields_everywhere() {
         (
             "local: { caDir: /run/underpass/ca }",
             "files: { @dir: x }",
-            r#"issuer.files.dir: unknown field "dir"; no field is known here"#,
+            r#"issuer.files.dir: unknown field "dir"; known here: crlFile"#,
         ),
         (
             "  mode: strict\n",
@@ -182,6 +182,16 @@ fn issuers() {
         ),
         (
             "local: { caDir: /run/underpass/ca }",
+            "files: { crlFile: @crl.pem }",
+            r#"issuer.files.crlFile: "crl.pem" must be an absolute path without "..", shorter than 4096 bytes"#,
+        ),
+        (
+            "local: { caDir: /run/underpass/ca }",
+            "istio: { address: \"https://ca:15012\", rootFile: /r, tokenFile: /t, crlFile: @crl.pem }",
+            r#"issuer.istio.crlFile: "crl.pem" must be an absolute path without "..", shorter than 4096 bytes"#,
+        ),
+        (
+            "local: { caDir: /run/underpass/ca }",
             "istio: { address: \"https://ca:15012\", rootFile: /r, tokenFile: @/t/../u }",
             r#"issuer.istio.tokenFile: "/t/../u" must be an absolute path without "..", shorter than 4096 bytes"#,
         ),
@@ -208,7 +218,7 @@ fn issuers() {
         (
             "local: { caDir: /run/underpass/ca }",
             "istio: { @url: x }",
-            r#"issuer.istio.url: unknown field "url"; known here: address, rootFile, tokenFile, clusterId, lifetime, serverName"#,
+            r#"issuer.istio.url: unknown field "url"; known here: address, rootFile, tokenFile, clusterId, lifetime, serverName, crlFile"#,
         ),
         (
             "local: { caDir: /run/underpass/ca }",
