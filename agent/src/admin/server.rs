@@ -171,7 +171,13 @@ pub(super) fn serve_source(
 
 async fn accept(socket: SocketFile, router: Router) {
     // By user; there are two at most.
-    let rule = Rule { total: MAX_CONNECTIONS, share: MAX_CONNECTIONS / 4, grace: Duration::ZERO, bound: Bound::Admin };
+    let rule = Rule {
+        total: MAX_CONNECTIONS,
+        share: MAX_CONNECTIONS / 4,
+        strict: false,
+        grace: Duration::ZERO,
+        bound: Bound::Admin,
+    };
     let pool = Pool::new(rule);
     // Dropped with this future, and every connection with it.
     let mut connections = JoinSet::new();

@@ -143,7 +143,10 @@ impl<S: Hash + Eq + Clone> Book<S> {
         now: Instant,
     ) -> Result<(u32, Option<Arc<Alarm>>), Taken> {
         let mut evicted = None;
-        if self.members.len() >= rule.total {
+        if let Some(first) = self.exhausted(name, rule) {
+            let victim = self.silent(first, |m| m.own.after, rule.grace / HURRY, now)?;
+            evicted = Some(self.remove(victim));
+        } else if self.members.len() >= rule.total {
             let victim = self.victim(rule, now)?;
             evicted = Some(self.remove(victim));
         }
@@ -159,6 +162,12 @@ impl<S: Hash + Eq + Clone> Book<S> {
         self.link(member);
         self.count(source, 1);
         Ok((member, evicted))
+    }
+
+    /// The first of a source's members when the source may not have another one.
+    fn exhausted(&self, name: &S, rule: &Rule) -> Option<u32> {
+        let source = &self.sources[*self.names.get(name).filter(|_| rule.strict)? as usize];
+        (source.members as usize >= rule.share).then_some(source.list.first)
     }
 
     /// Who yields now: of the source with the most, if that is more than its share, else of all.

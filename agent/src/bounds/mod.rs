@@ -41,6 +41,8 @@ pub struct Rule {
     pub total: usize,
     /// Members of one source that are not the first to yield.
     pub share: usize,
+    /// Never more of one source than its share, also while there is room.
+    pub strict: bool,
     /// How long a member has to get on before it can lose its place; the members of a source above
     /// its share have a tenth of that.
     pub grace: Duration,

@@ -23,7 +23,7 @@ use super::{
 const LIMIT: Duration = Duration::from_secs(10);
 
 fn rule(total: usize, share: usize, grace: Duration) -> Rule {
-    Rule { total, share, grace, bound: Bound::Tunnel }
+    Rule { total, share, strict: false, grace, bound: Bound::Tunnel }
 }
 
 /// A member that never says anything; resolves when it is evicted.
@@ -82,6 +82,19 @@ async fn who_drips_yields_as_the_silent_do() {
     }
     timeout(2 * grace, pool.enter(&2)).await.expect("the grace is for getting on");
     assert_eq!(members.join_next().await.unwrap().unwrap(), Err::<(), _>(Evicted));
+}
+
+#[tokio::test]
+async fn a_strict_share_leaves_room_while_everybody_is_served() {
+    let pool = Pool::new(Rule { strict: true, ..rule(8, 2, Duration::ZERO) });
+    let served = [pool.try_enter(&1).unwrap(), pool.try_enter(&1).unwrap()];
+    assert!(pool.try_enter(&1).is_err(), "his share is used up, though there is room");
+    let other = pool.try_enter(&2).expect("room for others");
+    drop(served);
+    let silent = fill(&pool, 1, 2).await;
+    let newest = pool.try_enter(&1).expect("for one of his own that is silent");
+    assert_eq!(pool.of(&1), 2);
+    drop((other, silent, newest));
 }
 
 #[tokio::test]

@@ -176,7 +176,7 @@ async fn accept(
     to: mpsc::Sender<Connection>,
 ) {
     let share = (connections / SOURCES).max(1);
-    let places = Pool::new(Rule { total: connections, share, grace: GRACE, bound: Bound::Authority });
+    let places = Pool::new(Rule { total: connections, share, strict: false, grace: GRACE, bound: Bound::Authority });
     let mut handshakes = JoinSet::new();
     loop {
         while handshakes.try_join_next().is_some() {}

@@ -131,8 +131,8 @@ impl PodContext {
         Arc::new(Self {
             proxy: Arc::clone(proxy),
             pod: Arc::clone(pod),
-            handshakes: Pool::new(Rule { total, share, grace: GRACE, bound: Bound::Tunnel }),
-            dials: Pool::new(Rule { total, share, grace: DIAL_GRACE, bound: Bound::Dial }),
+            handshakes: Pool::new(Rule { total, share, strict: false, grace: GRACE, bound: Bound::Tunnel }),
+            dials: Pool::new(Rule { total, share, strict: false, grace: DIAL_GRACE, bound: Bound::Dial }),
             lanes: Lanes::new(share),
             outbound: room(),
             tunnels: room(),

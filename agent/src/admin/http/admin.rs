@@ -15,7 +15,7 @@ use axum::{
     routing::{get, post},
 };
 use serde::Deserialize;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tracing::info;
 
 use super::{View, answer, config_dump, refuse};
@@ -70,7 +70,8 @@ fn is_foreign(headers: &HeaderMap) -> bool {
 }
 
 async fn dump(State(admin): State<Admin>) -> Response {
-    answer("application/json", move || config_dump::render(&admin.view)).await
+    static TURNS: Semaphore = Semaphore::const_new(1);
+    answer("application/json", &TURNS, move || config_dump::render(&admin.view)).await
 }
 
 async fn filter() -> String {

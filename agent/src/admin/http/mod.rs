@@ -28,7 +28,7 @@ use axum::{
     http::{StatusCode, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
 };
-use tokio::{net::TcpListener, task::JoinSet, time::sleep};
+use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::sleep};
 use tracing::warn;
 
 pub use admin::router as admin;
@@ -105,8 +105,10 @@ fn no_ipv6(e: &io::Error) -> bool {
 
 /// Answers until it is dropped. Who says nothing loses the place to whoever comes.
 pub async fn serve(listener: TcpListener, router: Router, bound: Bound) {
-    let pool = |total| Pool::new(Rule { total, share: total / SOURCES, grace: Duration::ZERO, bound });
-    let (own, foreign) = (pool(OWN), pool(FOREIGN));
+    let pool = |total, share, strict| Pool::new(Rule { total, share, strict, grace: Duration::ZERO, bound });
+    // The node is one source; whoever else there is must not be kept waiting by one that asks a
+    // lot.
+    let (own, foreign) = (pool(OWN, OWN / SOURCES, false), pool(FOREIGN, FOREIGN / SOURCES, true));
     // Dropped with this future, and every connection with it.
     let mut connections = JoinSet::new();
     loop {
@@ -130,8 +132,14 @@ pub async fn serve(listener: TcpListener, router: Router, bound: Bound) {
     }
 }
 
-/// Runs `work` where it may block, and answers with what it returns.
-async fn answer(content_type: &'static str, work: impl FnOnce() -> String + Send + 'static) -> Response {
+/// Runs `work` where it may block, and answers with what it returns. It is much work: whoever asks
+/// again and again gets one answer after the other, and no more processors than `turns` has places.
+async fn answer(
+    content_type: &'static str,
+    turns: &'static Semaphore,
+    work: impl FnOnce() -> String + Send + 'static,
+) -> Response {
+    let _turn = turns.acquire().await;
     match tokio::task::spawn_blocking(work).await {
         Ok(body) => ([(CONTENT_TYPE, content_type)], body).into_response(),
         Err(_) => refuse(StatusCode::INTERNAL_SERVER_ERROR, "the agent failed to answer; see its log"),

@@ -14,6 +14,7 @@ use prometheus_client::{
     encoding::{DescriptorEncoder, text},
     registry::Registry,
 };
+use tokio::sync::Semaphore;
 
 use super::{View, answer, refuse};
 
@@ -30,7 +31,8 @@ pub fn router(view: View) -> Router {
 }
 
 async fn metrics(State(view): State<View>) -> Response {
-    answer(CONTENT_TYPE, move || render(&view)).await
+    static TURNS: Semaphore = Semaphore::const_new(1);
+    answer(CONTENT_TYPE, &TURNS, move || render(&view)).await
 }
 
 /// The exposition.
