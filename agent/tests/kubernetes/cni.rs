@@ -246,13 +246,13 @@ fn a_pod_is_captured_before_its_first_process() -> Result<()> {
 /// The pods that a kubelet runs by itself: outside of the mesh, and never held up, whatever their namespace says.
 #[test]
 fn static_pods_start_at_once_and_stay_outside() -> Result<()> {
-    let mut nodes = Nodes::new("kcnistatic")?;
+    let mut nodes = Nodes::new("kcnistat")?;
     let server = nodes.mesh.run("b", "server", &json!({}))?;
     let _serves = serve(&server.pod, 8080)?;
     nodes.mesh.wait_in_mesh(&server, true)?;
     nodes.mesh.wait_enrolled(&server, true)?;
     let node = nodes.mesh.world.bed.node("a");
-    let (etcd, own) = (node.pod("etcd-a")?, node.pod("own-a")?);
+    let (etcd, own) = (node.pod("etcda")?, node.pod("owna")?);
     // The one's UID is the sum of its manifest, the other's is in its manifest.
     let (hash, set) = ("0123456789abcdef0123456789abcdef", "7a2f3d5c-0000-4000-8000-00000000000a");
 

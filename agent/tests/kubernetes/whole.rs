@@ -108,8 +108,7 @@ struct Tmpfs(PathBuf);
 
 impl Tmpfs {
     fn mount(at: PathBuf) -> Result<Self> {
-        let none: Option<&str> = None;
-        nix::mount::mount(Some("tmpfs"), &at, Some("tmpfs"), nix::mount::MsFlags::empty(), none)?;
+        nix::mount::mount(Some("tmpfs"), &at, Some("tmpfs"), nix::mount::MsFlags::empty(), Some("mode=700"))?;
         Ok(Self(at))
     }
 }
