@@ -6,13 +6,14 @@ use serde_json::Value;
 use super::{json, printed, run};
 use crate::world::{Stage, World, app, at, serve};
 
-const LISTED: [&str; 9] = [
+const LISTED: [&str; 10] = [
     "PODS",
     "PODS_BY_ID",
     "MESH",
     "EXCLUDED_CIDRS",
     "PORT_RULES",
     "PROBE_CGROUPS",
+    "PROBES",
     "NODE_ADDRESSES",
     "FLOWS",
     "COUNTERS",
