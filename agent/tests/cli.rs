@@ -17,7 +17,7 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 /// Every row there is; scripts rely on the names.
-const CHECKS: [&str; 25] = [
+const CHECKS: [&str; 28] = [
     "kernel",
     "cgroup",
     "attach-point",
@@ -37,6 +37,9 @@ const CHECKS: [&str; 25] = [
     "ktls-ciphers",
     "ktls-rekey",
     "ktls-sockmap",
+    "cve-2026-23240",
+    "cve-2026-23414",
+    "cve-2026-46102",
     "bpf-lsm",
     "ipv6",
     "fwmark-accept",

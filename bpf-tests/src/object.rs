@@ -18,8 +18,8 @@ use libbpf_rs::{
 };
 use underpass::capture::object::OBJECT;
 use underpass_abi::{
-    Address, Counter, Event, FlowKey, MESH_CAPTURE, MeshEntry, OriginalDestination, PodConfig, PortKey, PortRule,
-    SocketState,
+    Address, Counter, Event, FlowKey, MESH_CAPTURE, MeshEntry, OriginalDestination, PendingFlows, PodConfig, PortKey,
+    PortRule, SocketState,
 };
 
 use crate::packet::{Link as LinkLayer, Packet};
@@ -275,6 +275,12 @@ impl Loaded {
             }
         }
         Ok(flows)
+    }
+
+    /// The counted flows of a pod, or of all.
+    pub fn pending(&self, index: u32) -> Result<PendingFlows> {
+        let value = self.map("PENDING_FLOWS")?.lookup(&index.to_ne_bytes(), MapFlags::ANY)?;
+        read(&value.with_context(|| format!("no element {index}"))?)
     }
 
     /// Sets an entry.

@@ -14,8 +14,10 @@ use bpf_tests::{
 use libbpf_rs::Link;
 use socket2::{Domain, SockAddr, Socket, Type};
 use underpass_abi::{
-    Counter::{Captured, FlowsAbandoned, RefusedFlowsFull},
-    DIRECTION_OUTBOUND, FlowKey, OUTBOUND_PORT, OUTBOUND_PORTS_V6, POD_CAPTURE_ALL, PORT_EXCLUDED, programs,
+    ALL_FLOWS,
+    Counter::{Captured, FlowsAbandoned, RefusedFlowsFull, RefusedFlowsShare},
+    DIRECTION_OUTBOUND, FlowKey, OUTBOUND_PORT, OUTBOUND_PORTS_V6, POD_CAPTURE_ALL, PORT_EXCLUDED, PendingFlows,
+    flow_share, programs,
 };
 
 const POD_V4: &str = "10.9.0.1";
@@ -443,4 +445,60 @@ fn a_full_flow_table_is_reported() -> Result<()> {
         assert_eq!(events[0].src_port, second.peer_addr()?.port());
         Ok(())
     })?
+}
+
+#[test]
+fn a_pod_that_has_its_share_of_flows_is_refused() -> Result<()> {
+    in_pod(|pod| {
+        let share = flow_share(0);
+        let counts = |index| pod.loaded.pending(index).map(|pending| pending.count());
+        pod.loaded.update("PENDING_FLOWS", &POD, &PendingFlows { added: share + 5, taken: 5 })?;
+        for destination in ["10.1.2.3:80", "[fd01::5]:80", "[::ffff:10.1.2.3]:80"] {
+            let error = dial(destination).expect_err("more than the share");
+            assert_eq!(
+                error.downcast_ref::<std::io::Error>().map(std::io::Error::kind),
+                Some(ErrorKind::PermissionDenied)
+            );
+        }
+        assert_eq!((pod.loaded.counter(RefusedFlowsShare)?, pod.loaded.counter(Captured)?), (3, 0));
+        let events = pod.loaded.events()?;
+        assert_eq!(events.len(), 3, "{events:?}");
+        assert_eq!((events[0].kind, events[0].pod_id, events[0].dst_port), (RefusedFlowsShare as u32, POD, 80));
+        assert_eq!(
+            (counts(POD)?, counts(ALL_FLOWS)?, pod.loaded.flows()?.len()),
+            (share, 0, 0),
+            "nothing else has happened"
+        );
+
+        // The share shrinks with what all pods have.
+        pod.loaded.update("PENDING_FLOWS", &POD, &PendingFlows { added: 1000, taken: 0 })?;
+        pod.loaded.update("PENDING_FLOWS", &ALL_FLOWS, &PendingFlows { added: 262_144 - 16 * 1000, taken: 0 })?;
+        dial("10.1.2.3:80").expect_err("more than a sixteenth of what is free");
+        pod.loaded.update("PENDING_FLOWS", &ALL_FLOWS, &PendingFlows { added: 262_144 - 16 * 1001, taken: 0 })?;
+        let listeners = agent()?;
+        let _client = dial("10.1.2.3:80")?;
+        accept(&listeners)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn flows_are_counted_for_their_pod_as_long_as_they_wait() -> Result<()> {
+    in_pod(|pod| {
+        let counts =
+            || -> Result<(u64, u64)> { Ok((pod.loaded.pending(POD)?.count(), pod.loaded.pending(ALL_FLOWS)?.count())) };
+        dial("10.1.2.3:80").expect_err("no agent listens");
+        assert_eq!((counts()?, pod.loaded.counter(FlowsAbandoned)?), ((0, 0), 1));
+        let listeners = agent()?;
+        let client = dial("10.1.2.3:80")?;
+        assert_eq!(counts()?, (1, 1));
+        let server = accept(&listeners)?;
+        let flow = pod.loaded.flows()?[0];
+        assert_eq!((flow.0, flow.1.pod_id), (pod.key(&server)?, POD));
+        let reset = socket2::SockRef::from(&client);
+        reset.set_linger(Some(std::time::Duration::ZERO))?;
+        drop(client);
+        assert_eq!((counts()?, pod.loaded.flows()?.len()), ((0, 0), 0));
+        Ok(())
+    })
 }

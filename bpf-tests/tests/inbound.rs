@@ -442,3 +442,18 @@ fn drops_are_reported() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_pod_whose_rules_did_not_all_fit_heeds_its_own_only() -> Result<()> {
+    let loaded = with_mode(POD_STRICT | underpass_abi::POD_OWN_RULES_ONLY)?;
+    loaded.port_rule(0, 81, DIRECTION_INBOUND, PORT_EXCLUDED)?;
+    loaded.port_rule(POD, 82, DIRECTION_INBOUND, PORT_PERMISSIVE)?;
+    for (case, port, expected) in [
+        ("excluded for all", 81, Some(InboundStrictDropped)),
+        ("the pod's own", 82, None),
+        ("no rule", 83, Some(InboundStrictDropped)),
+    ] {
+        loaded.expect(Inbound, case, &tcp(HOSTS[0], port, SYN), expected)?;
+    }
+    Ok(())
+}

@@ -35,6 +35,7 @@ fn libbpf_loads_every_program() -> Result<()> {
 #[test]
 fn maps_are_what_the_agent_expects() -> Result<()> {
     const NO_PREALLOC: u32 = 1;
+    const MMAPABLE: u32 = 1 << 10;
     let loaded = Loaded::new()?;
     let expected = [
         ("PODS", MapType::Hash, 8, 40, capacity::PODS, NO_PREALLOC),
@@ -47,6 +48,7 @@ fn maps_are_what_the_agent_expects() -> Result<()> {
         ("NODE_ADDRESSES", MapType::Hash, 16, 4, capacity::NODE_ADDRESSES, NO_PREALLOC),
         ("SOCKETS", MapType::SkStorage, 4, 24, 0, NO_PREALLOC),
         ("FLOWS", MapType::Hash, 48, 32, capacity::FLOWS, NO_PREALLOC),
+        ("PENDING_FLOWS", MapType::Array, 4, 16, capacity::PENDING_FLOWS, MMAPABLE),
         ("EVENTS", MapType::RingBuf, 0, 0, capacity::EVENTS_BYTES, 0),
         ("COUNTERS", MapType::PercpuArray, 4, 8, COUNTERS as usize, 0),
     ];

@@ -16,6 +16,7 @@ use crate::{
     events::{Ends, count, refuse},
     log,
     maps::PODS,
+    pending,
     socket::{self, MAPPED_WORD},
 };
 
@@ -128,6 +129,12 @@ fn decide(ctx: &SockAddrContext, dst: &Address, port: u16) -> Decision {
         return Decision::Leave;
     }
 
+    let pod_id = pod.map_or(0, |pod| pod.pod_id);
+    let ends = Ends { src: [0; 16], dst: *dst, src_port: 0, dst_port: port };
+    if !pending::has_room(pod_id) {
+        refuse(ctx, Counter::RefusedFlowsShare, pod_id, &ends);
+        return Decision::Refuse;
+    }
     let destination = SocketState { flags: SOCKET_CAPTURED, port, _pad: 0, addr: *dst };
     let stored = match state {
         Some(state) => {
@@ -138,8 +145,7 @@ fn decide(ctx: &SockAddrContext, dst: &Address, port: u16) -> Decision {
         None => unsafe { socket::create_state(sk, destination) },
     };
     if !stored {
-        let pod_id = pod.map_or(0, |pod| pod.pod_id);
-        refuse(ctx, Counter::RefusedNoStorage, pod_id, &Ends { src: [0; 16], dst: *dst, src_port: 0, dst_port: port });
+        refuse(ctx, Counter::RefusedNoStorage, pod_id, &ends);
         return Decision::Refuse;
     }
     count(Counter::Captured);

@@ -2,8 +2,8 @@
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use underpass_abi::{
-    Address, DIRECTION_INBOUND, DIRECTION_OUTBOUND, MESH_CAPTURE, POD_ASSIGN, POD_CAPTURE_ALL, POD_STRICT, PORT_ASSIGN,
-    PORT_EXCLUDED, PORT_PERMISSIVE, PORT_STRICT, PodConfig, PortKey,
+    Address, DIRECTION_INBOUND, DIRECTION_OUTBOUND, MESH_CAPTURE, POD_ASSIGN, POD_CAPTURE_ALL, POD_OWN_RULES_ONLY,
+    POD_STRICT, PORT_ASSIGN, PORT_EXCLUDED, PORT_PERMISSIVE, PORT_STRICT, PodConfig, PortKey,
 };
 
 use crate::maps::{EXCLUDED_CIDRS, MESH, PODS_BY_ID, PORT_RULES};
@@ -22,34 +22,42 @@ pub fn is_captured(pod: Option<&PodConfig>, dst: &Address, port: Option<u16>) ->
     {
         return false;
     }
-    !is_excluded(pod.pod_id, dst) && !is_excluded(0, dst)
+    !is_excluded(pod.pod_id, dst) && !is_excluded(ALL_PODS, dst)
 }
 
 /// What to do with plaintext arriving for `port`, a `PORT_*`: the port's rule, else the pod's mode, else the safe choice.
 #[inline(always)]
 pub fn inbound_action(pod_id: u32, port: u16) -> u32 {
-    if let Some(action) = port_action(pod_id, port, DIRECTION_INBOUND) {
+    if let Some(action) = rule(pod_id, port, DIRECTION_INBOUND) {
         return action;
     }
     // SAFETY: the reference is not kept, and a removed value stays readable until the program ends (RCU).
-    match unsafe { PODS_BY_ID.get(pod_id) } {
-        Some(pod) if pod.flags & (POD_STRICT | POD_ASSIGN) == 0 => PORT_PERMISSIVE,
-        Some(pod) if pod.flags & POD_STRICT == 0 => PORT_ASSIGN,
-        _ => PORT_STRICT,
+    let flags = unsafe { PODS_BY_ID.get(pod_id) }.map_or(POD_STRICT, |pod| pod.flags);
+    if flags & POD_OWN_RULES_ONLY == 0
+        && let Some(action) = rule(ALL_PODS, port, DIRECTION_INBOUND)
+    {
+        return action;
+    }
+    match flags {
+        _ if flags & POD_STRICT != 0 => PORT_STRICT,
+        _ if flags & POD_ASSIGN != 0 => PORT_ASSIGN,
+        _ => PORT_PERMISSIVE,
     }
 }
+
+/// The pod id of rules that hold for every pod.
+const ALL_PODS: u32 = 0;
 
 /// The rule for a port: the pod's own, else the one for every pod.
 #[inline(always)]
 fn port_action(pod_id: u32, port: u16, direction: u16) -> Option<u32> {
-    let mut key = PortKey { pod_id, port, direction };
+    rule(pod_id, port, direction).or_else(|| rule(ALL_PODS, port, direction))
+}
+
+#[inline(always)]
+fn rule(pod_id: u32, port: u16, direction: u16) -> Option<u32> {
     // SAFETY: the reference is not kept, and a removed value stays readable until the program ends (RCU).
-    if let Some(rule) = unsafe { PORT_RULES.get(key) } {
-        return Some(rule.action);
-    }
-    key.pod_id = 0;
-    // SAFETY: as above.
-    unsafe { PORT_RULES.get(key) }.map(|rule| rule.action)
+    unsafe { PORT_RULES.get(PortKey { pod_id, port, direction }) }.map(|rule| rule.action)
 }
 
 #[inline(always)]

@@ -3,9 +3,11 @@
 //! One file per hook: [`connect`] rewrites destinations, [`sockops`] tells the agent what they were, [`names`] hides the
 //! rewriting from the application, [`guard`] stops what escaped capture, [`inbound`] decides about plaintext arriving,
 //! [`probe`] recognises what the kubelet sends, [`reset`] answers what is refused.
+//! [`pending`] keeps one pod's connections from taking the room of the others'.
 //! Helpers are those of Linux 6.1; user space finds programs and maps by the names in `underpass_abi`.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)] // adding atomically: core has no such operation for this target
 
 mod connect;
 mod decide;
@@ -16,6 +18,7 @@ mod log;
 mod maps;
 mod names;
 mod parse;
+mod pending;
 mod probe;
 mod reset;
 mod socket;

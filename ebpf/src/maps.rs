@@ -2,14 +2,14 @@
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_RINGBUF},
-    btf_maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_RINGBUF},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage},
     helpers::generated::{bpf_ringbuf_reserve, bpf_ringbuf_submit},
     macros::btf_map,
 };
 use underpass_abi::{
-    Address, COUNTERS as COUNTER_COUNT, ExcludeKey, FlowKey, MeshEntry, OriginalDestination, PodConfig, PortKey,
-    PortRule, ProbeKey, ProbeSyn, SocketState, capacity,
+    Address, COUNTERS as COUNTER_COUNT, ExcludeKey, FlowKey, MeshEntry, OriginalDestination, PendingFlows, PodConfig,
+    PortKey, PortRule, ProbeKey, ProbeSyn, SocketState, capacity,
 };
 
 /// Memory is taken as entries come: most nodes use a fraction of the capacities.
@@ -55,6 +55,10 @@ pub static SOCKETS: SkStorage<SocketState> = SkStorage::new();
 /// Captured connections that the agent has not accepted yet.
 #[btf_map]
 pub static FLOWS: HashMap<FlowKey, OriginalDestination, { capacity::FLOWS }, GROWING> = HashMap::new();
+
+/// How many entries of [`FLOWS`] are whose; see [`crate::pending`].
+#[btf_map]
+pub static PENDING_FLOWS: Array<PendingFlows, { capacity::PENDING_FLOWS }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// What was refused, for people; see [`COUNTERS`] for numbers.
 #[btf_map]

@@ -4,8 +4,8 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_ANY, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
-        BPF_TCP_FIN_WAIT2, bpf_sock, bpf_sock_ops,
+        BPF_EXIST, BPF_NOEXIST, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
+        BPF_TCP_CLOSE, BPF_TCP_FIN_WAIT2, bpf_sock, bpf_sock_ops,
     },
     helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie},
     macros::sock_ops,
@@ -16,6 +16,7 @@ use underpass_abi::{Counter, FlowKey, OriginalDestination, SOCKET_CAPTURED};
 use crate::{
     events::{Ends, count, refuse},
     maps::{FLOWS, PODS},
+    pending,
     socket::{self, AF_INET, AF_INET6},
 };
 
@@ -43,19 +44,35 @@ fn record(ctx: &SockOpsContext) {
         return;
     }
     let Some(key) = flow_key(ctx) else { return };
+    // A pod that has just left the mesh has no listeners any more, and nobody takes entries of it.
+    // SAFETY: the value stays readable while the program runs (RCU).
+    let Some(pod) = (unsafe { PODS.get(key.netns) }) else { return };
+    let pod_id = pod.pod_id;
     // SAFETY: the context is a sock_ops with a full socket.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    let original = OriginalDestination { cookie, addr: state.addr, port: state.port, _pad: [0; 3] };
-    if FLOWS.insert(key, original, u64::from(BPF_ANY)).is_err() {
+    let original = OriginalDestination { cookie, addr: state.addr, port: state.port, _pad: 0, pod_id };
+    if let Err(reason) = insert(&key, &original) {
         // The agent finds nothing when it accepts, and resets the connection.
-        // SAFETY: the value stays readable while the program runs (RCU).
-        let pod_id = unsafe { PODS.get(key.netns) }.map_or(0, |pod| pod.pod_id);
         let ends = Ends { src: key.client, dst: original.addr, src_port: key.client_port, dst_port: original.port };
-        refuse(ctx, Counter::RefusedFlowsFull, pod_id, &ends);
+        refuse(ctx, reason, pod_id, &ends);
         return;
     }
     // Without this the entry could outlive its connection; it is then overwritten by the next one with the same ports.
     let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+}
+
+/// Makes an entry within the pod's share.
+#[inline(always)]
+fn insert(key: &FlowKey, original: &OriginalDestination) -> Result<(), Counter> {
+    if !pending::reserve(original.pod_id) {
+        return Err(Counter::RefusedFlowsShare);
+    }
+    if FLOWS.insert(key, original, u64::from(BPF_NOEXIST)).is_ok() {
+        return Ok(());
+    }
+    pending::release(original.pod_id);
+    // The map is full, or an ended connection with the same ports still waits to be accepted: its entry is counted already.
+    FLOWS.insert(key, original, u64::from(BPF_EXIST)).map_err(|_| Counter::RefusedFlowsFull)
 }
 
 /// Removes the entry of a connection that ended before the agent accepted it.
@@ -74,8 +91,10 @@ fn abandon(ctx: &SockOpsContext) {
     }
     let Some(key) = flow_key(ctx) else { return };
     // SAFETY: the context is a sock_ops with a full socket; the value stays readable while the program runs (RCU).
-    let own = unsafe { FLOWS.get(key).is_some_and(|flow| flow.cookie == bpf_get_socket_cookie(ctx.as_ptr())) };
-    if own && FLOWS.remove(key).is_ok() {
+    let (cookie, flow) = unsafe { (bpf_get_socket_cookie(ctx.as_ptr()), FLOWS.get(key)) };
+    let Some(pod_id) = flow.filter(|flow| flow.cookie == cookie).map(|flow| flow.pod_id) else { return };
+    if FLOWS.remove(key).is_ok() {
+        pending::release(pod_id);
         count(Counter::FlowsAbandoned);
     }
 }

@@ -51,6 +51,9 @@ pub struct Status {
     /// Pods with plaintext connections that are forbidden now and could not be ended yet.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub plaintext_left: Vec<PlaintextLeft>,
+    /// What is enforced more strictly than it is written because it is not in the BPF maps, and what to do.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub capture_problems: Vec<String>,
     /// What happened to the configuration file.
     pub reload: ReloadStatus,
     /// How the Kubernetes API is followed; absent when the mesh comes from the file.
@@ -76,6 +79,7 @@ impl Status {
             probe_cgroups: Vec::new(),
             probe_node_addresses: Vec::new(),
             plaintext_left: Vec::new(),
+            capture_problems: Vec::new(),
             reload,
             cluster: None,
             revocation: None,

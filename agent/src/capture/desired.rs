@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, net::IpAddr};
 use ipnet::IpNet;
 use underpass_abi::{
     Address, DIRECTION_INBOUND, DIRECTION_OUTBOUND, DIRECTION_PROBE, MESH_CAPTURE, MeshEntry, POD_ASSIGN,
-    POD_CAPTURE_ALL, POD_SILENT, POD_STRICT, PORT_ASSIGN, PORT_EXCLUDED, PORT_PERMISSIVE, PORT_PROBE, PORT_STRICT,
-    PodConfig, PortKey, PortRule, is_agent_port,
+    POD_CAPTURE_ALL, POD_OWN_RULES_ONLY, POD_SILENT, POD_STRICT, PORT_ASSIGN, PORT_EXCLUDED, PORT_PERMISSIVE,
+    PORT_PROBE, PORT_STRICT, PodConfig, PortKey, PortRule, is_agent_port,
 };
 
 use crate::{
@@ -235,6 +235,16 @@ impl Rules {
     }
 }
 
+/// Does a pod with the first configuration let in less plaintext than one with the second, where no port rule says otherwise?
+pub fn is_tighter(new: &PodConfig, old: &PodConfig) -> bool {
+    let rank = |flags: u32| match flags {
+        _ if flags & POD_STRICT != 0 => 2,
+        _ if flags & POD_ASSIGN != 0 => 1,
+        _ => 0,
+    };
+    (rank(new.flags), new.flags & POD_OWN_RULES_ONLY) > (rank(old.flags), old.flags & POD_OWN_RULES_ONLY)
+}
+
 /// Which inbound ports of a pod refuse plaintext.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Strictness {
@@ -245,6 +255,8 @@ pub struct Strictness {
 impl Strictness {
     /// As the programs decide: the pod's own rule, else one for every pod, else the pod's mode.
     pub fn new(config: &PodConfig, own: &Rules, all: &Rules) -> Self {
+        let none = Rules::default();
+        let all = if config.flags & POD_OWN_RULES_ONLY == 0 { all } else { &none };
         let inbound = |r: &Rules| r.ports.keys().filter(|s| s.direction == DIRECTION_INBOUND).map(|s| s.port).collect();
         let mut ports: Vec<u16> = inbound(all);
         ports.extend::<Vec<u16>>(inbound(own));

@@ -12,6 +12,7 @@ use super::{
     pod::{NewPod, Pod, PodListeners},
     processes,
     registry::Entry,
+    room::Overflow,
     routes, sockets,
     sweep::{Cause, Judge, Sweep},
     tc::{self, Programs},
@@ -204,8 +205,8 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
     let state = desired::pod(id, workload, local, plaintext, inner.registry().everywhere);
     let after = {
         let mut tables = inner.maps.tables();
-        tables.apply_pod(&state)?;
-        tables.strictness(&state.config)
+        let (config, _) = tables.apply_pod(state)?;
+        tables.strictness(&config)
     };
     let mut watch = interfaces::watch(netns)
         .await
@@ -215,6 +216,7 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
         netns: Arc::clone(netns),
         workload: workload.clone(),
         plaintext: plaintext.cloned(),
+        overflow: Overflow::default(),
     })?;
     let present = watcher::present(&mut watch);
     let programs = attach(inner, netns, id, present).await?;
@@ -267,7 +269,8 @@ async fn listen(candidate: &Candidate<'_>, mark: &Marker) -> Result<PodListeners
 async fn update(inner: &Arc<Inner>, enrolled: &Enrolled, wanted: &Wanted) -> Result<(), EnrollError> {
     let Enrolled { pod, netns, .. } = enrolled;
     let Wanted { workload, plaintext } = wanted.clone();
-    let entry = Entry { pod: Arc::clone(pod), netns: Arc::clone(netns), workload, plaintext };
+    let overflow = Overflow::default();
+    let entry = Entry { pod: Arc::clone(pod), netns: Arc::clone(netns), workload, plaintext, overflow };
     let key = entry.workload.key.clone();
     if inner.capture(entry)? {
         inner.sweeps.run(strict_sweep(inner, &key, netns)).await;
@@ -340,7 +343,14 @@ async fn detach(inner: &Inner, netns: &Netns, id: u32) -> Result<(), CaptureErro
     if inner.method == tc::Method::Clsact {
         tc::detach_filters(netns).await?;
     }
-    inner.maps.tables().forget(id)
+    forget(inner, id).await
+}
+
+/// Forgets a pod whose programs are gone: its rules, and the connections that nobody has accepted.
+pub async fn forget(inner: &Inner, id: u32) -> Result<(), CaptureError> {
+    inner.maps.tables().forget(id)?;
+    let maps = Arc::clone(&inner.maps);
+    super::blocking(move || maps.flows.forget_pod(id)).await
 }
 
 /// Takes back what a failed enrolment did.

@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{CaptureError, Inner, loader, netns::Netns, pins, routes, tc};
+use super::{CaptureError, Inner, enroll, loader, netns::Netns, pins, routes, tc};
 use crate::sys::bpf::{self, LinkTarget};
 
 /// See [`super::Capture::collect_garbage`].
@@ -53,8 +53,7 @@ pub async fn discard(inner: &Inner, namespaces: BTreeSet<u64>, ids: BTreeSet<u32
         restore(namespaces).await;
     }
     for id in unpinned {
-        let forgotten = inner.maps.tables().forget(id);
-        match forgotten {
+        match enroll::forget(inner, id).await {
             Ok(()) => inner.registry().free(id),
             Err(e) => tracing::error!(pod = id, error = %e, "cannot remove rules"),
         }

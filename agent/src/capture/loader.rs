@@ -14,11 +14,11 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{HashMap, MapData, MapError, RingBuf},
+    maps::{MapData, RingBuf},
     programs::{CgroupAttachMode, Program, links::FdLink},
 };
 use aya_log::EbpfLogger;
-use underpass_abi::{FlowKey, OriginalDestination, POD_ID_GLOBAL, capacity, programs};
+use underpass_abi::{POD_ID_GLOBAL, capacity, programs};
 
 use super::{
     CaptureError, CaptureOptions,
@@ -107,10 +107,6 @@ fn start_in(options: &CaptureOptions, layout: &Layout) -> Result<Parts, CaptureE
     let mut loader = loader(layout, options.bpf_log);
     let mut bpf = loader.load(bytes).map_err(|e| load_failed(&e))?;
     check_pinned(&bpf, layout)?;
-    // Of an agent that is still here, they wait in the listeners that it has handed over.
-    if options.inheritance.is_empty() {
-        forget_flows(&mut bpf)?;
-    }
     let map_ids = PINNED.iter().map(|(name, ..)| Ok((*name, map_id(&bpf, name)?))).collect::<Result<_, _>>()?;
     let log = options
         .bpf_log
@@ -122,7 +118,14 @@ fn start_in(options: &CaptureOptions, layout: &Layout) -> Result<Parts, CaptureE
     let probe = bpf.program(programs::PROBE).expect("loaded above").fd();
     let probe = probe.map_err(|e| chain(&e)).and_then(|fd| fd.as_fd().try_clone_to_owned().map_err(|e| e.to_string()));
     let probe = probe.map_err(|reason| CaptureError::Bpf { action: "keep program up_probe".to_owned(), reason })?;
-    let (maps, events) = Maps::take(&mut bpf)?;
+    let (maps, events) = Maps::take(&mut bpf, options.mesh_entries)?;
+    // Connections that an earlier agent did not accept went away with its listeners. Those that had already ended on the
+    // application's side keep their entry (their data would have been lost otherwise), so they are forgotten here, before
+    // there are listeners again. Connections of an agent that is still here wait in the listeners that it has handed over.
+    if options.inheritance.is_empty() {
+        maps.flows.forget(|_| true)?;
+    }
+    maps.flows.settle()?;
     let objects = Objects {
         layout: layout.clone(),
         bytes,
@@ -132,24 +135,6 @@ fn start_in(options: &CaptureOptions, layout: &Layout) -> Result<Parts, CaptureE
         preparing: Mutex::default(),
     };
     Ok((Arc::new(objects), maps, probe, events, log))
-}
-
-/// Connections that an earlier agent did not accept went away with its listeners. Those that had already ended on the application's side
-/// keep their entry (their data would have been lost otherwise), so they are forgotten here, before there are listeners again.
-fn forget_flows(bpf: &mut Ebpf) -> Result<(), CaptureError> {
-    let failed = |reason| CaptureError::Bpf { action: "clear map FLOWS".to_owned(), reason };
-    let map = bpf.map_mut("FLOWS").ok_or_else(|| failed("the object has no such map".to_owned()))?;
-    let mut flows: HashMap<_, FlowKey, OriginalDestination> = HashMap::try_from(map).map_err(|e| failed(chain(&e)))?;
-    let keys: Vec<FlowKey> = flows.keys().filter_map(Result::ok).collect();
-    for key in keys {
-        match flows.remove(&key) {
-            // The programs run: an entry may go by itself.
-            Ok(()) => {}
-            Err(MapError::SyscallError(e)) if e.io_error.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(failed(chain(&e))),
-        }
-    }
-    Ok(())
 }
 
 fn loader(layout: &Layout, with_log: bool) -> EbpfLoader<'static> {
@@ -177,7 +162,8 @@ fn map_id(bpf: &Ebpf, name: &'static str) -> Result<u32, CaptureError> {
             | Map::LpmTrie(d)
             | Map::SkStorage(d)
             | Map::RingBuf(d)
-            | Map::PerCpuArray(d),
+            | Map::PerCpuArray(d)
+            | Map::Array(d),
         ) => d,
         Some(_) => return Err(failed("it has an unexpected type".to_owned())),
         None => return Err(failed("the object has none of this name".to_owned())),

@@ -5,7 +5,6 @@ use std::{
     error::Error,
     fmt::Write as _,
     io,
-    net::SocketAddr,
     ops::RangeInclusive,
     os::fd::{AsFd, AsRawFd},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -16,20 +15,22 @@ use aya::{
     maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
 };
 use underpass_abi::{
-    Address, COUNTERS, Counter, FlowKey, MeshEntry, OriginalDestination, PodConfig, PortKey, PortRule, ProbeKey,
-    ProbeSyn, SOCKET_AGENT, SocketState, capacity,
+    Address, COUNTERS, Counter, FlowKey, MeshEntry, OriginalDestination, POD_CAPTURE_ALL, PendingFlows, PodConfig,
+    PortKey, PortRule, ProbeKey, ProbeSyn, SOCKET_AGENT, SocketState, capacity,
 };
 
 use super::{
     CaptureError,
-    desired::{ALL_PODS, MeshState, PRESENT, PodState, PortSlot, Prefix, Rules, Strictness, address},
+    desired::{ALL_PODS, MeshState, PRESENT, PodState, PortSlot, Prefix, Rules, Strictness, is_tighter},
+    flows::Flows,
     pins::Layout,
+    room::{self, Overflow, Room},
     table::{Store, Table},
 };
 use crate::sys::bpf::SharedMap;
 
 /// Name, key size, value size and number of entries of every pinned map.
-pub const PINNED: [(&str, usize, usize, usize); 12] = [
+pub const PINNED: [(&str, usize, usize, usize); 13] = [
     ("PODS", 8, size_of::<PodConfig>(), capacity::PODS),
     ("PODS_BY_ID", 4, size_of::<PodConfig>(), capacity::PODS),
     ("MESH", 4 + 16, size_of::<MeshEntry>(), capacity::MESH),
@@ -40,13 +41,15 @@ pub const PINNED: [(&str, usize, usize, usize); 12] = [
     ("NODE_ADDRESSES", size_of::<Address>(), 4, capacity::NODE_ADDRESSES),
     ("SOCKETS", 4, size_of::<SocketState>(), 0),
     ("FLOWS", size_of::<FlowKey>(), size_of::<OriginalDestination>(), capacity::FLOWS),
+    ("PENDING_FLOWS", 4, size_of::<PendingFlows>(), capacity::PENDING_FLOWS),
     ("EVENTS", 0, 0, capacity::EVENTS_BYTES),
     ("COUNTERS", 4, 8, COUNTERS as usize),
 ];
 
 /// The maps the agent reads and writes.
 pub struct Maps {
-    flows: SharedMap<FlowKey, OriginalDestination>,
+    /// Captured connections that have not been accepted.
+    pub flows: Flows,
     sockets: SharedMap<i32, SocketState>,
     counters: PerCpuArray<MapData, u64>,
     tables: Mutex<Tables>,
@@ -64,19 +67,20 @@ pub struct Tables {
 }
 
 impl Maps {
-    /// Takes the maps out of a loaded object; the ring buffer goes to who reads events.
-    pub fn take(bpf: &mut Ebpf) -> Result<(Self, RingBuf<MapData>), CaptureError> {
+    /// Takes the maps out of a loaded object; the ring buffer goes to who reads events. `mesh_entries` is how many entries of
+    /// `MESH` are used at most.
+    pub fn take(bpf: &mut Ebpf, mesh_entries: usize) -> Result<(Self, RingBuf<MapData>), CaptureError> {
         let tables = Tables {
             pods: hash_table(bpf, "PODS", capacity::PODS)?,
             pods_by_id: hash_table(bpf, "PODS_BY_ID", capacity::PODS)?,
-            mesh: Table::new("MESH", capacity::MESH, TrieStore(typed(bpf, "MESH")?))?,
+            mesh: Table::new("MESH", mesh_entries.min(capacity::MESH), TrieStore(typed(bpf, "MESH")?))?,
             excluded: Table::new("EXCLUDED_CIDRS", capacity::EXCLUDED_CIDRS, TrieStore(typed(bpf, "EXCLUDED_CIDRS")?))?,
             ports: Table::new("PORT_RULES", capacity::PORT_RULES, PortStore(typed(bpf, "PORT_RULES")?))?,
             probe_cgroups: hash_table(bpf, "PROBE_CGROUPS", capacity::PROBE_CGROUPS)?,
             node_addresses: hash_table(bpf, "NODE_ADDRESSES", capacity::NODE_ADDRESSES)?,
         };
         let maps = Self {
-            flows: shared(bpf, "FLOWS")?,
+            flows: Flows::take(bpf)?,
             sockets: shared(bpf, "SOCKETS")?,
             counters: typed(bpf, "COUNTERS")?,
             tables: Mutex::new(tables),
@@ -88,20 +92,6 @@ impl Maps {
     pub fn tables(&self) -> MutexGuard<'_, Tables> {
         // A panic between a write and its mirror leaves at worst a superfluous write; the tables stay usable.
         self.tables.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Removes and returns the original destination of a captured connection.
-    pub fn take_flow(&self, netns: u64, client: SocketAddr, listener: SocketAddr) -> io::Result<Option<SocketAddr>> {
-        let key = FlowKey {
-            netns,
-            client: address(client.ip()),
-            listener: address(listener.ip()),
-            client_port: client.port(),
-            listener_port: listener.port(),
-            _pad: 0,
-        };
-        let ip = |a| std::net::Ipv6Addr::from(a).to_canonical();
-        Ok(self.flows.take(&key)?.map(|o| SocketAddr::new(ip(o.addr), o.port)))
     }
 
     /// Flags a socket as the agent's.
@@ -130,13 +120,21 @@ impl Tables {
 
     /// Numbers that have an entry anywhere.
     pub fn pod_ids(&self) -> impl Iterator<Item = u32> + '_ {
-        let ports = self.ports.contents().keys().map(|s| s.pod_id);
-        let excluded = self.excluded.contents().keys().map(|p| {
-            let [a, b, c, d, ..] = p.bytes;
-            u32::from_be_bytes([a, b, c, d])
-        });
         let by_id = self.pods_by_id.contents().keys().copied();
-        self.pods().values().map(|c| c.pod_id).chain(by_id).chain(ports).chain(excluded)
+        self.pods().values().map(|c| c.pod_id).chain(by_id).chain(self.port_owners()).chain(self.cidr_owners())
+    }
+
+    /// Whose the port rules are, one pod's after the other's; [`ALL_PODS`] for those of all pods.
+    pub fn port_owners(&self) -> impl Iterator<Item = u32> + '_ {
+        self.ports.contents().keys().map(|slot| slot.pod_id)
+    }
+
+    /// The same for excluded networks.
+    pub fn cidr_owners(&self) -> impl Iterator<Item = u32> + '_ {
+        self.excluded.contents().keys().map(|prefix| {
+            let [a, b, c, d, ..] = prefix.bytes;
+            u32::from_be_bytes([a, b, c, d])
+        })
     }
 
     /// A pod's configuration as the tc programs see it.
@@ -161,7 +159,7 @@ impl Tables {
     pub fn sizes(&self) -> Vec<(&'static str, usize, usize)> {
         vec![
             ("PODS", self.pods.contents().len(), capacity::PODS),
-            ("MESH", self.mesh.contents().len(), capacity::MESH),
+            ("MESH", self.mesh.contents().len(), self.mesh.capacity()),
             ("EXCLUDED_CIDRS", self.excluded.contents().len(), capacity::EXCLUDED_CIDRS),
             ("PORT_RULES", self.ports.contents().len(), capacity::PORT_RULES),
             ("PROBE_CGROUPS", self.probe_cgroups.contents().len(), capacity::PROBE_CGROUPS),
@@ -169,14 +167,35 @@ impl Tables {
         ]
     }
 
-    /// Makes the mesh-wide entries those of `state`. Nothing is written when one of the maps is too small.
+    /// Makes the mesh's addresses those of `state`. Nothing is written when the map is too small.
     pub fn apply_mesh(&mut self, state: &MeshState) -> Result<(), CaptureError> {
-        self.mesh.check(EVERYTHING, &state.mesh)?;
-        self.check_rules(ALL_PODS, &state.rules)?;
-        self.node_addresses.check(EVERY_ADDRESS, &state.node_addresses)?;
-        self.mesh.reconcile(EVERYTHING, &state.mesh)?;
-        self.node_addresses.reconcile(EVERY_ADDRESS, &state.node_addresses)?;
-        self.apply_rules(ALL_PODS, &state.rules)
+        self.mesh.reconcile(EVERYTHING, &state.mesh)
+    }
+
+    /// Captures all that pods send, to whatever address, also of pods that an earlier agent has enrolled and this one has not.
+    pub fn capture_everything(&mut self) -> Result<(), CaptureError> {
+        let everything = |config: &PodConfig| PodConfig { flags: config.flags | POD_CAPTURE_ALL, ..*config };
+        let by_id: Vec<_> = self.pods_by_id.contents().iter().map(|(id, config)| (*id, everything(config))).collect();
+        let pods: Vec<_> = self.pods().iter().map(|(netns, config)| (*netns, everything(config))).collect();
+        for (netns, config) in pods {
+            self.pods.insert(netns, config)?;
+        }
+        by_id.into_iter().try_for_each(|(id, config)| self.pods_by_id.insert(id, config))
+    }
+
+    /// Makes mesh-wide exclusions those of `state`, as far as they fit.
+    pub fn apply_mesh_rules(&mut self, state: &MeshState) -> Result<Overflow, CaptureError> {
+        let (rules, overflow) = state.rules.clone().fit_all_pods();
+        self.apply_rules(ALL_PODS, &rules)?;
+        Ok(overflow)
+    }
+
+    /// Makes the node's addresses those of `state`, as far as they fit. How many there are and fit, when these are fewer.
+    pub fn apply_node_addresses(&mut self, state: &MeshState) -> Result<Option<(usize, usize)>, CaptureError> {
+        let mut addresses = state.node_addresses.clone();
+        let overflow = room::keep_first(&mut addresses, capacity::NODE_ADDRESSES);
+        self.node_addresses.reconcile(EVERY_ADDRESS, &addresses)?;
+        Ok(overflow)
     }
 
     /// Makes single entries of the mesh what they are to be; `None` is absent. Nothing is written when the map is too small.
@@ -187,7 +206,6 @@ impl Tables {
     /// Makes these cgroups, by kernel id, the probe cgroups.
     pub fn apply_probe_cgroups(&mut self, ids: impl IntoIterator<Item = u64>) -> Result<(), CaptureError> {
         let wanted = ids.into_iter().map(|id| (id, PRESENT)).collect();
-        self.probe_cgroups.check(0..=u64::MAX, &wanted)?;
         self.probe_cgroups.reconcile(0..=u64::MAX, &wanted)
     }
 
@@ -202,12 +220,32 @@ impl Tables {
         self.probe_cgroups.contents().keys().copied().collect()
     }
 
-    /// Writes what the tc programs need to know of a pod, and its rules.
-    pub fn apply_pod(&mut self, state: &PodState) -> Result<(), CaptureError> {
+    /// Writes what the tc programs need to know of a pod, and its rules as far as they fit. Returns the configuration that is
+    /// in force, and what did not fit.
+    pub fn apply_pod(&mut self, state: PodState) -> Result<(PodConfig, Overflow), CaptureError> {
         let id = state.config.pod_id;
-        self.check_rules(id, &state.rules)?;
+        let (state, overflow) = state.fit(self.room(id));
+        // A rule may only go when the pod refuses without the rule what it refused with it.
+        if self.pod(id).is_some_and(|before| is_tighter(&state.config, before)) {
+            self.pods_by_id.insert(id, state.config)?;
+        }
         self.apply_rules(id, &state.rules)?;
-        self.pods_by_id.insert(id, state.config)
+        self.pods_by_id.insert(id, state.config)?;
+        Ok((state.config, overflow))
+    }
+
+    /// The room for a pod's rules.
+    fn room(&self, id: u32) -> Room {
+        let rooms = |all: usize, own: usize, for_all_pods: usize| room::for_pod(own, all - own - for_all_pods);
+        let (ports, cidrs) = (self.ports.contents(), self.excluded.contents());
+        Room {
+            ports: rooms(ports.len(), ports.range(port_scope(id)).count(), ports.range(port_scope(ALL_PODS)).count()),
+            cidrs: rooms(
+                cidrs.len(),
+                cidrs.range(excluded_scope(id)).count(),
+                cidrs.range(excluded_scope(ALL_PODS)).count(),
+            ),
+        }
     }
 
     /// Turns capture on for a namespace, or gives a captured one another configuration.
@@ -224,11 +262,6 @@ impl Tables {
     pub fn forget(&mut self, id: u32) -> Result<(), CaptureError> {
         self.pods_by_id.remove(&id)?;
         self.apply_rules(id, &Rules::default())
-    }
-
-    fn check_rules(&self, pod_id: u32, rules: &Rules) -> Result<(), CaptureError> {
-        self.excluded.check(excluded_scope(pod_id), &rules.excluded)?;
-        self.ports.check(port_scope(pod_id), &rules.ports)
     }
 
     fn apply_rules(&mut self, pod_id: u32, rules: &Rules) -> Result<(), CaptureError> {
@@ -299,11 +332,12 @@ fn shared<K: aya::Pod, V: aya::Pod>(bpf: &mut Ebpf, name: &'static str) -> Resul
     fd.and_then(SharedMap::new).map_err(|e| failed(name, e.to_string()))
 }
 
-fn take(bpf: &mut Ebpf, name: &'static str) -> Result<Map, CaptureError> {
+/// Takes a map out of a loaded object.
+pub fn take(bpf: &mut Ebpf, name: &'static str) -> Result<Map, CaptureError> {
     bpf.take_map(name).ok_or_else(|| failed(name, "the object has no such map".to_owned()))
 }
 
-fn failed(name: &str, reason: String) -> CaptureError {
+pub fn failed(name: &str, reason: String) -> CaptureError {
     CaptureError::Bpf { action: format!("open map {name}"), reason }
 }
 

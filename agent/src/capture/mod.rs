@@ -8,6 +8,7 @@ pub mod cleanup;
 mod desired;
 mod enroll;
 pub mod events;
+mod flows;
 mod garbage;
 mod hierarchy;
 pub mod inheritance;
@@ -23,7 +24,9 @@ mod pod;
 mod probes;
 pub mod processes;
 mod registry;
+mod room;
 pub mod routes;
+mod shares;
 mod sockdiag;
 pub mod sockets;
 mod sweep;
@@ -48,6 +51,7 @@ use tokio::task::JoinHandle;
 pub use enroll::EnrollError;
 pub use pod::{Pod, PodListeners};
 pub use probes::{ProbeCgroup, ProbeCgroupState};
+pub use shares::Share;
 pub use sweep::{Cause, Judge, Unswept};
 
 use self::{
@@ -74,6 +78,8 @@ pub struct CaptureOptions {
     pub pin_root: PathBuf,
     /// How tc programs attach.
     pub tc: TcMode,
+    /// Most entries of `MESH`: addresses of the mesh, and captured networks.
+    pub mesh_entries: usize,
     /// Load the object with aya-log and forward its lines to `tracing`.
     pub bpf_log: bool,
     /// Listeners that an agent which is still here has handed over.
@@ -114,10 +120,8 @@ pub enum CaptureError {
         #[source]
         source: std::io::Error,
     },
-    /// A map is too small for the configuration; nothing of it was applied.
-    #[error(
-        "{map} holds {capacity} entries and the configuration needs {needed}; reduce addresses, exclusions or port rules"
-    )]
+    /// A map is too small for what it has to hold; nothing was written.
+    #[error("{map} has room for {capacity} entries and the configuration needs {needed}")]
     Capacity {
         /// Name of the map.
         map: &'static str,
@@ -132,7 +136,7 @@ pub enum CaptureError {
 /// until an agent is back.
 pub struct Capture {
     inner: Arc<Inner>,
-    /// Readers of what the programs report.
+    /// Readers of what the programs report and count.
     readers: Vec<JoinHandle<()>>,
 }
 
@@ -174,6 +178,7 @@ impl Capture {
         let mut readers = vec![tokio::spawn(events::log_events(events))];
         readers.extend(log.map(|log| tokio::spawn(events::forward_log(log))));
         let maps = Arc::new(maps);
+        readers.push(tokio::spawn(flows::keep_counts(Arc::clone(&maps))));
         let inner = Inner {
             method,
             probes: Probes::new(options.cgroup.clone(), Arc::clone(&maps), Recorder::new(probe, objects.layout())),
@@ -191,13 +196,28 @@ impl Capture {
     }
 
     /// Projects mesh addresses, VIPs, CIDRs, mesh-wide exclusions and who sends probes into the maps (differences only;
-    /// additions before removals). Must be called within a Tokio runtime: ending plaintext connections that are not allowed any more
-    /// goes on in the background.
+    /// additions before removals). What does not fit is enforced more strictly than it is written ([`Self::problems`]); so is
+    /// what cannot be written, which is an error besides. Must be called within a Tokio runtime: ending plaintext connections
+    /// that are not allowed any more goes on in the background.
     pub fn apply(&self, snapshot: &Snapshot) -> Result<(), CaptureError> {
-        for (key, netns) in self.inner.apply(snapshot)? {
+        let written = self.inner.apply(snapshot);
+        for (key, netns) in written.tighter {
             self.inner.sweeps.start(enroll::strict_sweep(&self.inner, &key, &netns));
         }
-        self.inner.probes.set(&snapshot.settings.probes.cgroups)
+        written.result.and(self.inner.probes.set(&snapshot.settings.probes.cgroups))
+    }
+
+    /// What is enforced more strictly than it is written because it does not fit into the maps, and what to do.
+    pub fn problems(&self) -> Vec<String> {
+        let registry = self.inner.registry();
+        let pods = registry.entries.iter().filter(|(_, entry)| !entry.overflow.is_none());
+        let of_pods = pods.map(|(key, entry)| format!("{key}: {}", entry.overflow.of_pod()));
+        registry.problems.iter().cloned().chain(of_pods).collect()
+    }
+
+    /// How much of the maps that pods share the fullest pods have.
+    pub fn shares(&self) -> Vec<Share> {
+        shares::of(&self.inner.maps)
     }
 
     /// Enrols a pod, with what modes and policies make of plaintext for it (without policies: `None`): listeners and routes first, then capture, guard and inbound program on every interface last. Fails
@@ -303,7 +323,7 @@ impl Capture {
 
     /// Consumes the original destination of a connection accepted on an outbound listener.
     pub fn take_original_destination(&self, pod: &Pod, client: SocketAddr, listener: SocketAddr) -> Option<SocketAddr> {
-        self.inner.maps.take_flow(pod.netns_cookie, client, listener).unwrap_or_else(|e| {
+        self.inner.maps.flows.consume(pod.netns_cookie, client, listener).unwrap_or_else(|e| {
             tracing::error!(pod = %pod.key, %client, error = %e, "cannot read map FLOWS");
             None
         })
@@ -380,18 +400,18 @@ impl Inner {
         }
     }
 
-    /// Writes the mesh-wide part, and what it changes for every pod. Returns the pods in which more
-    /// is refused than before.
-    fn apply(&self, snapshot: &Snapshot) -> Result<Vec<(WorkloadKey, Arc<Netns>)>, CaptureError> {
+    /// Writes the mesh-wide part, and what it changes for every pod. What cannot be written of the
+    /// mesh's addresses is captured all the same, with all that pods send.
+    fn apply(&self, snapshot: &Snapshot) -> Written {
         let mut registry = self.registry();
         let mut tables = self.maps.tables();
         // Unknown until all is written.
         let before = registry.applied.take();
-        if let Some(changes) = before.and_then(|before| desired::mesh_changes(&before, snapshot)) {
-            tables.change_mesh(&changes)?;
+        let changes = before.and_then(|before| desired::mesh_changes(&before, snapshot));
+        if changes.is_some_and(|changes| tables.change_mesh(&changes).is_ok()) {
             registry.applied = Some(snapshot.clone());
             // Addresses alone change nothing of what a pod refuses.
-            return Ok(Vec::new());
+            return Written { tighter: Vec::new(), result: write_pods(&mut tables, &mut registry, false) };
         }
         let state = desired::mesh(snapshot);
         let config = |tables: &maps::Tables, e: &Entry| tables.pods().get(&e.pod.netns_cookie).copied();
@@ -403,49 +423,109 @@ impl Inner {
                 Some((pod, tables.strictness(&config(&tables, e)?)))
             })
             .collect();
-        tables.apply_mesh(&state)?;
-        if state.everywhere != registry.everywhere {
-            for entry in registry.entries.values() {
-                write_pod(&mut tables, entry, state.everywhere)?;
-            }
+        let result = write_mesh(&mut tables, &mut registry, &state);
+        if result.is_ok() && registry.everywhere == state.everywhere {
+            registry.applied = Some(snapshot.clone());
         }
-        registry.everywhere = state.everywhere;
-        registry.applied = Some(snapshot.clone());
         let after = registry.entries.values().filter_map(|e| Some(tables.strictness(&config(&tables, e)?)));
-        Ok(before
+        let tighter = before
             .into_iter()
             .zip(after)
             .filter(|((_, before), after)| after.tightens(before))
             .map(|((pod, _), _)| pod)
-            .collect())
+            .collect();
+        Written { tighter, result }
     }
 
     /// Turns capture on for a pod, or applies a change to it. Returns whether it refuses more than
     /// before.
-    fn capture(&self, entry: Entry) -> Result<bool, CaptureError> {
+    fn capture(&self, mut entry: Entry) -> Result<bool, CaptureError> {
         let mut registry = self.registry();
         let mut tables = self.maps.tables();
         let before = tables.pod(entry.pod.id).copied().map(|config| tables.strictness(&config));
-        let config = write_pod(&mut tables, &entry, registry.everywhere)?;
+        let config = write_pod(&mut tables, &mut entry, registry.everywhere)?;
         let after = tables.strictness(&config);
         registry.entries.insert(entry.workload.key.clone(), entry);
         Ok(before.is_some_and(|before| after.tightens(&before)))
     }
 }
 
+/// What became of a snapshot.
+struct Written {
+    /// Pods in which more is refused than before.
+    tighter: Vec<(WorkloadKey, Arc<Netns>)>,
+    /// What could not be written.
+    result: Result<(), CaptureError>,
+}
+
+/// Writes the mesh-wide part. Every step is tried, whatever became of those before, in an order that leaves nothing open: as
+/// long as an address of the mesh may be missing in `MESH`, all that pods send is captured.
+fn write_mesh(
+    tables: &mut maps::Tables,
+    registry: &mut Registry,
+    state: &desired::MeshState,
+) -> Result<(), CaptureError> {
+    let mut problems = Vec::new();
+    let mesh = match tables.apply_mesh(state) {
+        Err(CaptureError::Capacity { capacity, needed, .. }) => {
+            problems.push(format!(
+                "{needed} addresses and networks of the mesh are more than fit (room for {capacity}): every connection of \
+                 this node's pods goes through the agent until they fit; raise --mesh-entries, or give the node more memory"
+            ));
+            Some(Ok(()))
+        }
+        Err(e) => Some(Err(e)),
+        Ok(()) => None,
+    };
+    let capture_all = state.everywhere.capture_all || mesh.is_some();
+    let everywhere = desired::Everywhere { capture_all, ..state.everywhere };
+    let captured = if mesh.is_some() { tables.capture_everything() } else { Ok(()) };
+    let rules = tables.apply_mesh_rules(state).map(|overflow| {
+        problems.extend((!overflow.is_none()).then(|| overflow.of_mesh().to_string()));
+    });
+    let addresses = tables.apply_node_addresses(state).map(|overflow| {
+        problems.extend(overflow.map(|(needed, kept)| {
+            format!("{needed} addresses of the node are more than fit: probes from {kept} of them are known by their address")
+        }));
+    });
+    let all = std::mem::replace(&mut registry.everywhere, everywhere) != everywhere;
+    let pods = write_pods(tables, registry, all);
+    for problem in problems.iter().filter(|problem| !registry.problems.contains(problem)) {
+        tracing::error!("{problem}");
+    }
+    registry.problems = problems;
+    mesh.unwrap_or(Ok(())).and(captured).and(rules).and(addresses).and(pods)
+}
+
+/// Writes enrolled pods again: all, or those that have not fitted before and may now.
+fn write_pods(tables: &mut maps::Tables, registry: &mut Registry, all: bool) -> Result<(), CaptureError> {
+    let everywhere = registry.everywhere;
+    let wanted = registry.entries.values_mut().filter(|entry| all || !entry.overflow.is_none());
+    let mut result = Ok(());
+    for entry in wanted {
+        // One that fails does not keep the others from being written.
+        result = result.and(write_pod(tables, entry, everywhere).map(drop));
+    }
+    result
+}
+
 /// Writes everything about an entry to the maps; returns its configuration.
 fn write_pod(
     tables: &mut maps::Tables,
-    entry: &Entry,
+    entry: &mut Entry,
     everywhere: desired::Everywhere,
 ) -> Result<underpass_abi::PodConfig, CaptureError> {
     let Some(local) = &entry.workload.local else {
         unreachable!("only local workloads become entries");
     };
     let state = desired::pod(entry.pod.id, &entry.workload, local, entry.plaintext.as_ref(), everywhere);
-    tables.apply_pod(&state)?;
-    tables.capture(entry.pod.netns_cookie, state.config)?;
-    Ok(state.config)
+    let (config, overflow) = tables.apply_pod(state)?;
+    if overflow != entry.overflow && !overflow.is_none() {
+        tracing::warn!(workload = %entry.workload.key, "{}", overflow.of_pod());
+    }
+    entry.overflow = overflow;
+    tables.capture(entry.pod.netns_cookie, config)?;
+    Ok(config)
 }
 
 /// Runs to the end in a task of its own, whether or not the caller goes on waiting.

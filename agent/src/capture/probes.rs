@@ -15,6 +15,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use underpass_abi::capacity;
+
 pub use self::record::Recorder;
 use self::watch::Watch;
 use super::{CaptureError, hierarchy::Mount, maps::Maps};
@@ -116,10 +118,13 @@ impl Probes {
         }
         let mut active = BTreeMap::new();
         for cgroup in &mut *cgroups {
-            let found = match &place {
+            let mut found = match &place {
                 Ok((mount, attach)) => find(mount, &mount.cgroup(attach), &cgroup.path),
                 Err(reason) => ProbeCgroupState::Refused { reason: reason.clone() },
             };
+            if matches!(found, ProbeCgroupState::Active { .. }) && active.len() >= capacity::PROBE_CGROUPS {
+                found = ProbeCgroupState::Refused { reason: too_many() };
+            }
             if found != cgroup.state || fresh.contains(&cgroup.path) {
                 announce(&cgroup.path, &found);
             }
@@ -148,6 +153,13 @@ impl Probes {
         });
         self.maps.tables().apply_probe_cgroups(ids)
     }
+}
+
+fn too_many() -> String {
+    format!(
+        "there is room for {} probe cgroups and this is one more: its probes fail under STRICT; name one cgroup above several",
+        capacity::PROBE_CGROUPS
+    )
 }
 
 /// Looks at one cgroup. `pods` is the cgroup that all pods are below.

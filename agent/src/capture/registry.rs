@@ -7,7 +7,7 @@ use std::{
 
 use underpass_abi::{PodConfig, capacity};
 
-use super::{CaptureError, EnrollError, desired::Everywhere, netns::Netns, pod::Pod};
+use super::{CaptureError, EnrollError, desired::Everywhere, netns::Netns, pod::Pod, room::Overflow};
 use crate::{
     mesh::{Snapshot, Workload, WorkloadKey},
     policy::PlaintextRules,
@@ -20,8 +20,10 @@ pub struct Registry {
     pub entries: BTreeMap<WorkloadKey, Entry>,
     /// What the mesh-wide part of the maps is; `None` when that is not known exactly.
     pub applied: Option<Snapshot>,
-    /// What holds for every pod alike.
+    /// What holds for every pod alike. Every destination is captured also when not every address of the mesh is in `MESH`.
     pub everywhere: Everywhere,
+    /// What of the mesh-wide part is enforced more strictly than it is written, because it does not fit.
+    pub problems: Vec<String>,
     /// Namespaces of enrolled pods and of those being enrolled.
     claims: HashMap<u64, Claim>,
     /// Namespaces that an earlier agent captured and whose enrolment failed: they stay captured, so that nothing leaves
@@ -42,6 +44,8 @@ pub struct Entry {
     pub workload: Workload,
     /// What modes and policies make of plaintext for it.
     pub plaintext: Option<PlaintextRules>,
+    /// What of its rules did not fit into the maps.
+    pub overflow: Overflow,
 }
 
 #[derive(Debug, Clone)]

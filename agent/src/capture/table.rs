@@ -70,6 +70,11 @@ impl<S: Store> Table<S> {
         &self.mirror
     }
 
+    /// How many entries are used at most.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// Would the map be large enough for `desired` in `scope`, beside what else it holds?
     pub fn check(
         &self,

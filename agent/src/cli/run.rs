@@ -3,6 +3,8 @@
 use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, ValueEnum};
+use procfs::Current as _;
+use underpass_abi::capacity;
 
 use super::{DEFAULT_PIN_ROOT, DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, exit::EXIT_CODES};
 use crate::{capture::TcMode, telemetry::Traffic};
@@ -96,9 +98,6 @@ pub struct RunArgs {
     /// The agent's own namespace.
     #[arg(long, value_name = "NAMESPACE", env = "UNDERPASS_NAMESPACE", help_heading = "Kubernetes")]
     pub namespace: Option<String>,
-    /// Taint to remove from this node once the agent serves, e.g. underpass.io/agent-not-ready.
-    #[arg(long, value_name = "KEY", help_heading = "Kubernetes")]
-    pub node_taint: Option<String>,
     /// A `ConfigMap` whose key `uninstall` asks the agent to give everything back (see `underpass uninstall`).
     #[arg(long, value_name = "NAMESPACE/NAME", help_heading = "Kubernetes")]
     pub uninstall_configmap: Option<ObjectName>,
@@ -114,6 +113,10 @@ pub struct RunArgs {
     /// once are made to one destination.
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_pending_per_pod: u32,
+    /// Most addresses and networks of the mesh that the kernel is told of, each some 128 bytes; with more, every connection of the
+    /// node's pods goes through the agent [default: what a sixteenth of the node's memory holds, at most 1048576]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=capacity::MESH as i64))]
+    pub mesh_entries: Option<u32>,
     /// Longest time for a TLS handshake and the header after it, e.g. 500ms, 10s.
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = limit)]
     pub handshake_timeout: Duration,
@@ -123,8 +126,9 @@ pub struct RunArgs {
     /// Address for operators on the node: `/config_dump`, `/logging`, `/quitquitquit`; loopback only, or off.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15000", value_parser = loopback)]
     pub admin_addr: Endpoint,
-    /// Address for metrics (/metrics, /stats/prometheus), or off.
-    #[arg(long, value_name = "ADDRESS", default_value = "[::]:15020")]
+    /// Address for metrics (/metrics, /stats/prometheus), or off. They name workloads and identities to whoever reaches it, so only
+    /// the node itself does unless you say otherwise, e.g. [::]:15020.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15020")]
     pub metrics_addr: Endpoint,
     /// Address for the kubelet's probes (/healthz/ready, /healthz/live), or off.
     #[arg(long, value_name = "ADDRESS", default_value = "[::]:15021")]
@@ -135,6 +139,25 @@ pub struct RunArgs {
     /// Whether connections have a line on standard output where the configuration does not say so.
     #[arg(long, value_enum, value_name = "MODE", default_value_t)]
     pub access_log: Switch,
+}
+
+/// Kernel memory for an entry of `MESH`: a node of the trie for the entry and one where paths part, 64 bytes each
+/// (`struct lpm_trie_node` with 20 bytes of key and 4 of value, as slabs of Linux 6.18 have it).
+const MESH_ENTRY_BYTES: u64 = 128;
+
+impl RunArgs {
+    /// Most entries of `MESH`.
+    pub fn mesh_entries(&self) -> usize {
+        let fits = |memory: u64| usize::try_from(memory / 16 / MESH_ENTRY_BYTES).unwrap_or(usize::MAX);
+        match (self.mesh_entries, procfs::Meminfo::current()) {
+            (Some(entries), _) => entries as usize,
+            (None, Ok(memory)) => fits(memory.mem_total).min(capacity::MESH),
+            (None, Err(error)) => {
+                tracing::warn!(%error, "cannot tell how much memory there is; --mesh-entries stays at its maximum");
+                capacity::MESH
+            }
+        }
+    }
 }
 
 /// Where to listen, if at all.

@@ -11,11 +11,14 @@ use clap::Args;
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::{Request, Uri, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
+use procfs::net::{TcpNetEntry, TcpState, tcp, tcp6};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
     net::{TcpListener, TcpStream, lookup_host},
     time::{sleep, timeout},
 };
+
+use underpass_abi::TUNNEL_PORT;
 
 use super::exit::EXIT_CODES;
 
@@ -33,10 +36,12 @@ const OPENED: &str = "istio_tcp_connections_opened_total";
 #[command(after_help = format!("{EXIT_CODES}
 
 `helm test` runs this in a pod of the mesh. It answers on its own port, dials its own Service until it gets its own answer, and
-then asks its node's agent whether such a connection was mutual TLS. It needs no rights.
+then looks among the pod's connections for the tunnel that carried the answer: port 15008 takes nothing but mutual TLS. Where
+the agents' metrics can be reached from pods, --metrics asks the agent as well. It needs no rights.
 
 Examples:
-  underpass self-test --service web.shop.svc:8080 --listen [::]:8080 --metrics http://192.0.2.1:15020/metrics"))]
+  underpass self-test --service web.shop.svc:8080 --listen [::]:8080
+  underpass self-test --service web.shop.svc:8080 --metrics http://192.0.2.1:15020/metrics"))]
 pub(super) struct SelfTestArgs {
     /// The Service that leads to this pod: HOST:PORT.
     #[arg(long, value_name = "HOST:PORT")]
@@ -44,9 +49,9 @@ pub(super) struct SelfTestArgs {
     /// Where to answer.
     #[arg(long, value_name = "ADDRESS", default_value = "[::]:8080")]
     listen: SocketAddr,
-    /// The metrics of this node's agent.
+    /// The metrics of this node's agent, where pods can reach them.
     #[arg(long, value_name = "URL", value_parser = url)]
-    metrics: Uri,
+    metrics: Option<Uri>,
     /// How long to try, e.g. 1m.
     #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = humantime::parse_duration)]
     timeout: Duration,
@@ -86,7 +91,18 @@ async fn test(args: &SelfTestArgs) -> anyhow::Result<()> {
     println!("{} leads here", args.service);
     until(end, async || {
         dial(&host, port, &answer).await?;
-        let page = page(&args.metrics).await.with_context(|| format!("reading {}", args.metrics))?;
+        ensure!(
+            has_dialled(TUNNEL_PORT)?,
+            "no connection of this pod goes through a tunnel (port {TUNNEL_PORT}); is this pod enrolled (`underpass workloads` on its node)?"
+        );
+        Ok(())
+    })
+    .await?;
+    println!("a tunnel of the mesh carried it");
+    let Some(metrics) = &args.metrics else { return Ok(()) };
+    until(end, async || {
+        dial(&host, port, &answer).await?;
+        let page = page(metrics).await.with_context(|| format!("reading {metrics}"))?;
         let service = host.strip_suffix('.').unwrap_or(&host);
         ensure!(
             mutual(&page, service),
@@ -97,6 +113,16 @@ async fn test(args: &SelfTestArgs) -> anyhow::Result<()> {
     .await?;
     println!("the agent of this node carried it with mutual TLS");
     Ok(())
+}
+
+/// Is there, or was there a moment ago, a connection from this network namespace to such a port? Only the agent dials tunnels
+/// from a pod; an ended connection stays in the tables for a minute.
+fn has_dialled(port: u16) -> anyhow::Result<bool> {
+    let v4 = tcp().context("reading /proc/net/tcp")?;
+    // Without IPv6 there is no such file.
+    let v6 = tcp6().unwrap_or_default();
+    let dialled = |entry: &TcpNetEntry| entry.state != TcpState::Listen && entry.remote_address.port() == port;
+    Ok(v4.iter().chain(&v6).any(dialled))
 }
 
 /// Tries until it works or the time is up; the last error then.
@@ -171,7 +197,19 @@ fn mutual(page: &str, service: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{mutual, url};
+    use std::net::{TcpListener, TcpStream};
+
+    use super::{has_dialled, mutual, url};
+
+    #[test]
+    fn a_connection_to_a_port_is_found_and_a_listener_is_none() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        assert!(!has_dialled(port).unwrap());
+        let connection = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        assert!(has_dialled(port).unwrap());
+        drop(connection);
+    }
 
     #[test]
     fn addresses_need_no_brackets() {

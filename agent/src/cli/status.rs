@@ -67,6 +67,7 @@ impl View for Report {
         if let Some(error) = &s.reload.error {
             problems.push(format!("the configuration was not accepted: {error}"));
         }
+        problems.extend(s.capture_problems.iter().cloned());
         for p in &s.pods {
             if p.state == PodState::Refused {
                 problems.push(format!("{} is not enrolled: {}", p.workload, or_none(p.reason.as_deref())));
@@ -130,6 +131,9 @@ fn summary(s: &Status) -> String {
     if let Some(revocation) = &s.revocation {
         let (lists, revoked) = (revocation.lists, revocation.revoked);
         lines.line("revocation", &format!("{lists} lists, {revoked} certificates revoked ({})", revocation.file));
+    }
+    for problem in &s.capture_problems {
+        lines.line("capture", problem);
     }
     for cgroup in &s.probe_cgroups {
         let state = match (cgroup.state, &cgroup.reason) {

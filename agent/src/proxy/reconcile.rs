@@ -194,10 +194,10 @@ impl Reconciler {
     /// what was published while it ran is not missed.
     pub async fn run(self: Arc<Self>, mut generations: watch::Receiver<u64>) {
         loop {
-            let refused = self.states().values().any(Standing::is_refused);
+            let again = self.applied().error.is_some() || self.states().values().any(Standing::is_refused);
             tokio::select! {
                 changed = generations.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep(RETRY_REFUSED), if refused => {}
+                () = tokio::time::sleep(RETRY_REFUSED), if again => {}
             }
             self.reconcile().await;
         }
@@ -222,11 +222,11 @@ impl Reconciler {
         if self.retired.load(Relaxed) {
             return;
         }
-        // Addresses before pods: a pod must not be enrolled with its peers' addresses still uncaptured.
-        if let Err(e) = self.proxy.capture.apply(&snapshot) {
-            error!(error = %e, "the configuration cannot be put into the BPF maps; the previous one stays in force");
-            self.note(|applied| applied.error = Some(e.to_string()));
-            return;
+        // Addresses before pods: a pod must not be enrolled with its peers' addresses still uncaptured. When they cannot be
+        // written, everything that pods send is captured, so pods may come and go all the same.
+        let error = self.proxy.capture.apply(&snapshot).err().map(|e| e.to_string());
+        if let Some(error) = &error {
+            error!(%error, "the BPF maps do not have all of the configuration; every connection of the pods is captured");
         }
         if !settled {
             self.remove_stale(&snapshot).await;
@@ -238,7 +238,7 @@ impl Reconciler {
                 })
                 .await;
         }
-        self.note(|applied| *applied = Applied { generation: snapshot.generation, error: None });
+        self.note(|applied| *applied = Applied { generation: snapshot.generation, error });
         if !self.states().values().any(Standing::is_refused) {
             *self.done.lock().unwrap_or_else(PoisonError::into_inner) = Some(snapshot);
         }

@@ -1,5 +1,5 @@
 //! bpf(2) commands that aya keeps to itself: opening pinned links, replacing a link's program, reading what a link is
-//! attached to, and map access from many threads through a shared reference.
+//! attached to, map access from many threads through a shared reference, and the memory of an array map.
 //!
 //! The attribute structures are the leading fields of `union bpf_attr` (linux/bpf.h); the kernel takes shorter ones and
 //! reads the rest as zero.
@@ -14,6 +14,8 @@ use std::{
         unix::ffi::OsStrExt,
     },
     path::Path,
+    ptr::NonNull,
+    sync::atomic::AtomicU64,
 };
 
 use aya::{
@@ -35,8 +37,12 @@ const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_CGROUP_INET_EGRESS: u32 = 1;
 
 const BPF_MAP_TYPE_HASH: u32 = 1;
+const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_MAP_TYPE_LRU_HASH: u32 = 9;
 const BPF_MAP_TYPE_SK_STORAGE: u32 = 24;
+
+/// `BPF_F_MMAPABLE`.
+const MMAPABLE: u32 = 1 << 10;
 
 const BPF_LINK_TYPE_CGROUP: u32 = 3;
 const BPF_LINK_TYPE_TCX: u32 = 11;
@@ -108,6 +114,8 @@ struct RawMapInfo {
     id: u32,
     key_size: u32,
     value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
 }
 
 /// What a link is and where it is attached.
@@ -275,6 +283,67 @@ impl<K: Pod, V: Pod> SharedMap<K, V> {
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
             Err(e) => Err(e),
         }
+    }
+}
+
+/// The memory of an array map whose values are words: programs and processes change them at the same time, atomically.
+#[derive(Debug)]
+pub struct SharedWords {
+    start: NonNull<AtomicU64>,
+    len: usize,
+}
+
+// SAFETY: the memory belongs to the map and not to a thread, and all access to it is atomic.
+unsafe impl Send for SharedWords {}
+// SAFETY: as above.
+unsafe impl Sync for SharedWords {}
+
+impl SharedWords {
+    /// Maps the memory of an array with `BPF_F_MMAPABLE` whose values are `words` words of 64 bits each.
+    pub fn map(fd: BorrowedFd<'_>, words: usize) -> io::Result<Self> {
+        let info: RawMapInfo = info_by_fd(fd)?;
+        let size = words * size_of::<u64>();
+        if info.kind != BPF_MAP_TYPE_ARRAY || info.map_flags & MMAPABLE == 0 || info.value_size as usize != size {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!(
+                    "map of kind {} with flags {:#x} and values of {} bytes is not the expected one",
+                    info.kind, info.map_flags, info.value_size
+                ),
+            ));
+        }
+        let len = info.max_entries as usize * words;
+        // SAFETY: the kernel chooses an address where nothing else is. An array's values lie behind each other without gaps
+        // (their size is a multiple of 8), so the mapping has `len` words.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len * size_of::<u64>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                fd.as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
+        Ok(Self { start, len })
+    }
+
+    /// A word by its number; `None` behind the end.
+    pub fn word(&self, number: usize) -> Option<&AtomicU64> {
+        // SAFETY: within the mapping, which is aligned to a page and lives as long as `self`; everybody who writes these
+        // words does so atomically.
+        (number < self.len).then(|| unsafe { self.start.add(number).as_ref() })
+    }
+}
+
+impl Drop for SharedWords {
+    fn drop(&mut self) {
+        // SAFETY: the mapping that `map` made; references into it do not outlive `self`.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.len * size_of::<u64>()) };
     }
 }
 

@@ -62,7 +62,11 @@ impl World {
         }
         let rules = json!([{ "from": [{ "source": { "notPrincipals": ["cluster.local/ns/default/sa/stranger"] } }] }]);
         mesh.policies.push(json!({ "name": "known", "namespace": "default", "action": "ALLOW", "rules": rules }));
-        let start = |node: &Node| Agent::start(node, &underpass_path()?, &mesh.document(node), AgentOptions::default());
+        let start = |node: &Node| {
+            let arguments = vec!["--metrics-addr=[::]:15020".to_owned()];
+            let options = AgentOptions { arguments, ..AgentOptions::default() };
+            Agent::start(node, &underpass_path()?, &mesh.document(node), options)
+        };
         let agents = [start(a)?, start(b)?];
         let echo = server.app(&["serve", "[::]:8080"])?;
         echo.wait_json("listening", Duration::from_secs(20))?;

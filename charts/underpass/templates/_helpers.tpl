@@ -31,9 +31,17 @@ values.yaml, so whatever is in .Values was said by the user. Calling it again ch
 {{- if and (eq $v.ca.root.source "managed") $v.ca.root.secretName -}}
 {{- fail (printf "ca.root.secretName is %q, but with ca.root.source: managed the Secret is underpass-ca; write source: existing or issuer" $v.ca.root.secretName) -}}
 {{- end -}}
+{{- if $v.agent.nodeTaint -}}
+{{- fail "agent.nodeTaint was taken out: with it every agent had the right to change every Node. Take the line out; what created the node with the taint has to remove the taint, once the node's underpass-agent pod is Ready (docs/upgrade.md, \"Nodes\")" -}}
+{{- end -}}
 {{- if eq (int $v.agent.ports.metrics) (int $v.agent.ports.health) -}}
 {{- fail (printf "agent.ports.metrics and agent.ports.health are both %d; they need a port each" (int $v.agent.ports.health)) -}}
 {{- end -}}
+{{- end -}}
+
+{{/* Whether the agents' metrics can be reached from outside of the node: "true" or "". */}}
+{{- define "underpass.metricsExposed" -}}
+{{- if or .Values.monitoring.expose .Values.monitoring.serviceMonitor.enabled -}}true{{- end -}}
 {{- end -}}
 
 {{- define "underpass.image" -}}

@@ -58,6 +58,9 @@ pub const POD_CAPTURE_ALL: u32 = 1 << 1;
 pub const POD_ASSIGN: u32 = 1 << 2;
 /// Refused TCP packets get no answer; otherwise the pod answers them with a reset.
 pub const POD_SILENT: u32 = 1 << 3;
+/// Some of the pod's port rules did not fit into `PORT_RULES`. Inbound rules for all pods do not hold for this pod: one of them
+/// could open a port that a missing rule of the pod's own keeps closed.
+pub const POD_OWN_RULES_ONLY: u32 = 1 << 4;
 
 /// Value of the `MESH` trie (key: an [`Address`]; 96 is added to IPv4 prefix lengths).
 #[repr(C)]
@@ -198,7 +201,41 @@ pub struct OriginalDestination {
     /// Destination port, host byte order.
     pub port: u16,
     /// Zero.
-    pub _pad: [u16; 3],
+    pub _pad: u16,
+    /// The pod whose share of `FLOWS` the entry counts against: [`PodConfig::pod_id`].
+    pub pod_id: u32,
+}
+
+/// Value of the array `PENDING_FLOWS`: how many entries of `FLOWS` are one pod's (index: the pod's number), or everybody's
+/// (index [`ALL_FLOWS`]). Each side of the kernel's boundary adds to a word of its own, atomically, so neither undoes what
+/// the other has just written. The number of entries is `added - taken`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PendingFlows {
+    /// Written by the programs: one up for an entry that is made, one down for an entry that is removed.
+    pub added: u64,
+    /// Written by the agent, through the map's memory: one up for an entry that it removes.
+    pub taken: u64,
+}
+
+impl PendingFlows {
+    /// The number of entries. A count below zero, which only lost additions can make, is none.
+    #[must_use]
+    pub const fn count(&self) -> u64 {
+        let difference = self.added.wrapping_sub(self.taken);
+        if difference.cast_signed() < 0 { 0 } else { difference }
+    }
+}
+
+/// Index in `PENDING_FLOWS` of the count of all entries; no pod has this number.
+pub const ALL_FLOWS: u32 = 0;
+
+/// How many entries of `FLOWS` one pod may hold while there are `all` entries: a sixteenth of what is free, so at most
+/// 15,420, and less the fuller the map is. However many pods hold all they can, the next one has some room: what is left
+/// shrinks by a seventeenth with each of them. The backlog of a listener (4,096) is reached long before.
+#[must_use]
+pub const fn flow_share(all: u64) -> u64 {
+    (capacity::FLOWS as u64).saturating_sub(all) / 16
 }
 
 /// Something a program refused or could not do, sent through the `EVENTS` ring buffer. The ring may drop
@@ -256,10 +293,12 @@ pub enum Counter {
     InboundUnparsable = 12,
     /// Inbound: SYN that mode or policies would not have let in, of a kubelet probe; passed.
     InboundProbe = 13,
+    /// `connect()` refused because the pod has its share of `FLOWS` ([`flow_share`]).
+    RefusedFlowsShare = 14,
 }
 
 /// Number of [`Counter`]s.
-pub const COUNTERS: u32 = 14;
+pub const COUNTERS: u32 = 15;
 
 impl Counter {
     /// All counters with their metric names, in index order.
@@ -278,6 +317,7 @@ impl Counter {
         (Counter::FlowsAbandoned, "flows_abandoned"),
         (Counter::InboundUnparsable, "inbound_unparsable"),
         (Counter::InboundProbe, "inbound_probe"),
+        (Counter::RefusedFlowsShare, "refused_flows_share"),
     ];
 }
 
@@ -285,12 +325,23 @@ impl Counter {
 pub mod capacity {
     /// `PODS`, `PODS_BY_ID`: enrolled pods on a node.
     pub const PODS: usize = 4096;
-    /// `MESH`: mesh addresses, VIPs and captured CIDRs.
-    pub const MESH: usize = 262_144;
+    /// `MESH`: mesh addresses, VIPs and captured CIDRs. The most that the agent may be told to use: the trie takes memory for
+    /// each entry, none for its size.
+    pub const MESH: usize = 1_048_576;
     /// `EXCLUDED_CIDRS`.
-    pub const EXCLUDED_CIDRS: usize = 65_536;
+    pub const EXCLUDED_CIDRS: usize = RULES;
     /// `PORT_RULES`.
-    pub const PORT_RULES: usize = 65_536;
+    pub const PORT_RULES: usize = RULES;
+    /// `EXCLUDED_CIDRS` and `PORT_RULES` each: what every pod is sure to have, what all pods share, and what holds for all pods.
+    const RULES: usize = PODS * RULES_PER_POD_SURE + RULES_IN_COMMON + RULES_FOR_ALL_PODS;
+    /// Of `EXCLUDED_CIDRS` and of `PORT_RULES`: entries that every pod can have, whatever other pods have.
+    pub const RULES_PER_POD_SURE: usize = 16;
+    /// Most entries of one pod in each of them, while there are no more than [`RULES_IN_COMMON`] of all pods.
+    pub const RULES_PER_POD_MOST: usize = 512;
+    /// Entries in each of them for pods that need more than they are sure to have.
+    pub const RULES_IN_COMMON: usize = 61_440;
+    /// Most entries in each of them under pod id 0.
+    pub const RULES_FOR_ALL_PODS: usize = 4096;
     /// `PROBE_CGROUPS`: a node has one kubelet, which may have one cgroup or a few.
     pub const PROBE_CGROUPS: usize = 16;
     /// `NODE_ADDRESSES`.
@@ -299,6 +350,8 @@ pub mod capacity {
     pub const PROBES: usize = 4096;
     /// `FLOWS`: connections between `connect` and the agent's `accept`.
     pub const FLOWS: usize = 262_144;
+    /// `PENDING_FLOWS`: a number for every pod, and one for all.
+    pub const PENDING_FLOWS: usize = PODS + 1;
     /// `EVENTS`, in bytes; a power of two and a multiple of the page size.
     pub const EVENTS_BYTES: usize = 256 * 1024;
 }
@@ -347,4 +400,5 @@ mod pod {
     unsafe impl aya::Pod for super::SocketState {}
     unsafe impl aya::Pod for super::FlowKey {}
     unsafe impl aya::Pod for super::OriginalDestination {}
+    unsafe impl aya::Pod for super::PendingFlows {}
 }

@@ -68,7 +68,6 @@ agent:
   cgroup: /sys/fs/cgroup/$(UNDERPASS_NODE)/pods
   update: { surge: false, nodes: 10% }
   ports: { metrics: 25020, health: 25021 }
-  nodeTaint: underpass.io/agent-not-ready
   priorityClassName: mesh-critical
   resources:
     requests: { cpu: 250m, memory: 256Mi }

@@ -53,7 +53,7 @@ fn objects_have_the_names_that_others_know() -> Result<()> {
 #[test]
 fn rights_are_those_that_the_agents_tests_prove() -> Result<()> {
     let mut proven = Vec::new();
-    for file in ["agent.yaml", "ca.yaml", "uninstall.yaml", "taint.yaml"] {
+    for file in ["agent.yaml", "ca.yaml", "uninstall.yaml"] {
         let text = std::fs::read_to_string(chart().join("files/rbac").join(file))?;
         let objects = Objects::read(&text)?.0;
         proven.extend(objects.into_iter().filter(|object| object["rules"].is_array()));
@@ -214,6 +214,22 @@ fn alerts_and_dashboard_are_the_files_word_by_word() -> Result<()> {
         }
         let ports = service["spec"]["ports"].as_array().context("ports")?;
         ensure!(ports.iter().any(|port| port["name"] == monitor["endpoints"][0]["port"]), "{name}: {ports:?}");
+    }
+    Ok(())
+}
+
+/// They name workloads and identities.
+#[test]
+fn metrics_are_the_nodes_own_until_somebody_asks() -> Result<()> {
+    for (values, address) in [
+        ("", "127.0.0.1:15020"),
+        ("monitoring: { expose: true }", "[::]:15020"),
+        ("monitoring: { serviceMonitor: { enabled: true } }", "[::]:15020"),
+        ("monitoring: { prometheusRule: { enabled: true } }\nagent: { ports: { metrics: 25020 } }", "127.0.0.1:25020"),
+    ] {
+        let arguments = Objects::of(values)?.arguments("DaemonSet", "underpass-agent")?;
+        let wanted = format!("--metrics-addr={address}");
+        ensure!(arguments.contains(&wanted), "{values}: {wanted} is not in {arguments:?}");
     }
     Ok(())
 }

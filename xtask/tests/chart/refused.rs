@@ -43,7 +43,6 @@ const WRONG: &[(&str, &str)] = &[
     ("probes.nodeAddresses={node-a}", "probes.nodeAddresses.0: Does not match pattern"),
     ("issuer.external.address=http://istiod:15012", "issuer.external.address: Does not match pattern"),
     ("issuer.external.address=https://istiod", "issuer.external.address: Does not match pattern"),
-    ("agent.nodeTaint=underpass.io/not ready", "agent.nodeTaint: Does not match pattern"),
     ("agent.extraArgs={relay-threads=2}", "agent.extraArgs.0: Does not match pattern"),
     ("agent.cgroup=kubepods", "agent.cgroup: Does not match pattern"),
     ("agent.resources.requests.memory=lots", "agent.resources.requests.memory: Does not match pattern"),
@@ -81,6 +80,7 @@ const WRONG: &[(&str, &str)] = &[
     ("ca.root.source=issuer", "ca.root.secretName is empty with ca.root.source: issuer"),
     ("ca.root.source=existing", "ca.root.secretName is empty with ca.root.source: existing"),
     ("ca.root.secretName=mine", "ca.root.secretName is \"mine\", but"),
+    ("agent.nodeTaint=underpass.io/not-ready", "agent.nodeTaint was taken out"),
     ("agent.ports.metrics=15021", "agent.ports.metrics and agent.ports.health are both 15021"),
 ];
 

@@ -138,7 +138,7 @@ fn accounts_may_do_what_they_need_and_no_more() -> Result<()> {
     const AGENT: &str = "underpass-agent";
     const REMOVER: &str = "underpass-uninstall";
     let cluster = Cluster::new("chrights")?;
-    cluster.helm(&["install", "underpass", ".", "--set=agent.nodeTaint=underpass.io/not-ready"])?.success()?;
+    cluster.helm(&["install", "underpass", "."])?.success()?;
     let manifest = cluster.helm(&["get", "hooks", "underpass"])?.success()?;
     // Helm would make it before the Job.
     cluster.plane.kubectl_as(&User::admin(), &["apply", "--filename=-"], &manifest)?.success()?;
@@ -150,7 +150,6 @@ fn accounts_may_do_what_they_need_and_no_more() -> Result<()> {
     for (account, what) in [
         (AGENT, &["list", "pods", "--all-namespaces"][..]),
         (AGENT, &["watch", "configmaps/underpass-uninstall"]),
-        (AGENT, &["patch", "nodes"]),
         (REMOVER, &["patch", "configmaps/underpass-uninstall"]),
         (REMOVER, &["get", "daemonsets.apps/underpass-agent"]),
         (REMOVER, &["list", "pods"]),
@@ -161,6 +160,7 @@ fn accounts_may_do_what_they_need_and_no_more() -> Result<()> {
         (AGENT, &["patch", "configmaps/underpass-uninstall"][..]),
         (AGENT, &["get", "configmaps/underpass-config"]),
         (AGENT, &["get", "secrets/underpass-ca"]),
+        (AGENT, &["patch", "nodes"]),
         (AGENT, &["delete", "nodes"]),
         (AGENT, &["patch", "pods"]),
         (REMOVER, &["patch", "configmaps/underpass-config"]),

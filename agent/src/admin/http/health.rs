@@ -144,7 +144,14 @@ pub(super) fn conditions(view: &View) -> [Condition; 4] {
         ready: applied.error.is_none() && applied.generation > 0,
         detail: match &applied.error {
             Some(error) => error.clone(),
-            None => format!("the maps have generation {}", applied.generation),
+            None => match view.node.capture_problems().as_slice() {
+                [] => format!("the maps have generation {}", applied.generation),
+                [first, rest @ ..] => format!(
+                    "the maps have generation {}, more strictly than it is written ({} more in the status): {first}",
+                    applied.generation,
+                    rest.len()
+                ),
+            },
         },
     };
     [configuration, certificates(view), bpf, listeners(&view.node.pods(), applied.generation > 0)]

@@ -38,6 +38,7 @@ pub use metrics::router as metrics;
 use super::server;
 use crate::{
     bounds::{self, Bound, Pool, Rule},
+    capture::Share,
     identity::CertificateStore,
     mesh::MeshStore,
     proxy::{Applied, PodStatus},
@@ -79,6 +80,10 @@ pub trait NodeView: Send + Sync + 'static {
     /// Pods with forbidden plaintext connections that could not be ended yet, see
     /// [`crate::capture::Capture::unswept`].
     fn plaintext_left(&self) -> usize;
+    /// The fullest pods in the BPF maps that pods share.
+    fn bpf_shares(&self) -> Vec<Share>;
+    /// What is enforced more strictly than it is written, because it does not fit into the BPF maps.
+    fn capture_problems(&self) -> Vec<String>;
     /// This node's pods, enrolled or not.
     fn pods(&self) -> Vec<PodStatus>;
     /// The configuration that the pods have been made equal to.

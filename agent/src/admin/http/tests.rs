@@ -21,6 +21,7 @@ use tokio::{
 use super::{Health, NodeView, View, bind, health::STUCK, metrics, serve};
 use crate::{
     bounds::Bound,
+    capture::Share,
     identity::{CertificateStore, LocalIssuer},
     mesh::{MeshStore, Snapshot, WorkloadKey},
     proxy::{Applied, PodState, PodStatus},
@@ -36,6 +37,7 @@ const SOON: Duration = Duration::from_secs(20);
 struct Fake {
     pods: Mutex<Vec<PodStatus>>,
     applied: Mutex<Applied>,
+    problems: Mutex<Vec<String>>,
     relay: Mutex<Vec<ThreadHealth>>,
 }
 
@@ -50,6 +52,14 @@ impl NodeView for Fake {
 
     fn bpf_maps(&self) -> Vec<(&'static str, usize, usize)> {
         vec![("MESH", 3, 1024)]
+    }
+
+    fn bpf_shares(&self) -> Vec<Share> {
+        vec![Share { map: "FLOWS", fullest: Some((7, 12)), limit: 15_420 }]
+    }
+
+    fn capture_problems(&self) -> Vec<String> {
+        self.problems.lock().unwrap().clone()
     }
 
     fn pods(&self) -> Vec<PodStatus> {
@@ -126,6 +136,7 @@ impl Scene {
         let node = Arc::new(Fake {
             pods: Mutex::new(vec![pod]),
             applied: Mutex::new(Applied { generation: 1, error: None }),
+            problems: Mutex::default(),
             relay: Mutex::new(vec![thread; 2]),
         });
         let (table, telemetry) = (ConnectionTable::new(), Telemetry::new(8000, AccessLog::none()));
@@ -431,6 +442,19 @@ async fn readiness_names_what_is_missing() {
     let (status, body) = scene.probe("ready").await;
     assert_eq!((status, body.contains("bpf: not ready: MESH is full")), (503, true), "{body}");
     scene.node.applied.lock().unwrap().error = None;
+    // Stricter than it is written is no reason to send pods elsewhere.
+    *scene.node.problems.lock().unwrap() = vec!["too many addresses".into(), "too many ports".into()];
+    let (status, body) = scene.probe("ready").await;
+    assert_eq!((status, body.contains("(1 more in the status): too many addresses")), (200, true), "{body}");
+    let page = metrics::render(&scene.view);
+    for line in [
+        "underpass_capture_problems{} 2",
+        "underpass_bpf_map_fullest_pod_entries{map=\"FLOWS\"} 12",
+        "underpass_bpf_map_pod_limit{map=\"FLOWS\"} 15420",
+    ] {
+        assert!(page.contains(line), "{line}: {page}");
+    }
+    scene.node.problems.lock().unwrap().clear();
 
     let refused = PodState::Refused { reason: "port \x1b[31m in use\n".into() };
     scene.node.pods.lock().unwrap()[0].state = refused.clone();

@@ -5,8 +5,9 @@ use std::net::{IpAddr, Ipv6Addr};
 use ipnet::IpNet;
 use underpass_abi::{
     Address, Counter, DIRECTION_INBOUND, DIRECTION_OUTBOUND, DIRECTION_PROBE, FlowKey, MESH_CAPTURE, MeshEntry,
-    OriginalDestination, POD_ASSIGN, POD_CAPTURE_ALL, POD_SILENT, POD_STRICT, PORT_ASSIGN, PORT_EXCLUDED,
-    PORT_PERMISSIVE, PORT_PROBE, PORT_STRICT, PodConfig, PortKey, PortRule, ProbeKey, ProbeSyn,
+    OriginalDestination, POD_ASSIGN, POD_CAPTURE_ALL, POD_OWN_RULES_ONLY, POD_SILENT, POD_STRICT, PORT_ASSIGN,
+    PORT_EXCLUDED, PORT_PERMISSIVE, PORT_PROBE, PORT_STRICT, PendingFlows, PodConfig, PortKey, PortRule, ProbeKey,
+    ProbeSyn,
 };
 
 use super::{
@@ -73,11 +74,12 @@ pub(super) fn pod_id(id: u32, names: &Names) -> Fields {
 
 /// Value of `PODS` and `PODS_BY_ID`.
 pub(super) fn pod_config(config: &PodConfig) -> Fields {
-    const FLAGS: [(u32, &str); 4] = [
+    const FLAGS: [(u32, &str); 5] = [
         (POD_STRICT, "strict"),
         (POD_CAPTURE_ALL, "capture-all"),
         (POD_ASSIGN, "plaintext-to-agent"),
         (POD_SILENT, "silent"),
+        (POD_OWN_RULES_ONLY, "own-rules-only"),
     ];
     fields([
         ("pod_id", Field::Number(config.pod_id.into())),
@@ -178,6 +180,16 @@ pub(super) fn destination(value: &OriginalDestination) -> Fields {
         ("socket_cookie", Field::Number(value.cookie)),
         ("destination", Field::Address(ip(value.addr))),
         ("port", Field::Number(value.port.into())),
+        ("pod_id", Field::Number(value.pod_id.into())),
+    ])
+}
+
+/// Value of `PENDING_FLOWS`.
+pub(super) fn pending(value: &PendingFlows) -> Fields {
+    fields([
+        ("waiting", Field::Number(value.count())),
+        ("added", Field::Number(value.added)),
+        ("taken", Field::Number(value.taken)),
     ])
 }
 

@@ -2,11 +2,11 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, lpm_trie::Key};
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, lpm_trie::Key};
 use serde::Serialize;
 use underpass_abi::{
-    Address, COUNTERS, ExcludeKey, FlowKey, MeshEntry, OriginalDestination, PodConfig, PortKey, PortRule, ProbeKey,
-    ProbeSyn, capacity,
+    ALL_FLOWS, Address, COUNTERS, ExcludeKey, FlowKey, MeshEntry, OriginalDestination, PendingFlows, PodConfig,
+    PortKey, PortRule, ProbeKey, ProbeSyn, capacity, flow_share,
 };
 
 use super::{
@@ -17,6 +17,7 @@ use super::{
 };
 use crate::capture::{
     CaptureError,
+    desired::ALL_PODS,
     maps::{PINNED, chain},
     object::ABI_HASH,
     pins::Layout,
@@ -110,6 +111,11 @@ fn read(layout: &Layout, name: &str, names: &Names) -> Result<Read, String> {
         "FLOWS" => {
             hash(layout, name, capacity::FLOWS, |k: FlowKey, v: OriginalDestination| (flow(&k, names), destination(&v)))
         }
+        "PENDING_FLOWS" => {
+            let waiting =
+                pending(layout)?.map(|entry| entry.map(|(id, v)| (decode::pod_id(id, names), decode::pending(&v))));
+            collect(waiting, capacity::PENDING_FLOWS)
+        }
         "COUNTERS" => counters(layout, name),
         _ => Err("its entries cannot be listed".to_owned()),
     }
@@ -136,6 +142,53 @@ where
 {
     let map: LpmTrie<_, [u8; N], V> = open(layout, name)?;
     collect(map.iter().map(|r| r.map(|(k, v)| decode(k, v))), capacity)
+}
+
+/// Pods with connections that wait for the agent.
+fn pending(layout: &Layout) -> Result<impl Iterator<Item = Result<(u32, PendingFlows), MapError>>, String> {
+    let map: Array<MapData, PendingFlows> = open(layout, "PENDING_FLOWS")?;
+    let entry = move |id| map.get(&id, 0).map(|pending| (id, pending));
+    Ok((0..capacity::PENDING_FLOWS as u32).map(entry).filter(|e| !e.as_ref().is_ok_and(|(_, v)| v.count() == 0)))
+}
+
+/// The pod with most entries in a map that pods share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Fullest {
+    /// Its number.
+    pub pod_id: u32,
+    /// Its entries.
+    pub entries: u64,
+    /// How many a pod may have now.
+    pub limit: u64,
+}
+
+/// `None` for a map that pods do not share, or in which no pod has entries.
+pub(super) fn fullest(layout: &Layout, name: &str) -> Option<Fullest> {
+    let mut owners: BTreeMap<u32, u64> = BTreeMap::new();
+    let mut limit = capacity::RULES_PER_POD_MOST as u64;
+    match name {
+        "FLOWS" => {
+            owners = pending(layout).ok()?.flatten().map(|(id, pending)| (id, pending.count())).collect();
+            limit = flow_share(owners.remove(&ALL_FLOWS).unwrap_or(0));
+        }
+        "PORT_RULES" => {
+            let map: HashMap<_, PortKey, PortRule> = open(layout, name).ok()?;
+            let keys = map.keys().flatten().take(2 * capacity::PORT_RULES);
+            keys.for_each(|key| *owners.entry(key.pod_id).or_default() += 1);
+        }
+        "EXCLUDED_CIDRS" => {
+            let map: LpmTrie<_, ExcludeKey, u32> = open(layout, name).ok()?;
+            let keys = map.keys().flatten().take(2 * capacity::EXCLUDED_CIDRS);
+            keys.for_each(|key| {
+                let [a, b, c, d, ..] = key.data();
+                *owners.entry(u32::from_be_bytes([a, b, c, d])).or_default() += 1;
+            });
+        }
+        _ => return None,
+    }
+    owners.remove(&ALL_PODS);
+    let (pod_id, entries) = owners.into_iter().max_by_key(|(_, entries)| *entries)?;
+    Some(Fullest { pod_id, entries, limit })
 }
 
 fn counters(layout: &Layout, name: &str) -> Result<Read, String> {

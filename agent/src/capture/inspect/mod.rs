@@ -14,7 +14,7 @@ mod tests;
 
 use std::{collections::BTreeMap, path::Path};
 
-pub use entries::{Dump, dump};
+pub use entries::{Dump, Fullest, dump};
 pub use field::{Entry, Field, Fields};
 pub use pinned_maps::{MapRow, Maps, NotListed, maps};
 pub use programs::{Attached, ProgramRow, Programs, programs};

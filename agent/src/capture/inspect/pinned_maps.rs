@@ -9,7 +9,10 @@ use std::{
 use aya::maps::MapData;
 use serde::Serialize;
 
-use super::{entries, is_ours, layouts, version};
+use super::{
+    entries::{self, Fullest},
+    is_ours, layouts, version,
+};
 use crate::capture::{
     CaptureError,
     maps::{PINNED, chain},
@@ -44,6 +47,8 @@ pub struct MapRow {
     pub value_size: Option<u32>,
     /// Entries in it now.
     pub entries: Option<usize>,
+    /// The pod with most entries, in a map that pods share.
+    pub fullest: Option<Fullest>,
     /// Most entries; bytes for a ring buffer, 0 when it grows with sockets.
     pub max_entries: Option<u32>,
     /// Bytes of kernel memory, as the kernel accounts them.
@@ -112,6 +117,7 @@ fn row(layout: &Layout, name: &str) -> MapRow {
         key_size: None,
         value_size: None,
         entries: None,
+        fullest: None,
         max_entries: None,
         memory: None,
         problem: None,
@@ -131,6 +137,7 @@ fn row(layout: &Layout, name: &str) -> MapRow {
     row.max_entries = Some(info.max_entries());
     row.memory = memory(&data);
     row.entries = entries::count(layout, name);
+    row.fullest = if row.own { entries::fullest(layout, name) } else { None };
     let expected = PINNED.iter().find(|(n, ..)| *n == name).filter(|_| row.own);
     row.problem = expected.and_then(|(_, key, value, entries)| {
         let found = (info.key_size() as usize, info.value_size() as usize, info.max_entries() as usize);

@@ -91,6 +91,7 @@ fn every_pinned_map_is_listed_or_says_why_not() {
         "PROBES",
         "NODE_ADDRESSES",
         "FLOWS",
+        "PENDING_FLOWS",
         "COUNTERS",
     ];
     for (name, ..) in PINNED {

@@ -88,6 +88,7 @@ impl Lab {
             cgroup: self.cgroup.clone(),
             pin_root: self.pins.clone(),
             tc: TcMode::Auto,
+            mesh_entries: underpass_abi::capacity::MESH,
             bpf_log: false,
             inheritance: Inheritance::default(),
         }

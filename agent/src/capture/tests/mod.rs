@@ -6,6 +6,7 @@ mod desired;
 mod enrol;
 mod lab;
 mod logs;
+mod overflow;
 mod pins;
 mod probes;
 mod restart;

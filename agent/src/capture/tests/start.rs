@@ -3,10 +3,10 @@
 use std::{fs, io::ErrorKind};
 
 use aya::maps::{HashMap, LpmTrie, MapData, lpm_trie::Key};
-use underpass_abi::{MESH_CAPTURE, MeshEntry, PORT_EXCLUDED, PortKey, PortRule};
+use underpass_abi::{MESH_CAPTURE, MeshEntry, PORT_EXCLUDED, PortKey, PortRule, capacity};
 
 use super::{
-    super::{Capture, CaptureError, CaptureOptions, desired::address, loader::HOOKS, pins::Layout},
+    super::{Capture, CaptureOptions, desired::address, loader::HOOKS, pins::Layout},
     lab::{Lab, snapshot},
     workload,
 };
@@ -143,7 +143,7 @@ where
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn too_many_exclusions_are_refused_and_nothing_is_applied() {
+async fn too_many_exclusions_are_left_out_and_the_rest_is_applied() {
     let lab = Lab::new();
     let capture = lab.start().await;
     let ports: HashMap<_, PortKey, PortRule> = open(&lab.layout(), "PORT_RULES");
@@ -153,11 +153,15 @@ async fn too_many_exclusions_are_refused_and_nothing_is_applied() {
         inbound_ports: (1..=u16::MAX).collect(),
     };
     let settings = MeshSettings { exclude, ..MeshSettings::default() };
-    let error = capture.apply(&snapshot(settings, vec![workload("a", "192.0.2.1", None)])).unwrap_err();
-    assert!(matches!(error, CaptureError::Capacity { map: "PORT_RULES", .. }), "{error}");
-    assert_eq!(ports.keys().count(), 0);
+    capture.apply(&snapshot(settings, vec![workload("a", "192.0.2.1", None)])).unwrap();
+    assert_eq!(ports.keys().count(), capacity::RULES_FOR_ALL_PODS);
     let mesh: LpmTrie<_, [u8; 16], MeshEntry> = open(&lab.layout(), "MESH");
-    assert_eq!(mesh.keys().count(), 0);
+    assert_eq!(mesh.keys().count(), 1, "addresses do not wait for exclusions");
+    let problems = capture.problems();
+    assert!(matches!(&problems[..], [one] if one.contains("mesh-wide excluded ports")), "{problems:?}");
+
+    capture.apply(&snapshot(MeshSettings::default(), vec![workload("a", "192.0.2.1", None)])).unwrap();
+    assert_eq!((capture.problems(), ports.keys().count()), (vec![], 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]

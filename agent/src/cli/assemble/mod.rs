@@ -5,7 +5,6 @@ mod issuer;
 mod node;
 mod plugin;
 mod predecessor;
-mod taint;
 
 use std::sync::Arc;
 
@@ -92,7 +91,6 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
     let cluster_status = cluster.as_ref().map(KubernetesSource::statuses);
     let attachments = cluster.as_ref().map(KubernetesSource::attachments);
     let leaving = cluster.as_ref().map(KubernetesSource::leaving);
-    let client = cluster.as_ref().map(KubernetesSource::client);
     let (issuer, prepare) = issuer(&config, &args.run_dir)?;
     let revocations = revocations(&config, args.crl_file.as_deref())?;
     let trust_domain = config.snapshot.trust_domain.clone();
@@ -145,6 +143,7 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
         cgroup,
         pin_root: args.pin_root.clone(),
         tc: args.tc,
+        mesh_entries: args.mesh_entries(),
         bpf_log: args.bpf_log,
         inheritance: inheritance.clone(),
     })
@@ -228,9 +227,6 @@ async fn agent(args: RunArgs, access: AccessLog) -> anyhow::Result<()> {
     let successors = Successors::listen(&args.run_dir).context("opening the socket for an agent that follows")?;
     let health_view = view.clone();
     front.spawn(Arc::clone(&health).watch(health_view));
-    if let (Some(key), Some(client)) = (&args.node_taint, client) {
-        front.spawn(taint::remove(client, view.mesh.load().node.to_string(), key.clone(), Arc::clone(&health)));
-    }
     info!(version = env!("CARGO_PKG_VERSION"), "running");
 
     ending

@@ -9,7 +9,7 @@ use crate::{
         inventory::CertificateDetails,
         server::StatusProvider,
     },
-    capture::Capture,
+    capture::{Capture, Share},
     identity::{CertificateStore, Revocations},
     mesh::SpiffeId,
     proxy::{Applied, PodState, PodStatus, Reconciler},
@@ -44,6 +44,14 @@ impl NodeView for NodeStatus {
 
     fn plaintext_left(&self) -> usize {
         self.capture.unswept().len()
+    }
+
+    fn bpf_shares(&self) -> Vec<Share> {
+        self.capture.shares()
+    }
+
+    fn capture_problems(&self) -> Vec<String> {
+        self.capture.problems()
     }
 
     fn pods(&self) -> Vec<PodStatus> {
@@ -87,7 +95,9 @@ impl StatusProvider for NodeStatus {
         let probe_node_addresses = self.capture.probe_node_addresses();
         let plaintext_left = self.capture.unswept().into_iter().map(Into::into).collect();
         let revocation = self.revocations.status();
-        Status { probe_cgroups, probe_node_addresses, plaintext_left, cluster, revocation, ..status }
+        let error = self.reconciler.applied().error.map(|error| format!("not all could be written: {error}"));
+        let capture_problems = error.into_iter().chain(self.capture.problems()).collect();
+        Status { probe_cgroups, probe_node_addresses, plaintext_left, capture_problems, cluster, revocation, ..status }
     }
 
     fn bpf_counters(&self) -> BTreeMap<String, u64> {

@@ -35,11 +35,7 @@ pub(super) async fn wired(mut source: KubernetesSource, args: &RunArgs) -> anyho
 
 /// Without pods' names there is nothing to tell the plugin.
 pub(super) fn refuse_without_kubernetes(args: &RunArgs) -> anyhow::Result<()> {
-    let given = [
-        ("--cni", args.cni),
-        ("--uninstall-configmap", args.uninstall_configmap.is_some()),
-        ("--node-taint", args.node_taint.is_some()),
-    ];
+    let given = [("--cni", args.cni), ("--uninstall-configmap", args.uninstall_configmap.is_some())];
     match given.iter().find(|(_, given)| *given) {
         Some((option, _)) => {
             bail!("{option} needs a configuration with `kubernetes`: the file's pods are known by their namespaces")

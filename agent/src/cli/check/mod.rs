@@ -4,6 +4,7 @@
 //! descriptors or guards.
 
 mod bpf;
+mod flaws;
 mod host;
 mod ktls;
 mod limits;
@@ -69,6 +70,7 @@ pub(super) fn report(cgroup: Option<&Path>, pin_root: &Path) -> Report {
     checks.extend(bpf::helpers());
     checks.extend(bpf::tc());
     checks.extend(ktls::rows());
+    checks.extend(flaws::rows());
     checks.extend([host::lsm(), host::ipv6(), host::fwmark_accept()]);
     checks.extend([limits::memlock(), limits::capabilities(), limits::open_files()]);
     Report { can_run: checks.iter().all(|r| !r.required || r.state != State::Missing), checks }

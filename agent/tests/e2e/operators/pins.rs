@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::{json, printed, run};
 use crate::world::{Stage, World, app, at, serve};
 
-const LISTED: [&str; 10] = [
+const LISTED: [&str; 11] = [
     "PODS",
     "PODS_BY_ID",
     "MESH",
@@ -16,6 +16,7 @@ const LISTED: [&str; 10] = [
     "PROBES",
     "NODE_ADDRESSES",
     "FLOWS",
+    "PENDING_FLOWS",
     "COUNTERS",
 ];
 

@@ -107,5 +107,24 @@ fn bpf(to: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result {
         "underpass_bpf_map_max_entries",
         "Room for entries in a BPF map",
         maps.iter().map(|(name, _, room)| ([("map", *name)], *room)),
+    )?;
+    let shares = view.node.bpf_shares();
+    gauge(
+        to,
+        "underpass_bpf_map_fullest_pod_entries",
+        "Entries of the pod that has most of them in a BPF map that pods share",
+        shares.iter().map(|share| ([("map", share.map)], share.fullest.map_or(0, |(_, entries)| entries))),
+    )?;
+    gauge(
+        to,
+        "underpass_bpf_map_pod_limit",
+        "How many entries one pod may have now in a BPF map that pods share",
+        shares.iter().map(|share| ([("map", share.map)], share.limit)),
+    )?;
+    gauge(
+        to,
+        "underpass_capture_problems",
+        "What is enforced more strictly than it is written because it does not fit into the BPF maps; see the status",
+        [(NONE, view.node.capture_problems().len())],
     )
 }
