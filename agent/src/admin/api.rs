@@ -178,7 +178,7 @@ impl KtlsStatus {
 pub struct PodStatus {
     /// `namespace/name`.
     pub workload: String,
-    /// SPIFFE ID.
+    /// SPIFFE ID; empty when it is not known, which only a kept pod's may be.
     pub identity: String,
     /// Path of its network namespace.
     pub netns: String,
@@ -186,7 +186,7 @@ pub struct PodStatus {
     pub pod_id: Option<u32>,
     /// In the mesh or not.
     pub state: PodState,
-    /// Why it was refused, and what to do.
+    /// Why it was refused, or is kept, and what to do.
     pub reason: Option<String>,
     /// Its certificate, when it has one.
     pub certificate: Option<CertificateStatus>,
@@ -200,6 +200,9 @@ pub enum PodState {
     Enrolled,
     /// It could not be enrolled; its traffic is not touched.
     Refused,
+    /// It vanished without leaving the mesh: captured and guarded, takes no plaintext, and every
+    /// connection is refused.
+    Kept,
 }
 
 /// A certificate, without anything secret.

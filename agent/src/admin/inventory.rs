@@ -44,7 +44,8 @@ pub struct WorkloadInfo {
     pub port_modes: Vec<PortMode>,
     /// Whether it is on this node and to be enrolled.
     pub local: bool,
-    /// Enrolled or refused; absent when it is not this node's, and while it is being looked at.
+    /// Enrolled, refused or kept; absent when it is not this node's, and while it is being looked
+    /// at.
     pub state: Option<PodState>,
     /// Number in the BPF maps, while it is enrolled.
     pub pod_id: Option<u32>,
@@ -169,7 +170,30 @@ pub fn workloads(mesh: &Snapshot, pods: &[PodStatus], limit: usize) -> Workloads
             workload,
         }
     };
-    Workloads { total: all.len(), workloads: all.into_iter().take(limit).map(|w| info(w)).collect() }
+    let known = |pod: &PodStatus| all.iter().any(|w| w.local.is_some() && w.key.to_string() == pod.workload);
+    let kept = pods.values().filter(|pod| pod.state == PodState::Kept && !known(pod));
+    let kept: Vec<_> = kept.map(|pod| kept_pod(mesh, pod)).collect();
+    let total = all.len() + kept.len();
+    let workloads = kept.into_iter().chain(all.into_iter().map(|w| info(w))).take(limit).collect();
+    Workloads { total, workloads }
+}
+
+/// A pod of this node that the mesh does not have any more.
+fn kept_pod(mesh: &Snapshot, pod: &PodStatus) -> WorkloadInfo {
+    WorkloadInfo {
+        workload: pod.workload.clone(),
+        identity: pod.identity.clone(),
+        node: mesh.node.to_string(),
+        addresses: Vec::new(),
+        protocol: Protocol::Underpass,
+        mode: InboundMode::Strict,
+        mode_set_by: ModeSource::Mesh,
+        port_modes: Vec::new(),
+        local: true,
+        state: Some(pod.state),
+        pod_id: pod.pod_id,
+        reason: pod.reason.clone(),
+    }
 }
 
 /// The services of `mesh`.

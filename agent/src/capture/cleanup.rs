@@ -3,12 +3,11 @@
 use std::{
     collections::BTreeSet,
     fs, io,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
 
-use aya::maps::{HashMap, Map, MapData};
 use serde::Serialize;
-use underpass_abi::PodConfig;
 
 use super::{
     CaptureError, garbage,
@@ -17,6 +16,7 @@ use super::{
     pins::{self, Layout},
     routes, tc,
 };
+use crate::sys::bpf;
 
 /// What was removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -57,7 +57,7 @@ pub async fn cleanup(pin_root: &Path, pods: &[PathBuf], force: bool) -> Result<R
     };
     let mut report = Report::default();
     let versions = pins::versions(pin_root, None)?;
-    let mut captured: BTreeSet<u64> = versions.iter().flat_map(captured).collect();
+    let mut captured: BTreeSet<u64> = versions.iter().flat_map(|v| captured(v).unwrap_or_default()).collect();
     for layout in versions {
         match remove_version(&layout) {
             Ok(removed) => report += removed,
@@ -95,11 +95,13 @@ pub async fn cleanup(pin_root: &Path, pods: &[PathBuf], force: bool) -> Result<R
     Ok(report)
 }
 
-/// Namespaces that a version captures; none when its maps look different from ours.
-fn captured(layout: &Layout) -> Vec<u64> {
-    let pods = MapData::from_pin(layout.map("PODS")).and_then(Map::from_map_data);
-    let pods = pods.and_then(HashMap::<_, u64, PodConfig>::try_from);
-    pods.map(|pods| pods.keys().filter_map(Result::ok).collect()).unwrap_or_default()
+/// Cookies of the namespaces that a version captures, whatever its entries look like.
+pub fn captured(layout: &Layout) -> io::Result<Vec<u64>> {
+    match bpf::object_get(&layout.map("PODS")) {
+        Ok(map) => bpf::keys(map.as_fd()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Removes one version in the order of un-enrolment: capture off first, then guards, then what they need.
@@ -122,7 +124,10 @@ pub fn remove_version(layout: &Layout) -> Result<Report, CaptureError> {
     for path in pins::list(&layout.maps())? {
         report.maps += usize::from(pins::remove(&path)?);
     }
-    for dir in [layout.links(), layout.maps(), layout.dir().to_owned()] {
+    for path in pins::list(&layout.pods())? {
+        pins::remove(&path)?;
+    }
+    for dir in [layout.links(), layout.maps(), layout.pods(), layout.dir().to_owned()] {
         remove_directory(&dir, &mut report.problems);
     }
     report.versions.push(layout.dir().to_owned());

@@ -199,6 +199,20 @@ pub fn pod(
     PodState { config, rules }
 }
 
+/// Projects a pod that is kept, out of what holds for it and for `all` pods: STRICT on every port,
+/// whatever is excluded elsewhere. Only the kubelet's probes pass as before: a container that they
+/// find dead is started again.
+pub fn kept(config: &PodConfig, own: &Rules, all: &Rules) -> PodState {
+    let id = config.pod_id;
+    let mut rules = Rules::default();
+    let probes = own.ports.iter().filter(|(slot, _)| slot.direction == DIRECTION_PROBE);
+    rules.ports.extend(probes.map(|(slot, rule)| (*slot, *rule)));
+    for slot in all.ports.keys().filter(|slot| slot.direction == DIRECTION_INBOUND) {
+        rules.inbound(id, slot.port, PORT_STRICT);
+    }
+    PodState { config: PodConfig { flags: config.flags & !POD_ASSIGN | POD_STRICT, ..*config }, rules }
+}
+
 /// Without policies.
 fn of_mode(mode: InboundMode) -> Disposition {
     match mode {

@@ -6,11 +6,13 @@ use tokio::{sync::oneshot, task::JoinHandle};
 use underpass_abi::PodConfig;
 
 use super::{
-    CaptureError, Inner, Marker, desired, garbage,
+    CaptureError, Inner, Marker, desired,
     interfaces::{self, Interface},
+    kept::{self, Reason},
     netns::Netns,
     pod::{NewPod, Pod, PodListeners},
     processes,
+    records::{self, Record},
     registry::Entry,
     room::Overflow,
     routes, sockets,
@@ -86,10 +88,12 @@ pub enum EnrollError {
 
 /// An enrolled pod, as its slot holds it.
 pub struct Enrolled {
-    pod: Arc<Pod>,
-    netns: Arc<Netns>,
+    /// The pod.
+    pub pod: Arc<Pod>,
+    /// Its namespace.
+    pub netns: Arc<Netns>,
     /// Ends when the other is dropped. None when another agent watches.
-    watcher: Option<(JoinHandle<()>, oneshot::Sender<()>)>,
+    pub watcher: Option<(JoinHandle<()>, oneshot::Sender<()>)>,
 }
 
 impl Enrolled {
@@ -154,10 +158,23 @@ async fn enroll_in_slot(inner: &Arc<Inner>, wanted: &Wanted) -> Result<Arc<Pod>,
             return Ok(Arc::clone(&enrolled.pod));
         }
         // Another identity needs another `Pod`; the namespace stays captured meanwhile. Another namespace is another
-        // pod.
+        // pod, and nobody has said that the one before has left.
         let enrolled = slot.take().expect("checked above");
         rebind = same_namespace;
-        release(inner, &workload.key, enrolled, same_namespace).await;
+        if same_namespace {
+            release(inner, &workload.key, enrolled, true).await;
+        } else {
+            kept::keep(inner, enrolled, Reason::Replaced).await;
+        }
+    }
+    if let Some(held) = kept::take(inner, netns.cookie()) {
+        match held.returned(workload) {
+            Ok(enrolled) => return readmit(inner, &mut slot, enrolled, wanted).await,
+            Err(held) => {
+                rebind = true;
+                held.let_go().await;
+            }
+        }
     }
 
     let (id, adopted) = {
@@ -211,6 +228,7 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
     let mut watch = interfaces::watch(netns)
         .await
         .map_err(|e| EnrollError::Setup { action: "watch interfaces", reason: e.to_string() })?;
+    records::write(inner.objects.layout(), netns.cookie(), &Record::new(workload, local));
     inner.capture(Entry {
         pod: Arc::clone(&pod),
         netns: Arc::clone(netns),
@@ -232,7 +250,12 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
 }
 
 /// Attaches to the interfaces of a pod. One that goes away meanwhile does not fail the others.
-async fn attach(inner: &Inner, netns: &Netns, id: u32, mut present: Vec<Interface>) -> Result<Programs, EnrollError> {
+pub async fn attach(
+    inner: &Inner,
+    netns: &Netns,
+    id: u32,
+    mut present: Vec<Interface>,
+) -> Result<Programs, EnrollError> {
     let mut programs = Programs::default();
     for _ in 0..ATTEMPTS {
         let result = tc::attach(&inner.objects, netns, inner.method, id, present.clone(), &mut programs).await;
@@ -303,14 +326,7 @@ async fn unenroll_slot(inner: &Inner, key: &WorkloadKey) {
     if let Some(enrolled) = slot.take() {
         release(inner, key, enrolled, false).await;
     }
-    let (namespaces, ids) = {
-        let mut registry = inner.registry();
-        let namespaces = registry.drop_kept(key);
-        let tables = inner.maps.tables();
-        let ids = namespaces.iter().filter_map(|n| tables.pods().get(n)).map(|c| c.pod_id).collect();
-        (namespaces, ids)
-    };
-    garbage::discard(inner, namespaces, ids).await;
+    kept::release_refused(inner, key).await;
 }
 
 /// Ends an enrolment: capture off first, guard and inbound program last. With `stay_captured` only the agent's side
@@ -334,11 +350,14 @@ async fn release(inner: &Inner, key: &WorkloadKey, mut enrolled: Enrolled, stay_
             Err(e) => failed("cannot remove the pod's tc programs or rules", &e),
         }
     }
+    if !stay_captured {
+        records::remove(inner.objects.layout(), netns.cookie());
+    }
     inner.registry().unclaim(netns.cookie());
 }
 
 /// Removes a pod's programs, then what they read.
-async fn detach(inner: &Inner, netns: &Netns, id: u32) -> Result<(), CaptureError> {
+pub async fn detach(inner: &Inner, netns: &Netns, id: u32) -> Result<(), CaptureError> {
     tc::unpin(&inner.objects, id, None)?;
     if inner.method == tc::Method::Clsact {
         tc::detach_filters(netns).await?;
@@ -354,14 +373,21 @@ pub async fn forget(inner: &Inner, id: u32) -> Result<(), CaptureError> {
 }
 
 /// Takes back what a failed enrolment did.
-async fn undo(inner: &Inner, candidate: &Candidate<'_>) {
+async fn undo(inner: &Arc<Inner>, candidate: &Candidate<'_>) {
     let &Candidate { workload, ref netns, id, adopted, .. } = candidate;
     let key = &workload.key;
     if adopted.is_some() {
         tracing::warn!(workload = %key, "stays captured, its connections are refused, until it is enrolled or removed");
-        let mut registry = inner.registry();
-        registry.unclaim(netns.cookie());
-        registry.keep(netns.cookie(), key.clone());
+        {
+            let mut registry = inner.registry();
+            registry.entries.remove(key);
+            registry.unclaim(netns.cookie());
+        }
+        let record = Record::new(workload, candidate.local);
+        let kept = kept::adopt(inner, record, id, netns.cookie(), Some(Arc::clone(netns)), Reason::Refused).await;
+        if let Err(error) = kept {
+            tracing::error!(workload = %key, %error, "interfaces of a pod that stays captured are not watched");
+        }
         return;
     }
     let captured = inner.maps.tables().release(netns.cookie());
@@ -375,4 +401,27 @@ async fn undo(inner: &Inner, candidate: &Candidate<'_>) {
         }
     }
     registry.unclaim(netns.cookie());
+    drop(registry);
+    records::remove(inner.objects.layout(), netns.cookie());
+}
+
+/// Takes a pod that was kept back as it was. It listens all the time, and has never been open.
+async fn readmit(
+    inner: &Arc<Inner>,
+    slot: &mut Option<Enrolled>,
+    enrolled: Enrolled,
+    wanted: &Wanted,
+) -> Result<Arc<Pod>, EnrollError> {
+    let pod = Arc::clone(&enrolled.pod);
+    let adopted = inner.maps.tables().pods().get(&pod.netns_cookie).copied();
+    inner.registry().claim(&pod.key, &enrolled.netns, adopted.as_ref())?;
+    if let Some(local) = &wanted.workload.local {
+        records::write(inner.objects.layout(), pod.netns_cookie, &Record::new(&wanted.workload, local));
+    }
+    // Its own again before anything can fail: what fails is tried again, and meanwhile the pod
+    // refuses.
+    let enrolled = slot.insert(enrolled);
+    update(inner, enrolled, wanted).await?;
+    pod.keep(None);
+    Ok(pod)
 }

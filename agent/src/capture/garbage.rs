@@ -1,63 +1,98 @@
 //! What earlier agents left.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs,
     os::{fd::AsFd, unix::fs::MetadataExt},
     path::PathBuf,
     sync::Arc,
 };
 
-use super::{CaptureError, Inner, enroll, loader, netns::Netns, pins, routes, tc};
+use super::{
+    CaptureError, EnrollError, Inner, cleanup, enroll,
+    kept::{self, Reason},
+    netns::Netns,
+    object, pins, records, tc,
+};
 use crate::sys::bpf::{self, LinkTarget};
 
 /// See [`super::Capture::collect_garbage`].
-pub async fn collect(inner: &Inner) {
-    if let Err(e) = loader::remove_older_versions(&inner.options.pin_root) {
-        tracing::error!(error = %e, "cannot remove pins of an older version; connections of its pods are refused");
+pub async fn collect(inner: &Arc<Inner>) {
+    if let Err(e) = take_over_older_versions(inner).await {
+        tracing::error!(error = %e, "pins of an older version stay; connections of its pods are refused");
     }
     if let Err(e) = remove_dead_links(inner) {
         tracing::warn!(error = %e, "cannot remove pins of interfaces that are gone");
     }
-    collect_orphans(inner).await;
+    keep_orphans(inner).await;
 }
 
-/// Gives namespaces that are in the maps and belong to no pod plain traffic back.
-async fn collect_orphans(inner: &Inner) {
-    let (namespaces, ids) = {
+/// Keeps namespaces that are in the maps and belong to no pod: that nobody knows them is no reason
+/// to open them.
+async fn keep_orphans(inner: &Arc<Inner>) {
+    let orphans: BTreeMap<u64, u32> = {
         let registry = inner.registry();
         let tables = inner.maps.tables();
-        (registry.orphans(tables.pods()), registry.orphan_ids(tables.pods()))
+        let orphans = registry.orphans(tables.pods());
+        orphans.into_iter().filter_map(|netns| Some((netns, tables.pods().get(&netns)?.pod_id))).collect()
     };
-    discard(inner, namespaces, ids).await;
+    let found = found(orphans.keys().copied().collect()).await;
+    for (cookie, pod_id) in orphans {
+        let record = records::read(inner.objects.layout(), cookie).unwrap_or_default();
+        let pod = record.key().map_or_else(|| "unknown".to_owned(), |key| key.to_string());
+        tracing::warn!(%pod, netns = cookie, "kept: {}", Reason::Orphaned);
+        let netns = found.get(&cookie).cloned();
+        if let Err(error) = kept::adopt(inner, record, pod_id, cookie, netns, Reason::Orphaned).await {
+            tracing::error!(%pod, netns = cookie, %error, "the pod is kept, but not all of it could be closed");
+        }
+    }
+    // Numbers without a namespace are what is left of a release that was cut short.
+    let ids = {
+        let registry = inner.registry();
+        let tables = inner.maps.tables();
+        registry.orphan_ids(tables.pods())
+    };
+    for id in ids {
+        let freed = match tc::unpin(&inner.objects, id, None) {
+            Ok(()) => enroll::forget(inner, id).await,
+            Err(error) => Err(error),
+        };
+        match freed {
+            Ok(()) => inner.registry().free(id),
+            Err(e) => tracing::error!(pod = id, error = %e, "cannot remove tc programs or rules"),
+        }
+    }
 }
 
-/// Gives these namespaces plain traffic back and frees these pods' numbers, in the order of un-enrolment.
-pub async fn discard(inner: &Inner, namespaces: BTreeSet<u64>, ids: BTreeSet<u32>) {
-    for &netns in &namespaces {
-        tracing::info!(netns, "removing a pod that is not configured any more");
-        if let Err(e) = inner.maps.tables().release(netns) {
-            tracing::error!(netns, error = %e, "cannot turn capture off");
+/// Keeps the pods of older versions that nobody has enrolled in this one, then removes those
+/// versions. What cannot be closed in this version stays closed by the old one.
+async fn take_over_older_versions(inner: &Arc<Inner>) -> Result<(), EnrollError> {
+    for layout in pins::versions(&inner.options.pin_root, Some(object::ABI_HASH))? {
+        let captured = cleanup::captured(&layout).map_err(|source| CaptureError::Path {
+            action: "read the captured namespaces of",
+            path: layout.dir().into(),
+            source,
+        })?;
+        let strangers: BTreeSet<u64> = captured.into_iter().filter(|netns| !inner.registry().has(*netns)).collect();
+        let found = found(strangers.clone()).await;
+        for cookie in strangers {
+            let record = records::read(&layout, cookie).unwrap_or_default();
+            let id = inner.registry().reserve()?;
+            kept::adopt(inner, record, id, cookie, found.get(&cookie).cloned(), Reason::Orphaned).await?;
         }
+        tracing::info!(directory = %layout.dir().display(), "removing pins of an older version");
+        cleanup::remove_version(&layout)?;
     }
-    let mut unpinned = BTreeSet::new();
-    for id in ids {
-        match tc::unpin(&inner.objects, id, None) {
-            Ok(()) => {
-                unpinned.insert(id);
-            }
-            Err(e) => tracing::error!(pod = id, error = %e, "cannot remove tc programs"),
-        }
+    Ok(())
+}
+
+/// The namespaces with these cookies, as far as something leads there.
+async fn found(wanted: BTreeSet<u64>) -> HashMap<u64, Arc<Netns>> {
+    if wanted.is_empty() {
+        return HashMap::new();
     }
-    if !namespaces.is_empty() {
-        restore(namespaces).await;
-    }
-    for id in unpinned {
-        match enroll::forget(inner, id).await {
-            Ok(()) => inner.registry().free(id),
-            Err(e) => tracing::error!(pod = id, error = %e, "cannot remove rules"),
-        }
-    }
+    let found = tokio::task::spawn_blocking(move || find(&wanted)).await.unwrap_or_default();
+    found.into_iter().map(|netns| (netns.cookie(), netns)).collect()
 }
 
 /// Removes links whose interface went away while no agent watched.
@@ -69,18 +104,6 @@ fn remove_dead_links(inner: &Inner) -> Result<(), CaptureError> {
         }
     }
     Ok(())
-}
-
-/// Removes filters and reply routes in those of these namespaces that still can be found. A namespace that nothing
-/// names and no process is in cannot; it has no traffic either.
-async fn restore(wanted: BTreeSet<u64>) {
-    let found = tokio::task::spawn_blocking(move || find(&wanted)).await.unwrap_or_default();
-    for netns in found {
-        if let Err(e) = tc::detach_filters(&netns).await {
-            tracing::warn!(namespace = %netns.path().display(), error = %e, "cannot remove tc filters");
-        }
-        routes::remove(&netns).await;
-    }
 }
 
 /// The namespaces with these cookies, among those that have a name or a process.

@@ -328,12 +328,3 @@ impl Objects {
         Ok(())
     }
 }
-
-/// Removes an older agent's versions; see [`super::Capture::collect_garbage`].
-pub fn remove_older_versions(root: &Path) -> Result<(), CaptureError> {
-    for layout in pins::versions(root, Some(object::ABI_HASH))? {
-        tracing::info!(directory = %layout.dir().display(), "removing pins of an older version");
-        super::cleanup::remove_version(&layout)?;
-    }
-    Ok(())
-}

@@ -4,6 +4,7 @@
 //! namespace runs on worker threads that enter it ([`netns`]); the data path takes ready-made sockets from
 //! a pod's [`sockets`] pool, so no connection costs a `setns`.
 
+mod alive;
 pub mod cleanup;
 mod desired;
 mod enroll;
@@ -14,6 +15,7 @@ mod hierarchy;
 pub mod inheritance;
 pub mod inspect;
 mod interfaces;
+mod kept;
 mod loader;
 mod lock;
 mod maps;
@@ -23,6 +25,7 @@ mod pins;
 mod pod;
 mod probes;
 pub mod processes;
+pub mod records;
 mod registry;
 mod room;
 pub mod routes;
@@ -49,6 +52,7 @@ use std::{
 use tokio::task::JoinHandle;
 
 pub use enroll::EnrollError;
+pub use kept::{KeptPod, Left, Reason};
 pub use pod::{Pod, PodListeners};
 pub use probes::{ProbeCgroup, ProbeCgroupState};
 pub use shares::Share;
@@ -65,7 +69,7 @@ use self::{
     watcher::Attacher,
 };
 use crate::{
-    mesh::{Snapshot, Workload, WorkloadKey},
+    mesh::{Departures, Snapshot, Workload, WorkloadKey},
     policy::PlaintextRules,
 };
 
@@ -152,6 +156,8 @@ struct Inner {
     registry: Mutex<Registry>,
     census: processes::Census,
     sweeps: Arc<Sweeps>,
+    /// Pods that vanished and are still captured, by the cookie of their namespace.
+    kept: Mutex<BTreeMap<u64, kept::Held>>,
     /// Enrolments, each behind a lock that serialises what happens to its workload.
     slots: Mutex<HashMap<WorkloadKey, Slot>>,
     /// Failures to attach to interfaces that came later.
@@ -188,6 +194,7 @@ impl Capture {
             registry: Mutex::new(registry),
             census: processes::Census::default(),
             sweeps: Sweeps::new(),
+            kept: Mutex::default(),
             slots: Mutex::default(),
             bare_interfaces: Arc::default(),
             lock: Mutex::new(Some(lock)),
@@ -253,6 +260,48 @@ impl Capture {
         run(enroll::unenroll(Arc::clone(&self.inner), key.clone())).await;
     }
 
+    /// Keeps an enrolled pod that has vanished, without anybody having said that it leaves: it
+    /// stays captured and guarded, takes plaintext on no port, and its connections are refused,
+    /// until it is enrolled again, released on purpose, or gone.
+    pub async fn keep(&self, key: &WorkloadKey, reason: Reason) {
+        let (inner, key) = (Arc::clone(&self.inner), key.clone());
+        run(async move {
+            let slot = inner.slot(&key);
+            let enrolled = slot.lock().await.take();
+            if let Some(enrolled) = enrolled {
+                kept::keep(&inner, enrolled, reason).await;
+            }
+            drop(slot);
+            inner.prune_slots();
+        })
+        .await;
+    }
+
+    /// The pods that are kept.
+    pub fn kept(&self) -> Vec<KeptPod> {
+        kept::list(&self.inner)
+    }
+
+    /// Releases kept pods that were taken out of the mesh on purpose.
+    pub async fn release_departed(&self, departures: &Departures) {
+        let (inner, departures) = (Arc::clone(&self.inner), departures.clone());
+        run(async move { kept::release_departed(&inner, &departures).await }).await;
+    }
+
+    /// Looks for kept pods that are gone, and releases them. One look, at all processes, for all
+    /// pods; `in_sync` says that the source has said everything, before which pods of an earlier
+    /// agent stay.
+    pub async fn release_gone(&self, in_sync: bool) -> Left {
+        let inner = Arc::clone(&self.inner);
+        run(async move { kept::release_gone(&inner, in_sync).await }).await
+    }
+
+    /// Releases every kept pod: the agent gives the node back.
+    pub async fn release_kept(&self) {
+        let inner = Arc::clone(&self.inner);
+        run(async move { kept::release_all(&inner).await }).await;
+    }
+
     /// Before [`cleanup::cleanup`] at a planned end: the lock file goes too, also when the last connection's task still holds this.
     pub fn leave_nothing(&self) {
         if let Some(lock) = &*self.inner.lock() {
@@ -282,6 +331,7 @@ impl Capture {
                 enrolled.stop_watching().await;
             }
         }
+        kept::stop_watching(&self.inner).await;
         let listening = self.pods().iter().map(|pod| pod.listening()).collect();
         drop(self.inner.lock().take());
         listening
@@ -289,7 +339,8 @@ impl Capture {
 
     /// Ends all accept loops: another agent accepts. Connections go on.
     pub fn stop_accepting(&self) {
-        for pod in self.pods() {
+        let kept = self.inner.kept().values().filter_map(kept::Held::pod).collect::<Vec<_>>();
+        for pod in self.pods().into_iter().chain(kept) {
             pod.signal_unenrolled();
         }
     }
@@ -310,8 +361,9 @@ impl Capture {
         self.inner.maps.tables().node_addresses().map(|a| Ipv6Addr::from(*a).to_canonical()).collect()
     }
 
-    /// Removes what earlier agents left for pods that are not enrolled now. Called once after the first configuration
-    /// was applied.
+    /// Takes over what earlier agents left: pods that are not enrolled now are kept, pins of older
+    /// versions and of interfaces that are gone are removed. Called once after the first
+    /// configuration was applied.
     pub async fn collect_garbage(&self) {
         let inner = Arc::clone(&self.inner);
         run(async move {
@@ -368,6 +420,10 @@ impl Inner {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn kept(&self) -> MutexGuard<'_, BTreeMap<u64, kept::Held>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn slot(&self, key: &WorkloadKey) -> Slot {
         Arc::clone(self.slots.lock().unwrap_or_else(PoisonError::into_inner).entry(key.clone()).or_default())
     }
@@ -414,6 +470,8 @@ impl Inner {
             return Written { tighter: Vec::new(), result: write_pods(&mut tables, &mut registry, false) };
         }
         let state = desired::mesh(snapshot);
+        // First: no rule for everybody may open a port of a kept pod.
+        let closed = kept::close_for(&self.kept(), &mut tables, &state.rules);
         let config = |tables: &maps::Tables, e: &Entry| tables.pods().get(&e.pod.netns_cookie).copied();
         let before: Vec<_> = registry
             .entries
@@ -434,7 +492,7 @@ impl Inner {
             .filter(|((_, before), after)| after.tightens(before))
             .map(|((pod, _), _)| pod)
             .collect();
-        Written { tighter, result }
+        Written { tighter, result: closed.and(result) }
     }
 
     /// Turns capture on for a pod, or applies a change to it. Returns whether it refuses more than

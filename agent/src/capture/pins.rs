@@ -5,6 +5,7 @@
 //! PIN_ROOT/<ABI hash>/links/{connect4, connect6, getpeername4, ..., sockops}
 //! PIN_ROOT/<ABI hash>/links/probe-<id of a probe cgroup>
 //! PIN_ROOT/<ABI hash>/links/tc-<pod id>-<interface index>-{ingress,egress}
+//! PIN_ROOT/<ABI hash>/pods/<namespace cookie>
 //! ```
 //! bpffs refuses dots in names.
 
@@ -101,6 +102,11 @@ impl Layout {
         self.dir.join("links")
     }
 
+    /// Directory of the records of captured namespaces.
+    pub fn pods(&self) -> PathBuf {
+        self.dir.join("pods")
+    }
+
     /// A map's pin.
     pub fn map(&self, name: &str) -> PathBuf {
         self.maps().join(name)
@@ -113,7 +119,7 @@ impl Layout {
 
     /// Makes the directories, for root only.
     pub fn create(&self) -> Result<(), CaptureError> {
-        for dir in [self.maps(), self.links()] {
+        for dir in [self.maps(), self.links(), self.pods()] {
             make_private_dir(&dir)?;
         }
         Ok(())

@@ -17,6 +17,7 @@ use tracing::{debug, warn};
 use self::pool::Pool;
 use super::{
     inheritance::{Listening, Purpose},
+    kept::Reason,
     netns::Netns,
     routes, sockdiag,
     sockets::{self, Mark},
@@ -79,6 +80,8 @@ pub struct Pod {
     /// As long as the pod is enrolled.
     open: Mutex<PodListeners>,
     unenrolled: watch::Sender<bool>,
+    /// Why everything is refused, while it is.
+    kept: Mutex<Option<Reason>>,
     upstream: Pools,
     application: Pools,
 }
@@ -118,6 +121,7 @@ impl Pod {
             open: Mutex::new(new.listeners.clone()),
             listeners: Mutex::new(Some(new.listeners)),
             unenrolled: watch::Sender::new(false),
+            kept: Mutex::new(None),
         })
     }
 
@@ -143,6 +147,21 @@ impl Pod {
         drop(self.take_listeners());
         *self.open.lock().unwrap_or_else(PoisonError::into_inner) = PodListeners::default();
         self.unenrolled.send_replace(true);
+    }
+
+    /// From now on every connection is refused for this reason; with `None` no longer.
+    pub(super) fn keep(&self, reason: Option<Reason>) {
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = reason;
+    }
+
+    /// Why every connection is refused: the pod vanished and is kept.
+    pub fn kept(&self) -> Option<Reason> {
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Device and inode number of its namespace, which name it while this value lives.
+    pub fn namespace_id(&self) -> (u64, u64) {
+        self.namespace.id()
     }
 
     /// Resolves when the pod was un-enrolled: accept loops end.

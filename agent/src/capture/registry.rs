@@ -26,9 +26,8 @@ pub struct Registry {
     pub problems: Vec<String>,
     /// Namespaces of enrolled pods and of those being enrolled.
     claims: HashMap<u64, Claim>,
-    /// Namespaces that an earlier agent captured and whose enrolment failed: they stay captured, so that nothing leaves
-    /// in plaintext.
-    kept: HashMap<u64, WorkloadKey>,
+    /// Namespaces of pods that are kept ([`super::kept`]).
+    kept: BTreeSet<u64>,
     /// Numbers that something in a map or a pin refers to.
     ids: BTreeSet<u32>,
 }
@@ -99,28 +98,36 @@ impl Registry {
         self.ids.remove(&id);
     }
 
-    /// Remembers that a namespace stays captured although its enrolment failed.
-    pub fn keep(&mut self, netns: u64, key: WorkloadKey) {
-        self.kept.insert(netns, key);
+    /// Remembers that a namespace stays captured although nobody enrols it.
+    pub fn keep(&mut self, netns: u64) {
+        self.kept.insert(netns);
     }
 
-    /// Forgets what was kept for a workload.
-    pub fn drop_kept(&mut self, key: &WorkloadKey) -> BTreeSet<u64> {
-        let netns: BTreeSet<u64> = self.kept.iter().filter(|(_, k)| *k == key).map(|(n, _)| *n).collect();
-        for n in &netns {
-            self.kept.remove(n);
-        }
-        netns
+    /// Forgets that.
+    pub fn unkeep(&mut self, netns: u64) {
+        self.kept.remove(&netns);
+    }
+
+    /// Is the namespace somebody's?
+    pub fn has(&self, netns: u64) -> bool {
+        self.claims.contains_key(&netns) || self.kept.contains(&netns)
+    }
+
+    /// A number for a pod that is kept.
+    pub fn reserve(&mut self) -> Result<u32, CaptureError> {
+        let id = self.free_id()?;
+        self.ids.insert(id);
+        Ok(id)
     }
 
     /// Of the namespaces in the maps, those that belong to nobody.
     pub fn orphans(&self, pods: &BTreeMap<u64, PodConfig>) -> BTreeSet<u64> {
-        pods.keys().copied().filter(|n| !self.claims.contains_key(n) && !self.kept.contains_key(n)).collect()
+        pods.keys().copied().filter(|n| !self.has(*n)).collect()
     }
 
     /// Of the numbers in use, those that belong to nobody.
     pub fn orphan_ids(&self, pods: &BTreeMap<u64, PodConfig>) -> BTreeSet<u32> {
-        let kept = self.kept.keys().filter_map(|n| pods.get(n)).map(|c| c.pod_id);
+        let kept = self.kept.iter().filter_map(|n| pods.get(n)).map(|c| c.pod_id);
         let live: BTreeSet<u32> = self.claims.values().map(|c| c.id).chain(kept).collect();
         self.ids.difference(&live).copied().collect()
     }

@@ -69,7 +69,9 @@ impl View for Report {
         }
         problems.extend(s.capture_problems.iter().cloned());
         for p in &s.pods {
-            if p.state == PodState::Refused {
+            if p.state == PodState::Kept {
+                problems.push(format!("{} is kept captured and closed: {}", p.workload, or_none(p.reason.as_deref())));
+            } else if p.state == PodState::Refused {
                 problems.push(format!("{} is not enrolled: {}", p.workload, or_none(p.reason.as_deref())));
             } else if p.certificate.is_none() {
                 problems.push(format!("{} has no valid certificate; see `underpass certificates`", p.workload));

@@ -19,7 +19,8 @@ use crate::admin::{
 #[derive(Debug, Args)]
 #[command(after_help = format!("{EXIT_CODES_CHECK}
 
-STATE is enrolled or refused for workloads of this node, and - for those of other nodes.
+STATE is enrolled, refused or kept for workloads of this node, and - for those of other nodes.
+A kept one vanished without leaving the mesh: it stays captured, and its connections are refused.
 PROTOCOL is underpass (mutual TLS or nothing) or plain (known, and not in the mesh). MODE
 says what the workload does with plaintext, and who set it.
 
@@ -76,6 +77,9 @@ impl View for Workloads {
         let local = self.workloads.iter().filter(|w| w.local && w.state != Some(PodState::Enrolled));
         local
             .map(|w| match &w.reason {
+                Some(reason) if w.state == Some(PodState::Kept) => {
+                    format!("{} is kept captured and closed: {reason}", w.workload)
+                }
                 Some(reason) => format!("{} is not enrolled: {reason}", w.workload),
                 None => format!("{} is not enrolled yet; see the agent's log if that stays", w.workload),
             })
@@ -96,5 +100,6 @@ pub(super) fn pod_state(state: PodState) -> &'static str {
     match state {
         PodState::Enrolled => "enrolled",
         PodState::Refused => "refused",
+        PodState::Kept => "kept",
     }
 }

@@ -222,6 +222,7 @@ impl Desk {
             debug!(%container, %error, "forgetting a sandbox");
         }
         self.attachments.remove(container).await;
+        self.pods.look_soon();
     }
 }
 

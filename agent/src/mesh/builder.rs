@@ -2,7 +2,9 @@
 
 use std::{collections::btree_map::Entry, fmt::Display, net::IpAddr, sync::Arc};
 
-use super::{MeshSettings, Policy, PolicyKey, Service, Snapshot, TrustDomain, Workload, WorkloadKey, WorkloadPolicy};
+use super::{
+    Departures, MeshSettings, Policy, PolicyKey, Service, Snapshot, TrustDomain, Workload, WorkloadKey, WorkloadPolicy,
+};
 
 /// Why a set of workloads and services is not a mesh. Nothing of it is applied.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -178,6 +180,13 @@ impl SnapshotBuilder {
         if snapshot.local.contains_key(workload) {
             // What a snapshot before this one shares is the same for policies, too.
             Arc::make_mut(&mut snapshot.local);
+        }
+    }
+
+    /// Says who was taken out of the mesh on purpose.
+    pub fn departures(&mut self, departures: Departures) {
+        if *self.snapshot.departures != departures {
+            self.snapshot.departures = Arc::new(departures);
         }
     }
 

@@ -4,6 +4,7 @@
 //! field cannot (dangling references, addresses claimed twice), and [`MeshStore`] swaps it in atomically.
 
 mod builder;
+mod departures;
 mod identity;
 mod issuer;
 mod mode;
@@ -16,6 +17,7 @@ mod store;
 mod tests;
 
 pub use builder::{BuildError, SnapshotBuilder};
+pub use departures::Departures;
 pub(crate) use identity::check_name;
 pub use identity::{IdentityError, SpiffeId, TrustDomain};
 pub use issuer::{CaAddress, CaAddressError, IstioCa};

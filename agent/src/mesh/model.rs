@@ -101,6 +101,8 @@ pub struct CertificateFiles {
 /// What this node has to know to enrol one of its own workloads.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct LocalPod {
+    /// The pod's Kubernetes uid. `None` from a source that has only names.
+    pub uid: Option<Arc<str>>,
     /// The pod's network namespace, e.g. `/run/netns/web` or `/proc/123/ns/net`.
     pub netns: PathBuf,
     /// The pod's cgroup v2 directory; must lie below the attach point.

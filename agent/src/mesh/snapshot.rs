@@ -7,8 +7,8 @@ use std::{
 };
 
 use super::{
-    EffectiveMode, MeshSettings, ModeSource, Policy, PolicyKey, Service, SpiffeId, TrustDomain, Workload, WorkloadKey,
-    WorkloadPolicy, sharded::Sharded,
+    Departures, EffectiveMode, MeshSettings, ModeSource, Policy, PolicyKey, Service, SpiffeId, TrustDomain, Workload,
+    WorkloadKey, WorkloadPolicy, sharded::Sharded,
 };
 
 /// Labels that name an application, in order of preference: Istio's, the one Kubernetes recommends, the customary one.
@@ -42,6 +42,7 @@ pub struct Snapshot {
     pub(super) by_hostname: Sharded<Arc<str>, Arc<Service>>,
     pub(super) policies: Arc<BTreeMap<PolicyKey, Arc<Policy>>>,
     pub(super) workload_policies: Sharded<WorkloadKey, Arc<WorkloadPolicy>>,
+    pub(super) departures: Arc<Departures>,
 }
 
 /// What a destination address means.
@@ -78,6 +79,7 @@ impl Snapshot {
             by_hostname: Sharded::default(),
             policies: Arc::default(),
             workload_policies: Sharded::default(),
+            departures: Arc::default(),
         }
     }
 
@@ -90,6 +92,7 @@ impl Snapshot {
             && self.services == other.services
             && self.policies == other.policies
             && self.workload_policies == other.workload_policies
+            && self.departures == other.departures
     }
 
     /// What `address` is. IPv4-mapped IPv6 addresses are looked up as IPv4.
@@ -133,6 +136,12 @@ impl Snapshot {
     /// Are the policies those of `before`? As above.
     pub fn shares_policies(&self, before: &Self) -> bool {
         Arc::ptr_eq(&self.policies, &before.policies)
+    }
+
+    /// Who was taken out of the mesh on purpose. A workload that is neither here nor in the
+    /// snapshot has only vanished.
+    pub fn departures(&self) -> &Departures {
+        &self.departures
     }
 
     /// All services, ordered by namespace and name.

@@ -40,6 +40,7 @@ fn workload(name: &str, addresses: &[&str]) -> Workload {
 
 fn local() -> LocalPod {
     LocalPod {
+        uid: None,
         netns: "/run/netns/x".into(),
         cgroup: None,
         exclude: Exclusions::default(),

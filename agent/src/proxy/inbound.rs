@@ -10,7 +10,7 @@ use std::{
 use rustls::AlertDescription;
 use tokio::{net::TcpStream, time::timeout};
 
-use super::{Holder, PodContext, dial, observe::Refused};
+use super::{Holder, PodContext, accept::reset, dial, observe::Refused};
 use crate::{
     bounds::{Entry, Evicted, Place},
     mesh::SpiffeId,
@@ -46,6 +46,10 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
             trace: by.preamble.and_then(trace),
         });
     };
+    if let Some(why) = pod.kept() {
+        refused(RefusalReason::KeptPod, &why, &Peer::default());
+        return reset(stream);
+    }
     let voucher = entry.voucher();
     let handshake = {
         // Boxed, so that what is needed for the handshake goes with the handshake.

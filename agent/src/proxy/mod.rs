@@ -228,6 +228,10 @@ impl PodContext {
         let account = self.account(&new, trace);
         let connection = table.add_accounted(new, Some(account));
         connection.sent.store(early as u64, Relaxed);
+        // It was on its way when the pod vanished.
+        if self.pod.kept().is_some() {
+            table.close(connection.id, CloseReason::Unenrolled);
+        }
         // Policies and revocation lists that came into force since it was judged have not seen it in the table.
         if policies.forbids(&connection) || self.proxy.is_revoked(&connection) {
             table.close(connection.id, CloseReason::Policy);

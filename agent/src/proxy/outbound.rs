@@ -67,9 +67,10 @@ pub(super) async fn serve(context: &PodContext, app: TcpStream, client: SocketAd
         return full(context, app, client);
     };
     let trace = TraceId(rand::random());
-    let result = match route::plan(&context.proxy.mesh.load(), destination) {
-        Ok(plan) => connect_first(context, &plan, &app, client, trace).await.map(|connected| (connected, plan)),
-        Err(reason) => Err(Refusal::new(reason, "no route")),
+    let result = match (context.pod.kept(), route::plan(&context.proxy.mesh.load(), destination)) {
+        (Some(why), _) => Err(Refusal::new(RefusalReason::KeptPod, why.to_string())),
+        (None, Ok(plan)) => connect_first(context, &plan, &app, client, trace).await.map(|connected| (connected, plan)),
+        (None, Err(reason)) => Err(Refusal::new(reason, "no route")),
     };
     match result {
         Ok((connected, plan)) => hand_over(context, app, client, destination, connected, plan, trace, place),

@@ -38,6 +38,10 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
             trace: None,
         });
     };
+    if let Some(why) = pod.kept() {
+        refused(RefusalReason::KeptPod, &why);
+        return reset(stream);
+    }
     if let Err(why) = proxy.policies.plaintext(&pod.key, source.ip(), destination) {
         refused(RefusalReason::Policy, &why);
         return reset(stream);

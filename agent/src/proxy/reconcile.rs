@@ -8,23 +8,28 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::{StreamExt as _, stream};
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tracing::{error, info, warn};
 
 use super::{Proxy, policy::judges_alike};
 use crate::{
+    capture::{Pod, Reason},
     mesh::{Snapshot, SpiffeId, Workload, WorkloadKey},
     policy::PolicySet,
+    relay::{CloseReason, Connection},
 };
 
 /// A pod can be refused for reasons that no event announces (a process in the wrong cgroup, a port in use), so it
 /// is tried again this often.
 const RETRY_REFUSED: Duration = Duration::from_secs(5);
+/// First and longest pause between two looks for kept pods that are gone. A look goes through all
+/// processes, once for all pods.
+const LOOK: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 /// Pods enrolled side by side; the work is system calls in namespaces, so a few are enough.
 const ENROL_PARALLEL: usize = 4;
 
@@ -42,6 +47,14 @@ pub enum PodState {
         /// For people.
         reason: String,
     },
+    /// It vanished without leaving the mesh: captured and guarded, takes no plaintext, and every
+    /// connection is refused.
+    Kept {
+        /// Its number in the BPF maps.
+        pod_id: u32,
+        /// Why it is kept.
+        reason: Reason,
+    },
 }
 
 impl PodState {
@@ -49,6 +62,7 @@ impl PodState {
         match self {
             Self::Enrolled { .. } => Ok(()),
             Self::Refused { reason } => Err(reason.clone()),
+            Self::Kept { reason, .. } => Err(reason.to_string()),
         }
     }
 }
@@ -56,10 +70,11 @@ impl PodState {
 /// A pod of this node, for `status`.
 #[derive(Debug, Clone)]
 pub struct PodStatus {
-    /// Which workload.
+    /// Which workload. Of a pod that an earlier agent captured and nobody knows, the name is made
+    /// of its number.
     pub key: WorkloadKey,
-    /// Its identity.
-    pub identity: SpiffeId,
+    /// Its identity, if it is known.
+    pub identity: Option<SpiffeId>,
     /// Its namespace.
     pub netns: PathBuf,
     /// How it stands.
@@ -94,6 +109,10 @@ pub struct Reconciler {
     enrolments: AtomicU64,
     /// Pods and maps are another agent's.
     retired: AtomicBool,
+    /// When kept pods are looked at next, and the pause before that.
+    look: Mutex<Option<(Instant, Duration)>>,
+    /// Something says that a kept pod may be gone.
+    hint: Notify,
 }
 
 /// A pod of this node, and what it was enrolled with.
@@ -111,6 +130,12 @@ struct Enrolled {
     excluded: Vec<u16>,
     /// Device and inode of the namespace: another one may have the same path.
     namespace: NetnsId,
+}
+
+impl Enrolled {
+    fn uid(&self) -> Option<Arc<str>> {
+        self.workload.local.as_ref()?.uid.clone()
+    }
 }
 
 /// Equal when it is the same allocation.
@@ -141,6 +166,8 @@ impl Reconciler {
             turn: tokio::sync::Mutex::default(),
             enrolments: AtomicU64::new(0),
             retired: AtomicBool::new(false),
+            look: Mutex::default(),
+            hint: Notify::new(),
         })
     }
 
@@ -153,7 +180,14 @@ impl Reconciler {
 
     /// How a pod stands: enrolled, or why not. `None` when it is not tried.
     pub fn state(&self, key: &WorkloadKey) -> Option<Result<(), String>> {
-        self.states().get(key).map(|pod| pod.status.state.result())
+        let state = self.states().get(key).map(|pod| pod.status.state.result());
+        state.or_else(|| self.kept().find(|pod| pod.key == *key).map(|pod| pod.state.result()))
+    }
+
+    /// A sandbox has been taken down, it is said: kept pods are looked at soon. No proof that one
+    /// is gone.
+    pub fn look_soon(&self) {
+        self.hint.notify_one();
     }
 
     /// Waits until the pod with this namespace is enrolled, or until that has failed.
@@ -173,7 +207,28 @@ impl Reconciler {
 
     /// How every pod of this node stands.
     pub fn pods(&self) -> Vec<PodStatus> {
-        self.states().values().map(|standing| standing.status.clone()).collect()
+        let mut pods: Vec<_> = self.states().values().map(|standing| standing.status.clone()).collect();
+        // One that is wanted and cannot be enrolled is there already, with the reason.
+        let listed = |pod: &PodStatus| {
+            let refused = matches!(pod.state, PodState::Kept { reason: Reason::Refused, .. });
+            refused && pods.iter().any(|other| other.key == pod.key)
+        };
+        let kept: Vec<_> = self.kept().filter(|pod| !listed(pod)).collect();
+        pods.extend(kept);
+        pods.sort_by(|a, b| a.key.cmp(&b.key));
+        pods
+    }
+
+    fn kept(&self) -> impl Iterator<Item = PodStatus> {
+        self.proxy.capture.kept().into_iter().map(|pod| PodStatus {
+            key: pod.key.unwrap_or_else(|| WorkloadKey {
+                namespace: "unknown".into(),
+                name: format!("pod-{}", pod.pod_id).into(),
+            }),
+            identity: pod.identity,
+            netns: pod.netns,
+            state: PodState::Kept { pod_id: pod.pod_id, reason: pod.reason },
+        })
     }
 
     /// What the node has been made equal to.
@@ -195,9 +250,18 @@ impl Reconciler {
     pub async fn run(self: Arc<Self>, mut generations: watch::Receiver<u64>) {
         loop {
             let again = self.applied().error.is_some() || self.states().values().any(Standing::is_refused);
+            let look = self.next_look().map(|(at, _)| at);
             tokio::select! {
                 changed = generations.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep(RETRY_REFUSED), if again => {}
+                () = tokio::time::sleep_until(look.unwrap_or_else(Instant::now).into()), if look.is_some() => {
+                    self.look().await;
+                    continue;
+                }
+                () = self.hint.notified() => {
+                    self.look_by(LOOK.0);
+                    continue;
+                }
             }
             self.reconcile().await;
         }
@@ -210,7 +274,8 @@ impl Reconciler {
         let snapshot = self.proxy.mesh.load();
         // Put back when all is done.
         let done = self.done.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let settled = done.is_some_and(|done| judges_alike(&snapshot, &done));
+        let settled =
+            done.is_some_and(|done| judges_alike(&snapshot, &done) && snapshot.departures() == done.departures());
         if !settled {
             (self.prepare)(&snapshot);
             self.proxy.certificates.want(snapshot.local_identities());
@@ -229,7 +294,7 @@ impl Reconciler {
             error!(%error, "the BPF maps do not have all of the configuration; every connection of the pods is captured");
         }
         if !settled {
-            self.remove_stale(&snapshot).await;
+            self.part(&snapshot).await;
             let workloads: Vec<Arc<Workload>> = snapshot.local_workloads().cloned().collect();
             stream::iter(workloads)
                 .for_each_concurrent(ENROL_PARALLEL, |workload| {
@@ -249,25 +314,88 @@ impl Reconciler {
         for pod in self.proxy.capture.pods() {
             self.proxy.capture.unenroll(&pod.key).await;
         }
+        self.proxy.capture.release_kept().await;
         self.states().clear();
         *self.done.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    async fn remove_stale(&self, snapshot: &Snapshot) {
-        for pod in self.proxy.capture.pods() {
-            let kept = snapshot
-                .workload(&pod.key)
-                .is_some_and(|w| w.identity == pod.identity && w.local.as_ref().is_some_and(|l| l.netns == pod.netns));
-            if !kept {
-                info!(pod = %pod.key, "un-enrolling");
-                self.proxy.capture.unenroll(&pod.key).await;
-                if let Some(standing) = self.states().get_mut(&pod.key) {
-                    standing.enrolled = None;
-                }
+    /// Releases who left on purpose, and keeps who only vanished.
+    async fn part(&self, snapshot: &Snapshot) {
+        let capture = &self.proxy.capture;
+        let mut kept = false;
+        for pod in capture.pods() {
+            let local = snapshot.workload(&pod.key).and_then(|workload| workload.local.as_ref());
+            let found = local.and_then(|local| identity(&local.netns));
+            if found == Some(pod.namespace_id()) {
+                continue;
+            }
+            let uid = self.states().get(&pod.key).and_then(|standing| standing.enrolled.as_ref()?.uid());
+            if snapshot.departures().includes(Some(&pod.key), uid.as_deref()) {
+                info!(pod = %pod.key, "un-enrolling: it was taken out of the mesh");
+                capture.unenroll(&pod.key).await;
+            } else {
+                let reason = match (snapshot.workload(&pod.key), found) {
+                    (None, _) => Reason::Absent,
+                    (Some(_), None) => Reason::Lost,
+                    (Some(_), Some(_)) => Reason::Replaced,
+                };
+                self.keep(&pod, reason).await;
+                kept = true;
+            }
+            if let Some(standing) = self.states().get_mut(&pod.key) {
+                standing.enrolled = None;
             }
         }
         let is_local = |key: &WorkloadKey| snapshot.workload(key).is_some_and(|workload| workload.local.is_some());
         self.states().retain(|key, _| is_local(key));
+        capture.release_departed(snapshot.departures()).await;
+        if kept {
+            self.look_by(LOOK.0);
+        }
+    }
+
+    /// Nobody answers for the pod any more, so its connections end.
+    async fn keep(&self, pod: &Arc<Pod>, reason: Reason) {
+        info!(pod = %pod.key, "kept captured and closed: {reason}");
+        self.proxy.capture.keep(&pod.key, reason).await;
+        let of_pod = |connection: &Connection| connection.what.workload == pod.key && connection.what.pod_id == pod.id;
+        let ended = self.proxy.table.close_where(CloseReason::Unenrolled, of_pod);
+        if ended > 0 {
+            info!(pod = %pod.key, ended, "connections reset: the pod is kept");
+        }
+    }
+
+    fn next_look(&self) -> Option<(Instant, Duration)> {
+        *self.look.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next look takes place by then, and not later if one is planned.
+    fn look_by(&self, pause: Duration) {
+        if self.next_look().is_none_or(|(at, _)| at > Instant::now() + pause) {
+            self.look_after(pause);
+        }
+    }
+
+    /// Plans the next look, unless there is nobody to look for.
+    fn look_after(&self, pause: Duration) {
+        let next = (!self.proxy.capture.kept().is_empty()).then(|| (Instant::now() + pause, pause));
+        *self.look.lock().unwrap_or_else(PoisonError::into_inner) = next;
+    }
+
+    /// Looks whether kept pods are gone: seldom while they stay, at once when something has
+    /// changed.
+    async fn look(&self) {
+        let _turn = self.turn.lock().await;
+        if self.retired.load(Relaxed) {
+            *self.look.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            return;
+        }
+        let pause = self.next_look().map_or(LOOK.0, |(_, pause)| (pause * 2).min(LOOK.1));
+        let snapshot = self.proxy.mesh.load();
+        // Some are known only since the snapshot was applied: an earlier agent's.
+        self.proxy.capture.release_departed(snapshot.departures()).await;
+        let left = self.proxy.capture.release_gone(snapshot.departures().in_sync).await;
+        self.look_after(if left.vanishing { LOOK.0 } else { pause });
     }
 
     async fn enrol(&self, workload: &Arc<Workload>, snapshot: &Snapshot) {
@@ -295,7 +423,7 @@ impl Reconciler {
         };
         let status = PodStatus {
             key: workload.key.clone(),
-            identity: workload.identity.clone(),
+            identity: Some(workload.identity.clone()),
             netns: local.netns.clone(),
             state: state.clone(),
         };
@@ -311,6 +439,7 @@ impl Reconciler {
                 PodState::Refused { reason } => {
                     warn!(pod = %workload.key, %reason, "not enrolled; will be tried again");
                 }
+                PodState::Kept { .. } => {}
             }
         }
     }

@@ -26,6 +26,7 @@ use aya_log::EbpfLogger;
 use tokio::io::{Interest, unix::AsyncFd};
 
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+const BPF_MAP_GET_NEXT_KEY: libc::c_int = 4;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
@@ -226,6 +227,38 @@ fn info_by_fd<T: Default>(fd: BorrowedFd<'_>) -> io::Result<T> {
     // fields (private to this module) are integers and take any bit pattern.
     unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
     Ok(info)
+}
+
+/// Every key of a hash map with eight-byte keys, whatever its values are. The map may change
+/// meanwhile: a key that goes is no error, and there are never more than the map has room for.
+pub fn keys(map: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
+    let info: RawMapInfo = info_by_fd(map)?;
+    if info.kind != BPF_MAP_TYPE_HASH || info.key_size as usize != size_of::<u64>() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("map of kind {} with keys of {} bytes is not the expected one", info.kind, info.key_size),
+        ));
+    }
+    let mut keys: Vec<u64> = Vec::new();
+    while keys.len() < info.max_entries as usize {
+        let (last, mut next) = (keys.last().copied(), 0_u64);
+        let mut attr = MapElem {
+            map_fd: raw(map),
+            _pad: 0,
+            key: last.as_ref().map_or(0, |key| std::ptr::from_ref(key) as u64),
+            value: std::ptr::from_mut(&mut next) as u64,
+            flags: 0,
+        };
+        // SAFETY: the layout is that of BPF_MAP_GET_NEXT_KEY, where a null key asks for the first
+        // one. The kernel reads and writes keys, whose size was checked above, through pointers to
+        // values that outlive the call.
+        match unsafe { bpf(BPF_MAP_GET_NEXT_KEY, &mut attr) } {
+            Ok(_) => keys.push(next),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(keys)
 }
 
 /// A hash or socket-storage map that threads use at the same time: the kernel does the locking.

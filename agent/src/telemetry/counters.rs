@@ -58,6 +58,8 @@ pub enum RefusalReason {
     BadRecord,
     /// A policy, or the mode STRICT, forbids it.
     Policy,
+    /// The pod vanished from what the agent knows and is kept: captured, and closed.
+    KeptPod,
     /// A key has protected as many records as it may, and the kernel cannot replace it.
     KeyLimit,
     /// A destination that is an agent port of a mesh workload.
@@ -74,9 +76,9 @@ impl RefusalReason {
     pub const ALL: [RefusalReason; REASONS] = {
         use RefusalReason::{
             AgentPort, BadRecord, CertificateExpired, CertificateRevoked, Deadline, DeniedByPeer, InvalidCertificate,
-            KeyLimit, NoAlpn, NoCertificate, NoEndpoint, NoOriginalDestination, NotTls, PeerUpstreamUnreachable,
-            PodLimit, Policy, ProxyDestination, ProxyHeader, ProxySource, Resources, TlsHandshake, Truncated,
-            UntrustedIssuer, UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
+            KeptPod, KeyLimit, NoAlpn, NoCertificate, NoEndpoint, NoOriginalDestination, NotTls,
+            PeerUpstreamUnreachable, PodLimit, Policy, ProxyDestination, ProxyHeader, ProxySource, Resources,
+            TlsHandshake, Truncated, UntrustedIssuer, UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
         };
         [
             NoOriginalDestination,
@@ -102,6 +104,7 @@ impl RefusalReason {
             Truncated,
             BadRecord,
             Policy,
+            KeptPod,
             KeyLimit,
             AgentPort,
             Resources,
@@ -112,9 +115,9 @@ impl RefusalReason {
     pub const fn as_str(self) -> &'static str {
         use RefusalReason::{
             AgentPort, BadRecord, CertificateExpired, CertificateRevoked, Deadline, DeniedByPeer, InvalidCertificate,
-            KeyLimit, NoAlpn, NoCertificate, NoEndpoint, NoOriginalDestination, NotTls, PeerUpstreamUnreachable,
-            PodLimit, Policy, ProxyDestination, ProxyHeader, ProxySource, Resources, TlsHandshake, Truncated,
-            UntrustedIssuer, UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
+            KeptPod, KeyLimit, NoAlpn, NoCertificate, NoEndpoint, NoOriginalDestination, NotTls,
+            PeerUpstreamUnreachable, PodLimit, Policy, ProxyDestination, ProxyHeader, ProxySource, Resources,
+            TlsHandshake, Truncated, UntrustedIssuer, UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
         };
         match self {
             NoOriginalDestination => "no-original-destination",
@@ -140,6 +143,7 @@ impl RefusalReason {
             Truncated => "truncated",
             BadRecord => "bad-record",
             Policy => "policy",
+            KeptPod => "kept-pod",
             KeyLimit => "key-limit",
             AgentPort => "agent-port",
             Resources => "resources",

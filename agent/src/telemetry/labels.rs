@@ -96,7 +96,7 @@ impl From<RefusalReason> for ResponseFlag {
     fn from(reason: RefusalReason) -> Self {
         use RefusalReason as R;
         match reason {
-            R::Policy | R::DeniedByPeer => Self::Deny,
+            R::Policy | R::KeptPod | R::DeniedByPeer => Self::Deny,
             R::NoEndpoint | R::UpstreamUnreachable | R::PeerUpstreamUnreachable => Self::Connect,
             R::TlsHandshake
             | R::UntrustedIssuer

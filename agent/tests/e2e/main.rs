@@ -2,6 +2,7 @@
 //!
 //! Needs root. Every test makes its own namespaces, cgroups and pins and removes them; several run side by side.
 
+mod absence;
 mod bypass;
 mod certificates;
 mod coexistence;

@@ -3,6 +3,7 @@
 //! Needs root, and the programs that `cargo xtask cluster parts` makes; without them every test fails and says so. Those of [`scale`] and
 //! [`throttled`] have an API of their own.
 
+mod absence;
 mod ca;
 mod cni;
 mod control_plane;

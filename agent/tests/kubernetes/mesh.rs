@@ -128,7 +128,8 @@ impl Mesh {
                 let all = agent.ask(&["workloads"])?;
                 let workload = format!("{}/{}", pod.namespace, pod.pod.name());
                 let list = all["workloads"].as_array().context("workloads")?;
-                let found = list.iter().any(|w| w["workload"] == workload.as_str() && w["protocol"] == "underpass");
+                let is = |w: &&Value| w["workload"] == workload.as_str() && w["state"] != "kept";
+                let found = list.iter().filter(is).any(|w| w["protocol"] == "underpass");
                 ensure!(found == expected, "{workload}: {all}");
                 Ok(())
             })?;

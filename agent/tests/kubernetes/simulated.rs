@@ -2,7 +2,7 @@
 //! it has too much to do, or is away.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs,
     net::{Ipv4Addr, TcpListener},
     path::PathBuf,
@@ -56,6 +56,8 @@ struct Api {
     size: Size,
     /// Of the pods that are not what they were at first: addresses; `None` is gone.
     changed: Mutex<BTreeMap<usize, Option<Ipv4Addr>>>,
+    /// Pods whose label says that they take no part.
+    out: Mutex<BTreeSet<usize>>,
     version: AtomicU64,
     events: broadcast::Sender<Bytes>,
     throttled: watch::Sender<bool>,
@@ -69,6 +71,7 @@ impl Simulated {
         let api = Api {
             size,
             changed: Mutex::default(),
+            out: Mutex::default(),
             version: AtomicU64::new(7),
             events: broadcast::channel(1024).0,
             throttled: watch::Sender::new(false),
@@ -124,13 +127,19 @@ impl Simulated {
     /// Gives a pod this address.
     pub fn change(&self, i: usize, ip: Ipv4Addr) {
         self.api.put(i, Some(ip));
-        self.api.tell("MODIFIED", pod(&self.api.size, i, ip));
+        self.api.tell("MODIFIED", self.api.pod(i, ip));
     }
 
     /// Deletes a pod.
     pub fn remove(&self, i: usize) {
         self.api.put(i, None);
-        self.api.tell("DELETED", pod(&self.api.size, i, address(i)));
+        self.api.tell("DELETED", self.api.pod(i, address(i)));
+    }
+
+    /// Gives a pod the label that says that it takes no part.
+    pub fn opt_out(&self, i: usize, ip: Ipv4Addr) {
+        self.api.out.lock().unwrap_or_else(PoisonError::into_inner).insert(i);
+        self.change(i, ip);
     }
 }
 
@@ -148,6 +157,14 @@ impl Api {
     fn ip(&self, i: usize) -> Option<Ipv4Addr> {
         let changed = self.changed.lock().unwrap_or_else(PoisonError::into_inner);
         changed.get(&i).copied().unwrap_or_else(|| Some(address(i)))
+    }
+
+    fn pod(&self, i: usize, ip: Ipv4Addr) -> Value {
+        let mut pod = pod(&self.size, i, ip);
+        if self.out.lock().unwrap_or_else(PoisonError::into_inner).contains(&i) {
+            pod["metadata"]["labels"]["underpass.io/mode"] = json!("disabled");
+        }
+        pod
     }
 
     fn tell(&self, what: &str, mut object: Value) {
@@ -265,7 +282,7 @@ fn router(api: &Arc<Api>) -> Router {
     let unknown = json!({ "kind": "Status", "apiVersion": "v1", "status": "Failure", "message": "not found", "reason": "NotFound", "code": 404 });
     let namespace: Item = |_, i| Some(json!({ "metadata": { "name": format!("ns-{i}") } }));
     Router::new()
-        .route("/api/v1/pods", list("Pod", pods, |api, i| Some(pod(&api.size, i, api.ip(i)?))))
+        .route("/api/v1/pods", list("Pod", pods, |api, i| Some(api.pod(i, api.ip(i)?))))
         .route("/api/v1/namespaces", list("Namespace", 100, namespace))
         .route("/api/v1/nodes", list("Node", 1, |_, _| Some(json!({ "metadata": { "name": "a" } }))))
         .route("/api/v1/services", list("Service", services, |_, s| Some(service(s))))

@@ -15,6 +15,7 @@ use crate::{
         Action, Condition, LATEST_REVISION, Policy, Protocol, Rule, Service, ServiceAccount, Snapshot, SpiffeId,
         StringMatch, Values, Workload, WorkloadKey,
     },
+    proxy::{PodState, PodStatus},
     relay::{Connection, DataPath, Direction},
 };
 
@@ -32,6 +33,7 @@ pub(super) fn render(view: &View) -> String {
         policies: mesh.policies().map(|p| policy(p)).collect(),
         certificates: certificates(view),
         workload_state: states(&mesh, &connections),
+        kept_pods: kept(view),
         version: env!("CARGO_PKG_VERSION"),
         node: &mesh.node,
         trust_domain: mesh.trust_domain.as_str(),
@@ -48,6 +50,7 @@ struct Dump<'a> {
     policies: Vec<PolicyDump<'a>>,
     certificates: Vec<CertificatesDump>,
     workload_state: BTreeMap<String, StateDump<'a>>,
+    kept_pods: Vec<KeptDump>,
     version: &'a str,
     node: &'a str,
     trust_domain: &'a str,
@@ -94,6 +97,15 @@ struct EndpointDump {
     workload_uid: String,
     service: String,
     port: BTreeMap<String, u16>,
+}
+
+/// A pod that vanished without leaving the mesh; ztunnel has no such thing.
+#[derive(Serialize)]
+struct KeptDump {
+    workload: String,
+    netns: String,
+    reason: &'static str,
+    detail: String,
 }
 
 #[derive(Serialize)]
@@ -377,6 +389,20 @@ fn chain(svid: &Svid) -> Vec<CertificateDump> {
         })
     };
     svid.certified.cert.iter().filter_map(dump).collect()
+}
+
+fn kept(view: &View) -> Vec<KeptDump> {
+    let pods = view.node.pods();
+    let dump = |pod: &PodStatus| match pod.state {
+        PodState::Kept { reason, .. } => Some(KeptDump {
+            workload: pod.key.to_string(),
+            netns: pod.netns.display().to_string(),
+            reason: reason.as_str(),
+            detail: reason.to_string(),
+        }),
+        PodState::Enrolled { .. } | PodState::Refused { .. } => None,
+    };
+    pods.iter().filter_map(dump).collect()
 }
 
 fn states<'a>(mesh: &'a Snapshot, connections: &[Arc<Connection>]) -> BTreeMap<String, StateDump<'a>> {

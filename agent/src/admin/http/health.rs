@@ -176,17 +176,19 @@ fn certificates(view: &View) -> Condition {
 }
 
 fn listeners(pods: &[PodStatus], applied: bool) -> Condition {
+    // A kept pod is closed on purpose: the others do not depend on it.
+    let wanted = pods.iter().filter(|pod| !matches!(pod.state, PodState::Kept { .. })).count();
     let refused: Vec<String> = pods
         .iter()
         .filter_map(|pod| match &pod.state {
-            PodState::Enrolled { .. } => None,
+            PodState::Enrolled { .. } | PodState::Kept { .. } => None,
             PodState::Refused { reason } => Some(format!("{} ({reason})", pod.key)),
         })
         .collect();
     Condition {
         name: "listeners",
-        ready: applied && (pods.is_empty() || refused.len() < pods.len()),
-        detail: summary(pods.len(), "pods have listeners", &refused),
+        ready: applied && (wanted == 0 || refused.len() < wanted),
+        detail: summary(wanted, "pods have listeners", &refused),
     }
 }
 

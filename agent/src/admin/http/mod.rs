@@ -86,6 +86,10 @@ pub trait NodeView: Send + Sync + 'static {
     fn capture_problems(&self) -> Vec<String>;
     /// This node's pods, enrolled or not.
     fn pods(&self) -> Vec<PodStatus>;
+    /// Addresses that several objects of the source claim.
+    fn disputed_addresses(&self) -> usize {
+        0
+    }
     /// The configuration that the pods have been made equal to.
     fn applied(&self) -> Applied;
     /// What happened to the configuration file.

@@ -128,7 +128,7 @@ impl Scene {
         assert!(certificates.wait_for(&web.identity, SOON).await.is_some());
         let pod = PodStatus {
             key: web.key.clone(),
-            identity: web.identity.clone(),
+            identity: Some(web.identity.clone()),
             netns: "/run/netns/web".into(),
             state: PodState::Enrolled { pod_id: 1 },
         };

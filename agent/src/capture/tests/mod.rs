@@ -4,6 +4,7 @@
 mod cleanup;
 mod desired;
 mod enrol;
+mod kept;
 mod lab;
 mod logs;
 mod overflow;
@@ -29,6 +30,7 @@ fn workload(name: &str, address: &str, netns: Option<&str>) -> Workload {
         mode: InboundMode::Permissive,
         port_modes: Vec::new(),
         local: netns.map(|netns| LocalPod {
+            uid: None,
             netns: netns.into(),
             cgroup: None,
             exclude: Exclusions::default(),

@@ -114,30 +114,6 @@ async fn tcx_and_clsact_replace_each_other() {
     }
 }
 
-async fn garbage(tc: TcMode) {
-    let scene = Scene::new().await;
-    let capture = scene.start(tc).await;
-    drop(capture.enroll(&scene.web, None).await.unwrap());
-    drop(capture);
-    let capture = scene.start(tc).await;
-    assert_eq!(pods_in_the_map(&scene), [1]);
-    assert_eq!(scene.dial(true).await, Connected::Refused, "until it is known that the pod is not wanted");
-    capture.collect_garbage().await;
-    assert!(pods_in_the_map(&scene).is_empty());
-    scene.assert_plain().await;
-    assert_eq!(capture.enroll(&scene.web, None).await.unwrap().id, 1);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn pods_that_are_not_wanted_any_more_are_released() {
-    garbage(TcMode::Tcx).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn pods_that_are_not_wanted_any_more_are_released_with_clsact() {
-    garbage(TcMode::Clsact).await;
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn pins_of_interfaces_that_went_away_unseen_are_removed() {
     let scene = Scene::new().await;

@@ -260,6 +260,7 @@ async fn follow(
     generations.wait_for(|generation| *generation > 0).await.ok()?;
     reconciler.reconcile().await;
     capture.collect_garbage().await;
+    reconciler.look_soon();
     Some(generations)
 }
 

@@ -58,6 +58,10 @@ impl NodeView for NodeStatus {
         self.reconciler.pods()
     }
 
+    fn disputed_addresses(&self) -> usize {
+        self.cluster.as_ref().map_or(0, Statuses::disputed_addresses)
+    }
+
     fn applied(&self) -> Applied {
         self.reconciler.applied()
     }
@@ -74,14 +78,15 @@ impl NodeView for NodeStatus {
 impl StatusProvider for NodeStatus {
     fn status(&self) -> Status {
         let pods = self.reconciler.pods().into_iter().map(|pod| {
-            let svid = self.certificates.current(&pod.identity);
+            let svid = pod.identity.as_ref().and_then(|identity| self.certificates.current(identity));
             let (state, pod_id, reason) = match pod.state {
                 PodState::Enrolled { pod_id } => (api::PodState::Enrolled, Some(pod_id), None),
                 PodState::Refused { reason } => (api::PodState::Refused, None, Some(reason)),
+                PodState::Kept { pod_id, reason } => (api::PodState::Kept, Some(pod_id), Some(reason.to_string())),
             };
             api::PodStatus {
                 workload: pod.key.to_string(),
-                identity: pod.identity.to_string(),
+                identity: pod.identity.map_or_else(String::new, |identity| identity.to_string()),
                 netns: pod.netns.display().to_string(),
                 pod_id,
                 state,

@@ -6,7 +6,13 @@ use aya::util::KernelVersion;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::row::{Check, Row};
-use crate::cli::cgroup::{self, Hierarchy};
+use crate::{
+    capture::{
+        Reason,
+        records::{self, Record},
+    },
+    cli::cgroup::{self, Hierarchy},
+};
 
 /// Oldest kernel with every hook and helper the programs use: `bpf_get_netns_cookie` in sockops came last, with 5.15.
 const OLDEST: (u8, u8) = (5, 15);
@@ -41,6 +47,29 @@ pub(super) fn cgroup() -> Row {
             check.ok(format!("v2 at {} ({kind})", h.mount.display()))
         }
         Err(e) => check.missing(e, "mount it: mount -t cgroup2 none /sys/fs/cgroup/unified"),
+    }
+}
+
+/// Pods that vanished without leaving the mesh. Read from what is pinned, so also without an agent.
+pub(super) fn kept_pods(pin_root: &Path) -> Row {
+    /// Most that are named.
+    const NAMED: usize = 5;
+    let check = Check("kept-pods", false);
+    match records::kept(pin_root) {
+        Ok(kept) if kept.is_empty() => check.ok("none"),
+        Ok(kept) => {
+            let name = |(record, reason): &(Record, Reason)| {
+                let name = record.key().map_or_else(|| "unknown".to_owned(), |key| key.to_string());
+                format!("{name} ({})", reason.as_str())
+            };
+            let names: Vec<_> = kept.iter().take(NAMED).map(name).collect();
+            let more = if kept.len() > NAMED { ", ..." } else { "" };
+            check.degraded(
+                format!("{}: {}{more}", kept.len(), names.join(", ")),
+                "they stay captured and their connections are refused, until they are taken out of the mesh or are gone",
+            )
+        }
+        Err(e) => check.missing(e, "run as root"),
     }
 }
 

@@ -64,7 +64,7 @@ pub(super) fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
 /// Looks at everything, for an agent that is given these directories.
 pub(super) fn report(cgroup: Option<&Path>, pin_root: &Path) -> Report {
     let mut checks = vec![host::kernel(), host::cgroup(), host::attach_point(cgroup)];
-    checks.extend([host::btf(), host::bpffs(pin_root)]);
+    checks.extend([host::btf(), host::bpffs(pin_root), host::kept_pods(pin_root)]);
     checks.extend(bpf::hooks());
     checks.extend(bpf::maps());
     checks.extend(bpf::helpers());

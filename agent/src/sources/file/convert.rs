@@ -89,6 +89,7 @@ pub(super) fn node_config(file: &str, document: &Document, node: Option<&str>) -
     for (i, w) in document.workloads.iter().enumerate() {
         workloads.add(&mut builder, i, w)?;
     }
+    workloads.departures(&mut builder);
     let mut services = Services::new(check, &trust_domain, workloads.into_known());
     for (i, s) in document.services.iter().enumerate() {
         services.add(&mut builder, i, s)?;

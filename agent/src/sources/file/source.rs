@@ -14,7 +14,7 @@ use tracing::{error, info, warn};
 
 use super::{ConfigError, IssuerConfig, LAST_GOOD, MAX_DOCUMENT, NodeConfig, ReloadStats, parse_for};
 use crate::{
-    mesh::{MeshStore, TrustDomain},
+    mesh::{Departures, MeshStore, SnapshotBuilder, TrustDomain},
     sources::kubernetes::KubernetesConfig,
     telemetry::logging::printable,
 };
@@ -70,13 +70,17 @@ impl FileSource {
             Err(problem) => {
                 stats.rejected(&problem.0);
                 let copy = LAST_GOOD.path(state_dir);
-                let config = LAST_GOOD
+                let mut config = LAST_GOOD
                     .read(state_dir)
                     .map_err(|e| e.to_string())
                     .and_then(|text| parse_for(&copy.display().to_string(), &text, node).map_err(|e| e.0))
                     .map_err(|e| {
                         ConfigError(format!("{problem}\nno last good copy to start from: {}: {e}", copy.display()))
                     })?;
+                // A copy may be older than a pod: nobody leaves the mesh because of what it says.
+                let mut builder = SnapshotBuilder::amend(config.snapshot);
+                builder.departures(Departures::default());
+                config.snapshot = builder.build();
                 stats.started_from_last_good();
                 error!(%problem, copy = %copy.display(), "configuration not accepted; started from the last good copy");
                 (config, None)

@@ -1,7 +1,7 @@
 //! `workloads` of the document.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     path::PathBuf,
     sync::Arc,
 };
@@ -15,8 +15,8 @@ use super::{
     schema::{self, Enroll, Mode},
 };
 use crate::mesh::{
-    BuildError, CertificateFiles, EffectiveMode, InboundMode, LocalPod, ModeDefaults, ModeSource, PortMode, Protocol,
-    SnapshotBuilder, SpiffeId, TrustDomain, Workload, WorkloadKey, WorkloadPolicy,
+    BuildError, CertificateFiles, Departures, EffectiveMode, InboundMode, LocalPod, ModeDefaults, ModeSource, PortMode,
+    Protocol, SnapshotBuilder, SpiffeId, TrustDomain, Workload, WorkloadKey, WorkloadPolicy,
 };
 
 /// Service account of a workload that names none, as in Kubernetes.
@@ -31,6 +31,9 @@ pub(super) struct Workloads<'a> {
     modes: ModeDefaults,
     known: HashMap<WorkloadKey, Arc<Workload>>,
     namespaces: HashMap<PathBuf, WorkloadKey>,
+    /// Workloads of this node that are listed without `enroll`: that is how the file takes one out
+    /// of the mesh.
+    left: BTreeSet<WorkloadKey>,
 }
 
 impl<'a> Workloads<'a> {
@@ -41,7 +44,14 @@ impl<'a> Workloads<'a> {
         issuer: &'a IssuerConfig,
         modes: ModeDefaults,
     ) -> Self {
-        Self { check, node, trust_domain, issuer, modes, known: HashMap::new(), namespaces: HashMap::new() }
+        let (known, namespaces, left) = (HashMap::new(), HashMap::new(), BTreeSet::new());
+        Self { check, node, trust_domain, issuer, modes, known, namespaces, left }
+    }
+
+    /// Says in the snapshot which workloads the file takes out of the mesh.
+    pub(super) fn departures(&mut self, builder: &mut SnapshotBuilder) {
+        let workloads = std::mem::take(&mut self.left);
+        builder.departures(Departures { in_sync: true, workloads, ..Departures::default() });
     }
 
     /// The workloads added, for services to refer to.
@@ -107,7 +117,12 @@ impl<'a> Workloads<'a> {
                 }
                 Some(self.local_pod(&at("enroll"), &key, &enroll.value, enroll.referenced)?)
             }
-            None => None,
+            None => {
+                if node == self.node {
+                    self.left.insert(key.clone());
+                }
+                None
+            }
         };
         let mode = self.mode(w, &at("mode"), protocol, &key.namespace)?;
         let policy = WorkloadPolicy {
@@ -203,6 +218,7 @@ impl<'a> Workloads<'a> {
             (_, None) => None,
         };
         Ok(LocalPod {
+            uid: None,
             netns,
             cgroup,
             exclude: check.exclusions(&format!("{field}.exclude"), &enroll.exclude)?,

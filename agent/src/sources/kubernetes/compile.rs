@@ -15,6 +15,7 @@ use underpass_abi::capacity;
 
 use super::{
     cluster::{Changes, Cluster},
+    disputes::{self, Claimants, Disputes, Vips},
     enrolment::Enrolments,
     finder::Finder,
     modes::Modes,
@@ -27,7 +28,7 @@ use super::{
     wiring::{Candidates, Replaced, Wiring},
 };
 use crate::{
-    mesh::{MeshSettings, Snapshot, SnapshotBuilder},
+    mesh::{Departures, MeshSettings, Snapshot, SnapshotBuilder},
     pod_identity::NoIdentity,
 };
 
@@ -36,6 +37,7 @@ use crate::{
 pub(super) struct Compiler {
     enrolments: Enrolments,
     finder: Finder,
+    disputes: Disputes,
     domain: Arc<str>,
     /// What was made of the cluster the last time.
     made: Option<Made>,
@@ -49,6 +51,8 @@ pub(super) struct Compiled {
     pub(super) due: Option<Instant>,
     /// Every pod of this node was found.
     pub(super) complete: bool,
+    /// Addresses that several objects claim.
+    pub(super) disputed: usize,
 }
 
 #[derive(Debug)]
@@ -60,8 +64,11 @@ struct Made {
     snapshot: Snapshot,
     modes: Modes,
     wiring: Wiring,
+    vips: Vips,
     /// Pods that are captured here.
     here: BTreeMap<Key, Here>,
+    /// Pods of this node that take no part because it is written down, with their uids.
+    left: BTreeMap<Key, Arc<str>>,
     /// Pods that take part and are no workload, because they have no address, say. They must not be dialled in plaintext.
     unreachable: HashSet<Key>,
     services: Candidates,
@@ -84,7 +91,9 @@ impl Made {
             snapshot: builder.build(),
             modes: Modes::default(),
             wiring: Wiring::default(),
+            vips: Vips::default(),
             here: BTreeMap::new(),
+            left: BTreeMap::new(),
             unreachable: HashSet::new(),
             services: Candidates::default(),
             problems: Problems::default(),
@@ -99,7 +108,8 @@ impl Made {
 
 impl Compiler {
     pub(super) fn new(finder: Finder, domain: &str) -> Self {
-        Self { enrolments: Enrolments::default(), finder, domain: domain.into(), made: None }
+        let (enrolments, disputes) = (Enrolments::default(), Disputes::default());
+        Self { enrolments, finder, disputes, domain: domain.into(), made: None }
     }
 
     /// Where this node's pods are.
@@ -133,8 +143,14 @@ impl Compiler {
             problems.clear();
             made.modes = Modes::new(cluster, settings.mode, &settings.root_namespace, problems);
         }
-        let pods = self.dirty_pods(&mut made, cluster, &changes, now);
+        let mut pods = self.dirty_pods(&mut made, cluster, &changes, now);
         let mut dirty = made.wiring.services(cluster, &changes);
+        disputes::note_vips(&mut made.vips, cluster, &changes);
+        let touched = disputes::touched(cluster, &changes, &pods);
+        let (claims, vips) = (&made.wiring.claims, &made.vips);
+        let moved = self.disputes.settle(&Claimants { cluster, node: &base.node, claims, vips }, touched);
+        pods.extend(moved.pods);
+        dirty.extend(moved.services);
         dirty.extend(pods.iter().flat_map(|pod| made.wiring.users(pod)).cloned());
         if changes.node {
             // The zone may be another one.
@@ -143,22 +159,26 @@ impl Compiler {
         let (placed, complete) = self.place(&mut made, cluster, base, &pods, now, &mut dirty);
         let mut pass =
             Pass { builder: SnapshotBuilder::amend(made.snapshot.clone()), disputed: false, made: &mut made };
-        pass.pods(&self.finder, cluster, base, placed);
-        pass.services(cluster, base, &self.domain, dirty);
+        pass.pods(&self.finder, &self.disputes, cluster, base, placed);
+        pass.services(&self.disputes, cluster, base, &self.domain, dirty);
         if changes.policies {
             pass.policies(cluster, base);
         }
         if changes.node {
             pass.node(cluster, base);
         }
+        pass.departures(cluster);
         let snapshot = pass.builder.build();
+        self.disputes.published(&snapshot);
         if !changes.namespaces.is_empty() {
             made.problems.namespaces(cluster);
         }
         made.snapshot = snapshot.clone();
+        made.problems.disputes = self.disputes.problems(&made.wiring.claims, &made.vips);
         let problems = made.problems.all();
         self.made = Some(made);
-        Compiled { snapshot, problems, due: self.enrolments.due(), complete }
+        let disputed = self.disputes.len();
+        Compiled { snapshot, problems, due: self.enrolments.due(), complete, disputed }
     }
 
     /// The pods that have to be looked at.
@@ -195,6 +215,10 @@ impl Compiler {
         for key in dirty {
             let pod = cluster.pods.entry(key);
             let pod = pod.map(|(key, record)| pods::place(cluster, &base.node, &mut self.enrolments, key, record, now));
+            match pod.filter(|pod| pod.left && !pod.record.uid.is_empty()) {
+                Some(pod) => drop(made.left.insert(key.clone(), Arc::clone(&pod.record.uid))),
+                None => drop(made.left.remove(key)),
+            }
             let here = pod
                 .filter(|pod| pod.captured_here)
                 .map(|pod| Here { uid: Arc::clone(&pod.record.uid), terminating: pod.record.terminating });
@@ -248,9 +272,16 @@ struct Pass<'a> {
 
 impl Pass<'_> {
     /// Makes the workloads of these pods.
-    fn pods(&mut self, finder: &Finder, cluster: &Cluster, base: &Snapshot, placed: Vec<(Key, Option<Placed<'_>>)>) {
+    fn pods(
+        &mut self,
+        finder: &Finder,
+        disputes: &Disputes,
+        cluster: &Cluster,
+        base: &Snapshot,
+        placed: Vec<(Key, Option<Placed<'_>>)>,
+    ) {
         let made = &mut *self.made;
-        let context = pods::Context { cluster, base, claims: &made.wiring.claims, modes: &made.modes, finder };
+        let context = pods::Context { cluster, base, disputes, modes: &made.modes, finder };
         let mut replaced: Vec<(Key, Option<Known>)> = Vec::new();
         for (key, pod) in placed {
             let without_identity = pod.as_ref().and_then(|pod| pod.without_identity);
@@ -303,7 +334,14 @@ impl Pass<'_> {
     }
 
     /// Makes these services.
-    fn services(&mut self, cluster: &Cluster, base: &Snapshot, domain: &str, dirty: BTreeSet<Key>) {
+    fn services(
+        &mut self,
+        disputes: &Disputes,
+        cluster: &Cluster,
+        base: &Snapshot,
+        domain: &str,
+        dirty: BTreeSet<Key>,
+    ) {
         let made = &mut *self.made;
         let node = cluster.nodes.iter().next().map(|(_, node)| node);
         let context = services::Context {
@@ -313,6 +351,7 @@ impl Pass<'_> {
             slices: &made.wiring.slices,
             mesh: self.builder.so_far(),
             unreachable: &made.unreachable,
+            disputes,
             domain,
         };
         let service = |key: &Key| context.service(key, cluster.services.get(key)?);
@@ -341,6 +380,19 @@ impl Pass<'_> {
             let added = after.as_ref().map_or(Ok(()), |service| self.builder.shared_service(service));
             made.problems.service(key, added.err().map(|e| e.to_string()));
         }
+    }
+
+    /// Who left on purpose. Only what the API server says itself counts: a copy may be older than
+    /// the pod.
+    fn departures(&mut self, cluster: &Cluster) {
+        let heard = cluster.pods.synced() && cluster.namespaces.synced();
+        let uids = if heard { self.made.left.values().cloned().collect() } else { BTreeSet::new() };
+        self.builder.departures(Departures {
+            in_sync: cluster.synced(),
+            everybody: cluster.leaving,
+            uids,
+            workloads: BTreeSet::new(),
+        });
     }
 
     fn policies(&mut self, cluster: &Cluster, base: &Snapshot) {

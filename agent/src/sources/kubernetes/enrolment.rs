@@ -27,15 +27,34 @@ pub(super) enum Phase {
     In,
 }
 
-/// Do the labels of the pod and its namespace ask for it, and is it possible?
-pub(super) fn wanted(pod: &PodRecord, namespace: Option<&NamespaceRecord>) -> bool {
-    asked(pod, namespace) && pod.unvouched.is_none()
+/// What a pod and its namespace say about taking part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wish {
+    /// A label asks for it, and nothing stands in the way.
+    In,
+    /// They say that the pod stays out: a decision, also when a label was taken away.
+    Out,
+    /// The pod leaves it to its namespace, whose object is not there. That is no decision.
+    Unknown,
 }
 
-/// As [`wanted`], whether the pod has an identity or not.
-pub(super) fn asked(pod: &PodRecord, namespace: Option<&NamespaceRecord>) -> bool {
-    let choice = pod.choice.or_else(|| namespace.and_then(|n| n.choice));
-    choice == Some(Choice::In) && !pod.host_network && !pod.occupied
+/// What the labels of the pod and its namespace ask for, as far as it is possible.
+pub(super) fn wish(pod: &PodRecord, namespace: Option<&NamespaceRecord>) -> Wish {
+    if pod.unvouched.is_some() { Wish::Out } else { asked(pod, namespace) }
+}
+
+/// As [`wish`], whether the pod has an identity or not.
+pub(super) fn asked(pod: &PodRecord, namespace: Option<&NamespaceRecord>) -> Wish {
+    if pod.host_network || pod.occupied {
+        return Wish::Out;
+    }
+    match (pod.choice, namespace) {
+        (Some(Choice::In), _) => Wish::In,
+        (Some(Choice::Out), _) => Wish::Out,
+        (None, Some(namespace)) if namespace.choice == Some(Choice::In) => Wish::In,
+        (None, Some(_)) => Wish::Out,
+        (None, None) => Wish::Unknown,
+    }
 }
 
 /// Remembers which pods are wanted, and since when if that has changed.
@@ -54,8 +73,19 @@ struct Seen {
 }
 
 impl Enrolments {
-    /// The phase of a pod, of which `wanted` is what its labels ask for now.
-    pub(super) fn phase(&mut self, key: &Key, pod: &PodRecord, wanted: bool, now: Instant) -> Phase {
+    /// The phase of a pod, with what its labels ask for now. While that is unknown, the pod stays
+    /// where it was.
+    pub(super) fn phase(&mut self, key: &Key, pod: &PodRecord, wish: Wish, now: Instant) -> Phase {
+        let known = self.pods.get(key).filter(|seen| seen.uid == pod.uid).map(|seen| seen.wanted);
+        let wanted = match wish {
+            Wish::In => true,
+            Wish::Out => false,
+            Wish::Unknown => match known {
+                Some(wanted) => wanted,
+                // Not noted: what is said about it first holds at once.
+                None => return Phase::Out,
+            },
+        };
         let steady = if wanted { Phase::In } else { Phase::Out };
         let Some(seen) = self.pods.get_mut(key).filter(|seen| seen.uid == pod.uid) else {
             self.between.remove(key);
@@ -108,7 +138,7 @@ impl Enrolments {
 mod tests {
     use std::time::{Duration, Instant};
 
-    use super::{Enrolments, GRACE, Phase, asked, wanted};
+    use super::{Enrolments, GRACE, Phase, Wish, asked, wish};
     use crate::{
         pod_identity::NoIdentity,
         sources::kubernetes::{
@@ -121,23 +151,37 @@ mod tests {
     fn labels_of_the_pod_win_over_those_of_its_namespace() {
         let namespace = |choice| NamespaceRecord { choice, ..NamespaceRecord::default() };
         for (of_pod, of_namespace, expected) in [
-            (None, None, false),
-            (Some(Choice::In), None, true),
-            (None, Some(Choice::In), true),
-            (Some(Choice::Out), Some(Choice::In), false),
-            (Some(Choice::In), Some(Choice::Out), true),
+            (None, None, Wish::Out),
+            (Some(Choice::In), None, Wish::In),
+            (None, Some(Choice::In), Wish::In),
+            (Some(Choice::Out), Some(Choice::In), Wish::Out),
+            (Some(Choice::In), Some(Choice::Out), Wish::In),
         ] {
             let mut pod = pod("u", "10.0.0.1");
             pod.choice = of_pod;
-            assert_eq!(wanted(&pod, Some(&namespace(of_namespace))), expected, "{of_pod:?} {of_namespace:?}");
+            assert_eq!(wish(&pod, Some(&namespace(of_namespace))), expected, "{of_pod:?} {of_namespace:?}");
             pod.host_network = true;
-            assert!(!wanted(&pod, Some(&namespace(of_namespace))), "host network");
+            assert_eq!(wish(&pod, Some(&namespace(of_namespace))), Wish::Out, "host network");
             (pod.host_network, pod.occupied) = (false, true);
-            assert!(!wanted(&pod, Some(&namespace(of_namespace))), "sidecar");
+            assert_eq!(wish(&pod, Some(&namespace(of_namespace))), Wish::Out, "sidecar");
             pod.occupied = false;
             pod.unvouched = Some(Box::new(Unvouched { why: NoIdentity::Static, uid: None }));
-            assert!(!wanted(&pod, Some(&namespace(of_namespace))), "no identity");
+            assert_eq!(wish(&pod, Some(&namespace(of_namespace))), Wish::Out, "no identity");
             assert_eq!(asked(&pod, Some(&namespace(of_namespace))), expected, "{of_pod:?} {of_namespace:?}");
+        }
+        assert_eq!(wish(&pod("u", "10.0.0.1"), None), Wish::Unknown, "the namespace's object is not there");
+    }
+
+    #[test]
+    fn a_pod_whose_namespace_vanished_stays_where_it_was() {
+        let key = Key { namespace: "n".into(), name: "p".into() };
+        let (mut enrolments, now) = (Enrolments::default(), Instant::now());
+        let (inside, later) = (pod("one", "10.0.0.1"), pod("two", "10.0.0.1"));
+        for (wish, phase) in [(Wish::In, Phase::In), (Wish::Unknown, Phase::In), (Wish::In, Phase::In)] {
+            assert_eq!((enrolments.phase(&key, &inside, wish, now), enrolments.due()), (phase, None), "{wish:?}");
+        }
+        for (wish, phase) in [(Wish::Unknown, Phase::Out), (Wish::In, Phase::In)] {
+            assert_eq!((enrolments.phase(&key, &later, wish, now), enrolments.due()), (phase, None), "new, {wish:?}");
         }
     }
 
@@ -145,8 +189,9 @@ mod tests {
     fn a_change_passes_through_a_time_in_between_and_a_new_pod_does_not() {
         let key = Key { namespace: "n".into(), name: "p".into() };
         let (mut enrolments, start) = (Enrolments::default(), Instant::now());
-        let mut at = |pod: &_, wanted, after| {
-            let phase = enrolments.phase(&key, pod, wanted, start + after);
+        let mut at = |pod: &_, wanted: bool, after| {
+            let wish = if wanted { Wish::In } else { Wish::Out };
+            let phase = enrolments.phase(&key, pod, wish, start + after);
             (phase, enrolments.due())
         };
         let (first, second) = (pod("one", "10.0.0.1"), pod("two", "10.0.0.1"));

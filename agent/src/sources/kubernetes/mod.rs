@@ -3,7 +3,8 @@
 //!
 //! Every kind has a watch ([`watch`]) whose objects are cut down to what is needed ([`objects`], [`read`], [`records`]). One owner
 //! ([`source`]) keeps them ([`cluster`], [`table`]) and compiles snapshots ([`compile`]) out of all that is known: who is in the mesh
-//! ([`enrolment`], [`annotations`]), where this node's pods are ([`finder`]), how plaintext is met ([`modes`]), which endpoints are
+//! ([`enrolment`], [`annotations`]), who has an address that several claim ([`disputes`]), where
+//! this node's pods are ([`finder`]), how plaintext is met ([`modes`]), which endpoints are
 //! used ([`services`]). Of a snapshot only what a change concerns is made again ([`wiring`]). What was known is kept on disk ([`saved`]) for a start without the API server.
 //!
 //! `docs/kubernetes.md` says what it means for users.
@@ -12,6 +13,7 @@ mod annotations;
 mod attachments;
 mod cluster;
 mod compile;
+mod disputes;
 mod enrolment;
 mod finder;
 mod index;

@@ -4,7 +4,8 @@ use std::{net::IpAddr, sync::Arc, time::Instant};
 
 use super::{
     cluster::Cluster,
-    enrolment::{Enrolments, Phase, asked, wanted},
+    disputes::Disputes,
+    enrolment::{Enrolments, Phase, Wish, asked, wish},
     finder::Finder,
     index::Index,
     modes::Modes,
@@ -28,6 +29,8 @@ pub(super) struct Placed<'a> {
     pub(super) captured_here: bool,
     /// It runs on this node and is asked to take part, and has no identity.
     pub(super) without_identity: Option<NoIdentity>,
+    /// It runs on this node, and it is written down that it takes no part.
+    pub(super) left: bool,
 }
 
 impl Placed<'_> {
@@ -47,12 +50,19 @@ pub(super) fn place<'a>(
     now: Instant,
 ) -> Placed<'a> {
     let namespace = cluster.namespaces.get(&cluster_scoped(&key.namespace));
-    let phase = enrolments.phase(key, record, !cluster.leaving && wanted(record, namespace.map(Arc::as_ref)), now);
+    let namespace = namespace.map(Arc::as_ref);
+    let wish = if cluster.leaving { Wish::Out } else { wish(record, namespace) };
+    let phase = enrolments.phase(key, record, wish, now);
     let here = record.node.as_deref() == Some(node);
-    let captured_here = phase != Phase::Out && here && !record.addresses.is_empty();
+    // Without its namespace's object a pod is not what it was, and it has not left either: its node
+    // keeps it.
+    let captured_here = phase != Phase::Out && wish != Wish::Unknown && here && !record.addresses.is_empty();
+    let asked = asked(record, namespace);
     let unvouched = record.unvouched.as_ref().filter(|_| here && !cluster.leaving);
-    let without_identity = unvouched.filter(|_| asked(record, namespace.map(Arc::as_ref))).map(|pod| pod.why);
-    Placed { key, record, phase, captured_here, without_identity }
+    let without_identity = unvouched.filter(|_| asked == Wish::In).map(|pod| pod.why);
+    // A pod that has no identity has not said that it leaves.
+    let left = here && (cluster.leaving || asked == Wish::Out);
+    Placed { key, record, phase, captured_here, without_identity, left }
 }
 
 /// Key of an object that is in no namespace.
@@ -68,23 +78,9 @@ pub(super) fn claims(record: &PodRecord) -> &[IpAddr] {
 /// Pods by the addresses that they claim.
 pub(super) type Claims = Index<IpAddr, Key>;
 
-/// Is an address that a pod claims its own? Of several pods that claim it, it belongs to one that does not end, else to the younger.
-/// Kubernetes may give the address of a pod that has ended to another before it says that the first is gone.
-fn owns(cluster: &Cluster, all: &Claims, key: &Key, address: &IpAddr) -> bool {
-    match all.get(address) {
-        [only] => only == key,
-        several => {
-            let rank = |key: &Key| cluster.pods.get(key).map(|pod| (!pod.terminating, pod.created));
-            // In order, so of equals it is the first.
-            let owner = several.iter().rev().max_by_key(|key| rank(key));
-            owner == Some(key)
-        }
-    }
-}
-
 /// Those of a pod's addresses that no other has.
 fn own_addresses(context: &Context<'_>, pod: &Placed<'_>) -> Vec<IpAddr> {
-    let own = |address: &&IpAddr| owns(context.cluster, context.claims, pod.key, address);
+    let own = |address: &&IpAddr| context.disputes.pod_has(pod.key, address);
     claims(pod.record).iter().filter(own).copied().collect()
 }
 
@@ -92,7 +88,7 @@ fn own_addresses(context: &Context<'_>, pod: &Placed<'_>) -> Vec<IpAddr> {
 pub(super) struct Context<'a> {
     pub(super) cluster: &'a Cluster,
     pub(super) base: &'a Snapshot,
-    pub(super) claims: &'a Claims,
+    pub(super) disputes: &'a Disputes,
     pub(super) modes: &'a Modes,
     pub(super) finder: &'a Finder,
 }
@@ -148,6 +144,7 @@ fn local(context: &Context<'_>, pod: &Placed<'_>, problems: &mut Vec<String>) ->
     let of_namespace = context.cluster.namespaces.get(&cluster_scoped(&key.namespace));
     problems.extend(record.problems.iter().cloned());
     let local = context.finder.place(key, &record.uid).map(|place| LocalPod {
+        uid: Some(Arc::clone(&record.uid)),
         netns: place.netns.clone(),
         cgroup: place.cgroup.clone(),
         exclude: exclusions(&record.exclude, of_namespace.map(|n| &n.exclude)),

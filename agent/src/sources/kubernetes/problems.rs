@@ -9,6 +9,8 @@ use super::{cluster::Cluster, records::Key, status::Problem};
 pub(super) struct Problems {
     pub(super) modes: Vec<Problem>,
     pub(super) policies: Vec<Problem>,
+    /// Objects that claim the address of another.
+    pub(super) disputes: Vec<Problem>,
     pods: BTreeMap<Key, Vec<String>>,
     services: BTreeMap<Key, String>,
     namespaces: Vec<Problem>,
@@ -59,7 +61,7 @@ impl Problems {
         let services = self.services.iter();
         let services =
             services.map(|(key, problem)| Problem { object: format!("Service {key}"), problem: problem.clone() });
-        let (modes, policies, namespaces) = (&self.modes, &self.policies, &self.namespaces);
-        modes.iter().cloned().chain(pods).chain(services).chain(policies.iter().chain(namespaces).cloned()).collect()
+        let single = [&self.modes, &self.policies, &self.namespaces, &self.disputes].into_iter().flatten().cloned();
+        pods.chain(services).chain(single).collect()
     }
 }

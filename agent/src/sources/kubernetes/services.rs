@@ -8,6 +8,7 @@ use std::{
 
 use super::{
     cluster::Cluster,
+    disputes::Disputes,
     index::Index,
     pods::{identity, workload_key},
     records::{EndpointRecord, Key, ServiceRecord, SliceRecord},
@@ -25,6 +26,8 @@ pub(super) struct Context<'a> {
     pub(super) mesh: &'a Snapshot,
     /// Pods that take part and cannot be reached.
     pub(super) unreachable: &'a HashSet<Key>,
+    /// Who has the addresses that pods claim, too.
+    pub(super) disputes: &'a Disputes,
     /// Cluster's domain, `cluster.local`.
     pub(super) domain: &'a str,
 }
@@ -68,11 +71,17 @@ impl Context<'_> {
         if endpoints.values().all(|e| e.workload.protocol == Protocol::Plain) {
             return None;
         }
+        // An address that a pod has is the pod's, whatever a service says. The others are captured
+        // all the same.
+        let vips: Vec<_> = record.vips.iter().filter(|vip| self.disputes.service_may_have(vip)).copied().collect();
+        if vips.is_empty() {
+            return None;
+        }
         Some(Service {
             namespace: Arc::clone(&key.namespace),
             name: Arc::clone(&key.name),
             hostname: format!("{}.{}.svc.{}", key.name, key.namespace, self.domain).into(),
-            vips: record.vips.clone(),
+            vips,
             ports: common,
             endpoints: endpoints.into_values().collect(),
         })

@@ -23,7 +23,7 @@ use super::{
     attachments::{Attached, Attachment, Attachments, Board, Verdict},
     cluster::{Change, Cluster, News},
     compile::{Compiled, Compiler},
-    enrolment::wanted,
+    enrolment::{Wish, wish},
     finder::Finder,
     leaving::{self, Leaving},
     names::NOT_HEADLESS,
@@ -427,9 +427,9 @@ impl Owner {
         .await
         .expect("compiling does not panic");
         self = owner;
-        let Compiled { snapshot, problems, due, complete } = compiled;
+        let Compiled { snapshot, problems, due, complete, disputed } = compiled;
         let synced = self.cluster.synced();
-        self.statuses.compiled(self.cluster.counts(), !synced, problems);
+        self.statuses.compiled(self.cluster.counts(), !synced, disputed, problems);
         self.due = due;
         self.urgent = false;
         self.look = (!complete).then(|| {
@@ -492,7 +492,7 @@ fn verdict(cluster: &Cluster, snapshot: &Snapshot, key: &Key, attached: &Attache
     if namespace.is_none() && record.choice.is_none() {
         return Verdict::Unknown;
     }
-    if cluster.leaving || !wanted(record, namespace.map(Arc::as_ref)) {
+    if cluster.leaving || wish(record, namespace.map(Arc::as_ref)) == Wish::Out {
         return Verdict::Outside;
     }
     match snapshot.workload(&workload_key(key)) {

@@ -70,6 +70,9 @@ pub struct SourceStatus {
     pub from_last_good: bool,
     /// The kinds that are followed.
     pub kinds: Vec<KindStatus>,
+    /// Addresses that several objects claim; each stays with the object that has it.
+    #[serde(default)]
+    pub disputed_addresses: usize,
     /// How many objects are not taken as they are.
     pub problems_total: usize,
     /// The first of them, by name.
@@ -111,6 +114,7 @@ struct State {
     watches: HashMap<Kind, Watch>,
     counts: BTreeMap<Kind, (usize, bool)>,
     from_last_good: bool,
+    disputed: usize,
     problems_total: usize,
     problems: Vec<Problem>,
 }
@@ -143,10 +147,16 @@ impl Statuses {
         SourceStatus {
             synced: kinds.iter().all(|k| k.synced),
             from_last_good: state.from_last_good,
+            disputed_addresses: state.disputed,
             kinds,
             problems_total: state.problems_total,
             problems: state.problems.clone(),
         }
+    }
+
+    /// Addresses that several objects claim.
+    pub fn disputed_addresses(&self) -> usize {
+        self.lock().disputed
     }
 
     /// The API server does not know the kind. Is that new?
@@ -184,12 +194,14 @@ impl Statuses {
         &self,
         counts: impl IntoIterator<Item = (Kind, usize, bool)>,
         from_last_good: bool,
+        disputed: usize,
         mut problems: Vec<Problem>,
     ) {
         problems.sort_by(|a, b| a.object.cmp(&b.object));
         let mut state = self.lock();
         state.counts = counts.into_iter().map(|(kind, count, synced)| (kind, (count, synced))).collect();
         state.from_last_good = from_last_good;
+        state.disputed = disputed;
         state.problems_total = problems.len();
         problems.truncate(MAX_PROBLEMS);
         state.problems = problems;

@@ -11,7 +11,7 @@ use super::{
     super::{View, health},
     encode::{NONE, counter, gauge},
 };
-use crate::proxy::PodState;
+use crate::{capture::Reason, proxy::PodState};
 
 pub(super) fn encode(to: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result {
     gauge(to, "underpass_build_info", "The running agent", [([("version", env!("CARGO_PKG_VERSION"))], 1_u64)])?;
@@ -24,11 +24,25 @@ pub(super) fn encode(to: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result
     )?;
     let pods = view.node.pods();
     let enrolled = pods.iter().filter(|p| matches!(p.state, PodState::Enrolled { .. })).count();
+    let refused = pods.iter().filter(|p| matches!(p.state, PodState::Refused { .. })).count();
+    let kept = |why| pods.iter().filter(|p| matches!(p.state, PodState::Kept { reason, .. } if reason == why)).count();
     gauge(
         to,
         "underpass_pods",
         "Pods of this node that the configuration enrols",
-        [([("state", "enrolled")], enrolled), ([("state", "refused")], pods.len() - enrolled)],
+        [([("state", "enrolled")], enrolled), ([("state", "refused")], refused)],
+    )?;
+    gauge(
+        to,
+        "underpass_kept_pods",
+        "Pods that vanished without leaving the mesh: captured, and every connection is refused",
+        Reason::ALL.map(|reason| ([("reason", reason.as_str())], kept(reason))),
+    )?;
+    gauge(
+        to,
+        "underpass_disputed_addresses",
+        "Addresses that several Kubernetes objects claim; each stays with the object that has it",
+        [(NONE, view.node.disputed_addresses())],
     )?;
     certificates(to, view)?;
     configuration(to, view)?;

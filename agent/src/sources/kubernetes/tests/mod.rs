@@ -1,5 +1,6 @@
 //! Objects in, snapshots out.
 
+mod absence;
 mod compiling;
 mod incremental;
 mod scale;
