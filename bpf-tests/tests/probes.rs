@@ -3,6 +3,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    os::unix::fs::MetadataExt as _,
     time::Duration,
 };
 
@@ -13,7 +14,7 @@ use bpf_tests::{
     object::{Direction::Inbound, Loaded, POD, Verdict, address},
     packet::{ACK, Link, Packet, SYN},
 };
-use libbpf_rs::TC_INGRESS;
+use libbpf_rs::{MapCore as _, TC_INGRESS};
 use socket2::{Domain, Socket, Type};
 use underpass_abi::{
     Counter::{InboundNoSocket, InboundProbe, InboundStrictDropped},
@@ -84,7 +85,6 @@ fn recorded_connections_pass_without_their_socket() -> Result<()> {
         Ok(loaded)
     })??;
     // The control: known by its cgroup, were the socket there.
-    use std::os::unix::fs::MetadataExt as _;
     loaded.probe_cgroup(cgroup.directory().metadata()?.ino())?;
     for host in POD_ADDRESSES {
         let host: IpAddr = host.parse()?;
@@ -159,10 +159,7 @@ fn only_syns_of_the_cgroup_are_recorded() -> Result<()> {
     let cgroup = Cgroup::join()?;
     let loaded = Loaded::new()?;
     let namespace = Namespace::new()?;
-    let count = || -> Result<usize> {
-        use libbpf_rs::MapCore as _;
-        Ok(loaded.map("PROBES")?.keys().count())
-    };
+    let count = || -> Result<usize> { Ok(loaded.map("PROBES")?.keys().count()) };
     let exchange = || -> Result<()> {
         namespace.enter(|| -> Result<()> {
             for host in ["127.0.0.1", "::1"] {

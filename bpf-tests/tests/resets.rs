@@ -167,7 +167,7 @@ struct Value {
 
 /// Has the interface of the current namespace leave checksums to the device, or not.
 fn offload_checksums(interface: &str, on: bool) -> Result<()> {
-    const SIOCETHTOOL: libc::c_ulong = 0x8946;
+    const SIOCETHTOOL: libc::Ioctl = 0x8946;
     const ETHTOOL_STXCSUM: u32 = 0x17;
     let mut value = Value { command: ETHTOOL_STXCSUM, data: u32::from(on) };
     let mut request = Request { name: [0; 16], data: &raw mut value, _rest: [0; 16] };
@@ -175,7 +175,7 @@ fn offload_checksums(interface: &str, on: bool) -> Result<()> {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)?;
     // SAFETY: the request has ifreq's layout, and what it points to is an ethtool_value that
     // outlives the call.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL as _, &raw mut request) };
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
     Errno::result(result).with_context(|| format!("checksum offload of {interface}"))?;
     Ok(())
 }
@@ -252,7 +252,7 @@ fn repair(socket: &socket2::SockRef<'_>) -> Result<()> {
 /// An interface without a link layer, as of some networks.
 #[test]
 fn packets_without_a_link_layer_are_answered() -> Result<()> {
-    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+    const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
     const IFF_TUN_NO_PI: u16 = 0x1001;
     Namespace::new()?.enter(|| -> Result<()> {
         let mut tun = OpenOptions::new()
@@ -265,7 +265,7 @@ fn packets_without_a_link_layer_are_answered() -> Result<()> {
         request[..4].copy_from_slice(b"tun0");
         request[16..18].copy_from_slice(&IFF_TUN_NO_PI.to_ne_bytes());
         // SAFETY: the request is as large as an ifreq.
-        let result = unsafe { libc::ioctl(tun.as_raw_fd(), TUNSETIFF as _, request.as_mut_ptr()) };
+        let result = unsafe { libc::ioctl(tun.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()) };
         Errno::result(result).context("making tun0")?;
         let ip = |arguments: &str| -> Result<()> {
             let status = std::process::Command::new("ip").args(arguments.split_whitespace()).status()?;
