@@ -38,7 +38,7 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
             trace: None,
         });
     };
-    if let Err(why) = proxy.policies.plaintext(&pod.key, source.ip(), destination) {
+    if let Err(why) = proxy.policies.plaintext(&pod.key, source.ip(), destination).await {
         refused(RefusalReason::Policy, &why);
         return reset(stream);
     }

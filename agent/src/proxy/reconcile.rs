@@ -198,6 +198,10 @@ impl Reconciler {
             tokio::select! {
                 changed = generations.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep(RETRY_REFUSED), if again => {}
+                () = until(self.proxy.policies.due()) => {
+                    self.proxy.end_unheld().await;
+                    continue;
+                }
             }
             self.reconcile().await;
         }
@@ -317,6 +321,13 @@ impl Reconciler {
 
     fn states(&self) -> std::sync::MutexGuard<'_, BTreeMap<WorkloadKey, Standing>> {
         self.states.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn until(due: Option<tokio::time::Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -1,7 +1,7 @@
 //! The `kubernetes` source: pods, services, endpoint slices, namespaces and this node out of the Kubernetes API, and Istio's
 //! `AuthorizationPolicy` and `PeerAuthentication` where their CRDs exist.
 //!
-//! Every kind has a watch ([`watch`]) whose objects are cut down to what is needed ([`objects`], [`read`], [`records`]). One owner
+//! Every kind has a watch ([`watch`], [`presence`]) whose objects are cut down to what is needed ([`objects`], [`read`], [`records`]). One owner
 //! ([`source`]) keeps them ([`cluster`], [`table`]) and compiles snapshots ([`compile`]) out of all that is known: who is in the mesh
 //! ([`enrolment`], [`annotations`]), where this node's pods are ([`finder`]), how plaintext is met ([`modes`]), which endpoints are
 //! used ([`services`]). Of a snapshot only what a change concerns is made again ([`wiring`]). What was known is kept on disk ([`saved`]) for a start without the API server.
@@ -14,6 +14,7 @@ mod cluster;
 mod compile;
 mod enrolment;
 mod finder;
+mod holdings;
 mod index;
 mod leaving;
 pub mod manifests;
@@ -22,6 +23,7 @@ mod names;
 mod objects;
 mod pods;
 mod policies;
+mod presence;
 mod problems;
 mod projection;
 mod read;

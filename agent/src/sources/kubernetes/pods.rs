@@ -47,12 +47,25 @@ pub(super) fn place<'a>(
     now: Instant,
 ) -> Placed<'a> {
     let namespace = cluster.namespaces.get(&cluster_scoped(&key.namespace));
-    let phase = enrolments.phase(key, record, !cluster.leaving && wanted(record, namespace.map(Arc::as_ref)), now);
+    let phase = if undecided(cluster, key, record) {
+        // That it is in will be no change.
+        enrolments.forget(key);
+        Phase::Out
+    } else {
+        enrolments.phase(key, record, !cluster.leaving && wanted(record, namespace.map(Arc::as_ref)), now)
+    };
     let here = record.node.as_deref() == Some(node);
     let captured_here = phase != Phase::Out && here && !record.addresses.is_empty();
     let unvouched = record.unvouched.as_ref().filter(|_| here && !cluster.leaving);
     let without_identity = unvouched.filter(|_| asked(record, namespace.map(Arc::as_ref))).map(|pod| pod.why);
     Placed { key, record, phase, captured_here, without_identity }
+}
+
+/// Is it unknown whether a pod takes part, because nothing is known of its namespace?
+pub(super) fn undecided(cluster: &Cluster, key: &Key, record: &PodRecord) -> bool {
+    let excluded = record.host_network || record.occupied || record.unvouched.is_some();
+    let possible = record.choice.is_none() && !excluded && !cluster.leaving;
+    possible && cluster.namespaces.get(&cluster_scoped(&key.namespace)).is_none()
 }
 
 /// Key of an object that is in no namespace.
@@ -67,6 +80,25 @@ pub(super) fn claims(record: &PodRecord) -> &[IpAddr] {
 
 /// Pods by the addresses that they claim.
 pub(super) type Claims = Index<IpAddr, Key>;
+
+/// Addresses of a pod that nobody may dial in plaintext.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Held {
+    pub(super) addresses: Vec<IpAddr>,
+    /// It is not known yet whether the pod takes part.
+    pub(super) awaited: bool,
+}
+
+/// The addresses of a pod in the mesh that are not its workload's, if it is one, and those of a pod that may be in the mesh.
+pub(super) fn held(cluster: &Cluster, pod: &Placed<'_>, workload: Option<&Workload>) -> Held {
+    let awaited = undecided(cluster, pod.key, pod.record);
+    if pod.phase != Phase::In && !awaited {
+        return Held::default();
+    }
+    let own = workload.map_or(&[][..], |workload| &workload.addresses);
+    let addresses = claims(pod.record).iter().filter(|address| !own.contains(address)).copied();
+    Held { addresses: addresses.collect(), awaited }
+}
 
 /// Is an address that a pod claims its own? Of several pods that claim it, it belongs to one that does not end, else to the younger.
 /// Kubernetes may give the address of a pod that has ended to another before it says that the first is gone.

@@ -5,3 +5,4 @@ mod incremental;
 mod scale;
 mod static_pods;
 pub(super) mod support;
+mod unknown;
