@@ -77,6 +77,9 @@ pub struct ServiceInfo {
     pub endpoints_total: usize,
     /// At most [`MAX_ENDPOINTS`] of them.
     pub endpoints: Vec<EndpointInfo>,
+    /// An endpoint of which it is not known yet who it is. Connections that can use no other wait for that.
+    #[serde(default)]
+    pub awaited: Option<String>,
 }
 
 /// A workload behind a service.
@@ -207,6 +210,7 @@ pub fn services(mesh: &Snapshot, limit: usize) -> Services {
         ports: s.ports.clone(),
         endpoints_total: s.endpoints.len(),
         endpoints: s.endpoints.iter().take(MAX_ENDPOINTS).map(EndpointInfo::of).collect(),
+        awaited: s.awaited.as_ref().map(ToString::to_string),
     };
     Services { total: all.len(), services: all.into_iter().take(limit).map(|s| info(s)).collect() }
 }

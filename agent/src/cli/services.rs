@@ -13,7 +13,7 @@ use super::{
 use crate::{
     admin::{
         api::{DEFAULT_LIMIT, MAX_LIMIT},
-        inventory::Services,
+        inventory::{ServiceInfo, Services},
     },
     mesh::{Protocol, ServicePort},
 };
@@ -76,8 +76,14 @@ impl View for Services {
     }
 
     fn problems(&self) -> Vec<String> {
-        let empty = self.services.iter().filter(|s| s.endpoints_total == 0);
-        empty.map(|s| format!("{} has no endpoint; connections to it are reset", s.service)).collect()
+        let problem = |s: &ServiceInfo| match &s.awaited {
+            Some(endpoint) => Some(format!("{}: {endpoint} is not known; connections wait for it", s.service)),
+            None if s.endpoints_total == 0 => {
+                Some(format!("{} has no endpoint; connections to it are reset", s.service))
+            }
+            None => None,
+        };
+        self.services.iter().filter_map(problem).collect()
     }
 }
 

@@ -3,7 +3,8 @@
 use std::{collections::btree_map::Entry, fmt::Display, net::IpAddr, sync::Arc};
 
 use super::{
-    Departures, MeshSettings, Policy, PolicyKey, Service, Snapshot, TrustDomain, Workload, WorkloadKey, WorkloadPolicy,
+    Departures, Held, MeshSettings, Policy, PolicyKey, Service, Snapshot, TrustDomain, Workload, WorkloadKey,
+    WorkloadPolicy,
 };
 
 /// Why a set of workloads and services is not a mesh. Nothing of it is applied.
@@ -151,6 +152,21 @@ impl SnapshotBuilder {
         }
     }
 
+    /// Makes an address one that nobody may dial, unless a workload or service has it. `false` for one that nobody could dial anyway.
+    pub fn hold(&mut self, address: IpAddr, held: Held) -> bool {
+        let address = address.to_canonical();
+        if unusable(address) {
+            return false;
+        }
+        self.snapshot.held.insert(address, Arc::new(held));
+        true
+    }
+
+    /// Gives a held address free.
+    pub fn release(&mut self, address: IpAddr) {
+        self.snapshot.held.remove(&address.to_canonical());
+    }
+
     /// Takes all services away.
     pub fn clear_services(&mut self) {
         let snapshot = &mut self.snapshot;
@@ -207,11 +223,7 @@ impl SnapshotBuilder {
     }
 
     fn claim<O: Display>(&self, address: IpAddr, owner: impl Fn() -> O) -> Result<(), BuildError> {
-        let link_local = match address {
-            IpAddr::V4(a) => a.is_link_local() || a.is_broadcast(),
-            IpAddr::V6(a) => a.is_unicast_link_local(),
-        };
-        if address.is_loopback() || address.is_unspecified() || address.is_multicast() || link_local {
+        if unusable(address) {
             return Err(BuildError::UnusableAddress { address, owner: owner().to_string() });
         }
         let workload = self.snapshot.by_address.get(&address).map(|w| format!("workload {}", w.key));
@@ -221,4 +233,13 @@ impl SnapshotBuilder {
             None => Ok(()),
         }
     }
+}
+
+/// No peer could dial it.
+fn unusable(address: IpAddr) -> bool {
+    let link_local = match address {
+        IpAddr::V4(a) => a.is_link_local() || a.is_broadcast(),
+        IpAddr::V6(a) => a.is_unicast_link_local(),
+    };
+    address.is_loopback() || address.is_unspecified() || address.is_multicast() || link_local
 }

@@ -23,8 +23,8 @@ pub use identity::{IdentityError, SpiffeId, TrustDomain};
 pub use issuer::{CaAddress, CaAddressError, IstioCa};
 pub use mode::{EffectiveMode, ModeDefaults, ModeSource};
 pub use model::{
-    AccessLogRule, AccessLogSettings, CertificateFiles, Endpoint, Exclusions, InboundMode, LocalPod, MeshSettings,
-    PlaintextRefusal, PortMode, ProbeSettings, Protocol, Service, ServicePort, Workload, WorkloadKey,
+    AccessLogRule, AccessLogSettings, CertificateFiles, Endpoint, Exclusions, Held, InboundMode, LocalPod,
+    MeshSettings, PlaintextRefusal, PortMode, ProbeSettings, Protocol, Service, ServicePort, Workload, WorkloadKey,
 };
 pub use policy::{
     Action, Condition, Labels, Operation, Policy, PolicyKey, PolicyStatus, Rule, Scope, ServiceAccount, Source,

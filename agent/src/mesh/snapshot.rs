@@ -7,8 +7,8 @@ use std::{
 };
 
 use super::{
-    Departures, EffectiveMode, MeshSettings, ModeSource, Policy, PolicyKey, Service, SpiffeId, TrustDomain, Workload,
-    WorkloadKey, WorkloadPolicy, sharded::Sharded,
+    Departures, EffectiveMode, Held, MeshSettings, ModeSource, Policy, PolicyKey, Protocol, Service, SpiffeId,
+    TrustDomain, Workload, WorkloadKey, WorkloadPolicy, sharded::Sharded,
 };
 
 /// Labels that name an application, in order of preference: Istio's, the one Kubernetes recommends, the customary one.
@@ -34,6 +34,8 @@ pub struct Snapshot {
     pub settings: MeshSettings,
     pub(super) workloads: Sharded<WorkloadKey, Arc<Workload>>,
     pub(super) by_address: Sharded<IpAddr, Arc<Workload>>,
+    /// Addresses of pods that are no workloads. What is in the other two indices as well is what they say.
+    pub(super) held: Sharded<IpAddr, Arc<Held>>,
     /// Those of `workloads` that this node has to enrol.
     pub(super) local: Arc<BTreeMap<WorkloadKey, Arc<Workload>>>,
     /// Ordered by namespace and name.
@@ -52,6 +54,8 @@ pub enum Resolution {
     Workload(Arc<Workload>),
     /// A service's VIP.
     Service(Arc<Service>),
+    /// Nobody may dial it.
+    Held(Arc<Held>),
     /// Not an address of the mesh.
     Unknown,
 }
@@ -73,6 +77,7 @@ impl Snapshot {
             settings: MeshSettings::default(),
             workloads: Sharded::default(),
             by_address: Sharded::default(),
+            held: Sharded::default(),
             local: Arc::default(),
             services: Arc::default(),
             by_vip: Sharded::default(),
@@ -89,6 +94,7 @@ impl Snapshot {
             && self.trust_domain == other.trust_domain
             && self.settings == other.settings
             && self.workloads == other.workloads
+            && self.held == other.held
             && self.services == other.services
             && self.policies == other.policies
             && self.workload_policies == other.workload_policies
@@ -102,6 +108,8 @@ impl Snapshot {
             Resolution::Service(Arc::clone(s))
         } else if let Some(w) = self.by_address.get(&address) {
             Resolution::Workload(Arc::clone(w))
+        } else if let Some(held) = self.held.get(&address) {
+            Resolution::Held(Arc::clone(held))
         } else {
             Resolution::Unknown
         }
@@ -115,6 +123,29 @@ impl Snapshot {
     /// The workload that has this address.
     pub fn workload_at(&self, address: IpAddr) -> Option<&Arc<Workload>> {
         self.by_address.get(&address.to_canonical())
+    }
+
+    /// Who makes this address one that nobody may dial.
+    pub fn held_at(&self, address: IpAddr) -> Option<&Arc<Held>> {
+        self.held.get(&address.to_canonical())
+    }
+
+    /// May the agent dial `to` in plaintext for this workload? Never what is reached through a tunnel, nor an address that is held, nor
+    /// a service's: behind that may be both. Excluded ports and networks are dialled in plaintext without the agent, too.
+    pub fn allows_plaintext(&self, from: &WorkloadKey, to: SocketAddr) -> bool {
+        match self.resolve(to.ip()) {
+            Resolution::Unknown => true,
+            Resolution::Workload(workload) if workload.protocol == Protocol::Plain => true,
+            Resolution::Workload(_) | Resolution::Service(_) | Resolution::Held(_) => self.excludes(from, to),
+        }
+    }
+
+    fn excludes(&self, from: &WorkloadKey, to: SocketAddr) -> bool {
+        let own = self.workload(from).and_then(|workload| workload.local.as_ref()).map(|local| &local.exclude);
+        let ip = to.ip().to_canonical();
+        own.into_iter().chain([&self.settings.exclude]).any(|exclude| {
+            exclude.outbound_ports.contains(&to.port()) || exclude.outbound_cidrs.iter().any(|net| net.contains(&ip))
+        })
     }
 
     /// All workloads, in no particular order.
@@ -206,19 +237,23 @@ impl Snapshot {
         EffectiveMode { mode: workload.mode_of(port), set_by }
     }
 
-    /// Every address that must be captured: workloads in the mesh or not, and VIPs.
+    /// Every address that must be captured: workloads in the mesh or not, VIPs, and addresses that nobody may dial.
     pub fn captured_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
-        self.by_address.keys().chain(self.by_vip.keys()).copied()
+        let known = |address: &&IpAddr| self.by_address.contains(address) || self.by_vip.contains(address);
+        let held = self.held.keys().filter(move |address| !known(address));
+        self.by_address.keys().chain(self.by_vip.keys()).chain(held).copied()
     }
 
     /// Must this address be captured? It is canonical: no IPv4-mapped IPv6.
     pub fn captures(&self, address: IpAddr) -> bool {
-        self.by_address.contains(&address) || self.by_vip.contains(&address)
+        self.by_address.contains(&address) || self.by_vip.contains(&address) || self.held.contains(&address)
     }
 
     /// Addresses among which are all that must be captured in one of two snapshots and not in the other. Takes little time when the
     /// snapshots share most of what they have.
     pub fn captured_apart<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = IpAddr> + 'a {
-        self.by_address.keys_apart(&before.by_address).chain(self.by_vip.keys_apart(&before.by_vip)).copied()
+        let workloads = self.by_address.keys_apart(&before.by_address);
+        let held = self.held.keys_apart(&before.held);
+        workloads.chain(self.by_vip.keys_apart(&before.by_vip)).chain(held).copied()
     }
 }

@@ -58,6 +58,7 @@ fn service(name: &str, vips: &[&str], ports: &[(u16, u16)], endpoints: Vec<Endpo
         vips: vips.iter().map(|a| ip(a)).collect(),
         ports: ports.iter().map(|&(port, target_port)| ServicePort { port, target_port }).collect(),
         endpoints,
+        awaited: None,
     }
 }
 

@@ -53,6 +53,11 @@ pub enum QueryError {
         /// The port asked for.
         port: u16,
     },
+    /// A pod that is in the mesh, or may be, and is no workload.
+    #[error(
+        "{0} is the address of Pod {1}, which cannot be reached; every connection to it is refused, and `underpass status` says why"
+    )]
+    Held(IpAddr, String),
     /// Nothing is behind the service.
     #[error("service {0} has no endpoint with an address, so every connection to it is refused")]
     NoEndpoint(String),
@@ -77,6 +82,7 @@ pub fn explain(snapshot: &Snapshot, query: &Query) -> Result<Explanations, Query
             Ok(Explanations { service: None, explanations: vec![explanation], endpoints_left_out: 0 })
         }
         Resolution::Service(service) => of_service(snapshot, query, &service),
+        Resolution::Held(held) => Err(QueryError::Held(to, held.pod.to_string())),
         Resolution::Unknown => Err(QueryError::Destination(to)),
     }
 }

@@ -4,7 +4,8 @@
 //! [`PolicySet`], and evaluated on what is known of a connection, a [`Request`]: the identity that the handshake proved
 //! (none for plaintext), the peer's address, and the workload's own address and port.
 //!
-//! 1. A policy that cannot be evaluated, or that is named but unknown, denies.
+//! 1. A policy that cannot be evaluated, or that is named but unknown, denies. Who enforces may hold a connection until a policy
+//!    that is unknown arrives.
 //! 2. A DENY policy that matches denies.
 //! 3. Without an ALLOW policy that selects the workload, the connection is allowed.
 //! 4. An ALLOW policy that matches allows. Otherwise the connection is denied.

@@ -64,6 +64,12 @@ impl NodePolicies {
         Self { sets: snapshot.local_workloads().map(|w| (w.key.clone(), set(&w.key))).collect() }
     }
 
+    /// The workloads that name policies which are not known, with those.
+    pub fn unknown(&self) -> impl Iterator<Item = (&WorkloadKey, &[PolicyKey])> {
+        let unknown = self.sets.iter().map(|(workload, set)| (workload, &*set.selection.unknown));
+        unknown.filter(|(_, unknown)| !unknown.is_empty())
+    }
+
     /// The policies of a workload. `None`: it is none of this node's, so nothing may be let in for it.
     pub fn of(&self, workload: &WorkloadKey) -> Option<&Arc<PolicySet>> {
         self.sets.get(workload)
@@ -131,9 +137,14 @@ impl PolicySet {
         let Layer { obstacle, deny, allow } = &self.enforced;
         let some = Subject::plaintext(destination, SourceAddress::Some);
         let every = Subject::plaintext(destination, SourceAddress::Every);
+        let unknown = matches!(obstacle, Some(Decision::Unknown(_)));
         let nobody_allowed = !allow.is_empty() && allow.first(&some).is_none();
-        if obstacle.is_some() || nobody_allowed || deny.first(&every).is_some() {
+        if deny.first(&every).is_some() || (!unknown && (obstacle.is_some() || nobody_allowed)) {
             return Disposition::Deny;
+        }
+        if unknown {
+            // The policy may arrive at any moment, and whoever evaluates can wait for it.
+            return Disposition::Evaluate;
         }
         let all_allowed = allow.is_empty() || allow.first(&every).is_some();
         if all_allowed && deny.first(&some).is_none() { Disposition::Allow } else { Disposition::Evaluate }

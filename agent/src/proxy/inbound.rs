@@ -110,7 +110,7 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
             return session.refuse(AlertDescription::AccessDenied).await;
         }
     };
-    if let Err(why) = proxy.policies.tunnel(&pod.key, &identity, preamble.source.ip(), to) {
+    if let Err(why) = proxy.policies.tunnel(&pod.key, &identity, preamble.source.ip(), to).await {
         refused(RefusalReason::Policy, &why, &by);
         return session.refuse(AlertDescription::AccessDenied).await;
     }

@@ -1,10 +1,12 @@
 //! Ties capture, tunnel and relay together: accept loops per enrolled pod, and the decision what a connection becomes.
 //!
 //! `reconcile` turns mesh snapshots into enrolled pods, `outbound` and `inbound` carry one connection each from
-//! `accept` to the relay, `route` is the pure decision between them.
+//! `accept` to the relay, `route` is the pure decision between them, for which `awaiting` waits until enough is known.
 
 mod accept;
+mod awaiting;
 mod dial;
+mod hold;
 mod inbound;
 mod observe;
 mod outbound;

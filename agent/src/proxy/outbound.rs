@@ -15,9 +15,9 @@ use tracing::debug;
 use super::{
     Holder, PodContext,
     accept::{full, reset},
-    dial,
+    awaiting, dial,
     observe::Refused,
-    route::{self, Plan, Target},
+    route::{Plan, Target},
 };
 use crate::{
     bounds::{Evicted, Place},
@@ -67,10 +67,13 @@ pub(super) async fn serve(context: &PodContext, app: TcpStream, client: SocketAd
         return full(context, app, client);
     };
     let trace = TraceId(rand::random());
-    let result = match (context.pod.kept(), route::plan(&context.proxy.mesh.load(), destination)) {
-        (Some(why), _) => Err(Refusal::new(RefusalReason::KeptPod, why.to_string())),
-        (None, Ok(plan)) => connect_first(context, &plan, &app, client, trace).await.map(|connected| (connected, plan)),
-        (None, Err(reason)) => Err(Refusal::new(reason, "no route")),
+    let result = if let Some(why) = context.pod.kept() {
+        Err(Refusal::new(RefusalReason::KeptPod, why.to_string()))
+    } else {
+        match awaiting::plan(&context.proxy.mesh, destination, context.proxy.limits.handshake).await {
+            Ok(plan) => connect_first(context, &plan, &app, client, trace).await.map(|connected| (connected, plan)),
+            Err((reason, detail)) => Err(Refusal::new(reason, detail)),
+        }
     };
     match result {
         Ok((connected, plan)) => hand_over(context, app, client, destination, connected, plan, trace, place),
@@ -143,11 +146,20 @@ async fn connect(
     };
     match target {
         Target::Plain(to) => {
+            let protected = || Refusal::new(RefusalReason::PlaintextToMesh, format!("{to} is in the mesh"));
+            let allowed = || context.proxy.mesh.load().allows_plaintext(&pod.key, *to);
+            if !allowed() {
+                return Err(protected());
+            }
             let lane = context.lanes.to(*to);
             let _turn = lane.turn(limits.connect).await.ok_or_else(|| crowded(*to))?;
             let stream =
                 dial::upstream(pod, bound_source(client, *to), *to, limits.connect).await.map_err(unreachable(*to))?;
             lane.got_through();
+            // The address may have become one of the mesh while nobody answered there.
+            if !allowed() {
+                return Err(protected());
+            }
             let io = |e: std::io::Error| Refusal::new(RefusalReason::Resources, format!("leaving the reactor: {e}"));
             Ok((Upstream::Plain(stream.into_std().map_err(io)?.into()), 0))
         }

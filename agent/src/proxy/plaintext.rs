@@ -42,7 +42,7 @@ pub(super) async fn serve(context: &PodContext, stream: TcpStream, peer: SocketA
         refused(RefusalReason::KeptPod, &why);
         return reset(stream);
     }
-    if let Err(why) = proxy.policies.plaintext(&pod.key, source.ip(), destination) {
+    if let Err(why) = proxy.policies.plaintext(&pod.key, source.ip(), destination).await {
         refused(RefusalReason::Policy, &why);
         return reset(stream);
     }

@@ -7,9 +7,13 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use tracing::info;
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
+use tracing::{info, warn};
 
-use super::Proxy;
+use super::{Proxy, hold::Hold};
 use crate::{
     capture::{Judge, Pod},
     mesh::{InboundMode, Snapshot, SpiffeId, WorkloadKey},
@@ -25,6 +29,10 @@ pub struct Enforcement {
     /// What plaintext connections inside the pods were last judged by. They do not pass the agent, so they are looked for only
     /// when this changes.
     plaintext: Mutex<HashMap<WorkloadKey, Judged>>,
+    /// Policies that are named and have not arrived.
+    hold: Hold,
+    /// Told whenever other policies are in force.
+    changes: watch::Sender<()>,
 }
 
 /// One snapshot's policies.
@@ -56,7 +64,12 @@ impl Enforcement {
     /// Lets nothing in until [`Self::set`] is called.
     pub fn new(snapshot: Arc<Snapshot>) -> Self {
         let nothing = InForce { snapshot, node: Arc::default(), compiled: false };
-        Self { current: ArcSwap::from_pointee(nothing), plaintext: Mutex::default() }
+        Self {
+            current: ArcSwap::from_pointee(nothing),
+            plaintext: Mutex::default(),
+            hold: Hold::default(),
+            changes: watch::Sender::new(()),
+        }
     }
 
     /// Puts a snapshot's policies in force, for connections that come from now on. `false`: they judge every connection as those before.
@@ -73,8 +86,13 @@ impl Enforcement {
         if !same {
             // Pods come and go; nothing is kept of those that went.
             self.judged().retain(|workload, _| node.of(workload).is_some());
+            // Before they are in force, so that nobody is denied for a policy whose time has not begun.
+            self.hold.set(&node, Instant::now());
         }
         self.current.store(Arc::new(InForce { snapshot: Arc::clone(snapshot), node, compiled: true }));
+        if !same {
+            self.changes.send_replace(());
+        }
         !same
     }
 
@@ -83,25 +101,64 @@ impl Enforcement {
         self.current.load().node.of(workload).cloned()
     }
 
-    /// May the peer of a tunnel reach `destination`, the workload's own address? `source` is the checked one of its header.
-    pub(super) fn tunnel(
+    /// When live connections have to be judged again because a policy that a workload names did not arrive.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.hold.due()
+    }
+
+    /// May the peer of a tunnel reach `destination`, the workload's own address? `source` is the checked one of its header. Waits for
+    /// policies that the workload names and that have not arrived.
+    pub(super) async fn tunnel(
         &self,
         workload: &WorkloadKey,
         peer: &SpiffeId,
         source: IpAddr,
         destination: SocketAddr,
     ) -> Result<(), Forbidden> {
-        self.current.load().admit(workload, &Request { peer: Some(peer), source, destination })
+        self.admit(workload, &Request { peer: Some(peer), source, destination }).await
     }
 
-    /// May a plaintext connection from `source` reach `destination`, the workload's own address?
-    pub(super) fn plaintext(
+    /// May a plaintext connection from `source` reach `destination`, the workload's own address? Waits as above.
+    pub(super) async fn plaintext(
         &self,
         workload: &WorkloadKey,
         source: IpAddr,
         destination: SocketAddr,
     ) -> Result<(), Forbidden> {
-        self.current.load().admit(workload, &Request { peer: None, source, destination })
+        self.admit(workload, &Request { peer: None, source, destination }).await
+    }
+
+    /// Judges a connection that wants in, as soon as all policies that the workload names are known or the time for that is over.
+    async fn admit(&self, workload: &WorkloadKey, request: &Request<'_>) -> Result<(), Forbidden> {
+        let mut changes = None;
+        loop {
+            let current = self.current.load_full();
+            let verdict = current.verdict(workload, request)?;
+            let held = matches!(verdict.decision, Decision::Unknown(_))
+                .then(|| self.hold.until(workload, Instant::now()))
+                .flatten();
+            let Some(until) = held else { return InForce::admit(workload, request, verdict) };
+            let Some(changes) = &mut changes else {
+                // Looked at once more, so that no change between the look and the subscription is missed.
+                changes = Some(self.changes.subscribe());
+                continue;
+            };
+            // At the end of the time the verdict stands. The sender is part of self.
+            let _ = timeout_at(until, changes.changed()).await;
+        }
+    }
+
+    /// Is a connection left alone because a policy that decides about it may still arrive?
+    fn is_held(&self, workload: &WorkloadKey, verdict: &Verdict) -> bool {
+        matches!(verdict.decision, Decision::Unknown(_)) && self.hold.until(workload, Instant::now()).is_some()
+    }
+
+    /// Does an open connection have to end?
+    fn ends(&self, current: &InForce, workload: &WorkloadKey, request: &Request<'_>) -> bool {
+        match current.verdict(workload, request) {
+            Ok(verdict) => !verdict.is_allowed() && !self.is_held(workload, &verdict),
+            Err(_) => true,
+        }
     }
 
     /// What the programs in the kernel have to do with plaintext for a workload.
@@ -111,7 +168,7 @@ impl Enforcement {
 
     /// Does an open plaintext connection that does not pass the agent have to end?
     fn forbids_plaintext(&self, workload: &WorkloadKey, source: IpAddr, destination: SocketAddr) -> bool {
-        self.current.load().judge(workload, &Request { peer: None, source, destination }).is_err()
+        self.ends(&self.current.load(), workload, &Request { peer: None, source, destination })
     }
 
     /// Does a live connection have to end?
@@ -124,7 +181,7 @@ impl Enforcement {
         let request = Request { peer, source, destination: what.upstream };
         let current = self.current.load();
         // A pod that has left the mesh keeps its connections.
-        current.node.of(&what.workload).is_some() && current.judge(&what.workload, &request).is_err()
+        current.node.of(&what.workload).is_some() && self.ends(&current, &what.workload, &request)
     }
 
     /// Takes note of what decides about plaintext for a workload; is that something new?
@@ -148,9 +205,8 @@ impl Enforcement {
 }
 
 impl InForce {
-    /// Judges a connection that wants in, and reports what dry-run policies would make of it.
-    fn admit(&self, workload: &WorkloadKey, request: &Request<'_>) -> Result<(), Forbidden> {
-        let verdict = self.verdict(workload, request)?;
+    /// Enforces the verdict on a connection that wants in, and reports what dry-run policies would make of it.
+    fn admit(workload: &WorkloadKey, request: &Request<'_>, verdict: Verdict) -> Result<(), Forbidden> {
         if let Some(dry_run) = verdict.dry_run.as_ref().filter(|dry_run| dry_run.is_allowed() != verdict.is_allowed()) {
             let peer = request.peer.map(tracing::field::display);
             info!(
@@ -159,11 +215,6 @@ impl InForce {
             );
         }
         enforced(verdict)
-    }
-
-    /// Judges a connection that is open.
-    fn judge(&self, workload: &WorkloadKey, request: &Request<'_>) -> Result<(), Forbidden> {
-        enforced(self.verdict(workload, request)?)
     }
 
     fn verdict(&self, workload: &WorkloadKey, request: &Request<'_>) -> Result<Verdict, Forbidden> {
@@ -224,9 +275,25 @@ impl Proxy {
 
     /// Ends plaintext connections inside a pod, which do not pass the agent, when what decides about them has changed.
     pub(super) async fn end_forbidden_plaintext(self: &Arc<Self>, pod: &Pod) {
-        if !self.policies.changed(&pod.key) {
+        if self.policies.changed(&pod.key) {
+            self.end_plaintext(pod).await;
+        }
+    }
+
+    /// Ends the connections of workloads that name a policy which did not arrive in time.
+    pub(super) async fn end_unheld(self: &Arc<Self>) {
+        let over = self.policies.hold.take_over(Instant::now());
+        if over.is_empty() {
             return;
         }
+        self.end_forbidden();
+        for pod in self.capture.pods().into_iter().filter(|pod| over.contains(&pod.key)) {
+            warn!(pod = %pod.key, "a policy that it names has not arrived; its connections are denied until it does");
+            self.end_plaintext(&pod).await;
+        }
+    }
+
+    async fn end_plaintext(self: &Arc<Self>, pod: &Pod) {
         let (proxy, key) = (Arc::downgrade(self), pod.key.clone());
         let judge: Judge = Arc::new(move || {
             let proxy = proxy.upgrade()?;
@@ -241,3 +308,7 @@ impl Proxy {
         self.capture.end_plaintext(pod, judge).await;
     }
 }
+
+#[cfg(test)]
+#[path = "policy_tests.rs"]
+mod tests;

@@ -262,6 +262,10 @@ impl Reconciler {
                     self.look_by(LOOK.0);
                     continue;
                 }
+                () = until(self.proxy.policies.due()) => {
+                    self.proxy.end_unheld().await;
+                    continue;
+                }
             }
             self.reconcile().await;
         }
@@ -446,6 +450,13 @@ impl Reconciler {
 
     fn states(&self) -> std::sync::MutexGuard<'_, BTreeMap<WorkloadKey, Standing>> {
         self.states.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn until(due: Option<tokio::time::Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
     }
 }
 

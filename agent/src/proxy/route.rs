@@ -38,9 +38,11 @@ pub(super) struct Plan {
     pub service: Option<Arc<str>>,
 }
 
-/// Decides where `destination` goes.
+/// Decides where `destination` goes. [`RefusalReason::EndpointUnknown`] says that another snapshot may know.
 pub(super) fn plan(mesh: &Snapshot, destination: SocketAddr) -> Result<Plan, RefusalReason> {
     match mesh.resolve(destination.ip()) {
+        Resolution::Held(held) if held.awaited => Err(RefusalReason::EndpointUnknown),
+        Resolution::Held(_) => Err(RefusalReason::PlaintextToMesh),
         Resolution::Unknown => Ok(Plan { targets: vec![Target::Plain(destination)], service: None }),
         Resolution::Workload(workload) => {
             let target = target(&workload, destination.ip(), destination.port())?;
@@ -54,7 +56,8 @@ pub(super) fn plan(mesh: &Snapshot, destination: SocketAddr) -> Result<Plan, Ref
                 .collect();
             let targets: Vec<_> = usable.choose_multiple(&mut rand::rng(), MAX_CANDIDATES).cloned().collect();
             if targets.is_empty() {
-                return Err(RefusalReason::NoEndpoint);
+                let known = service.awaited.is_none();
+                return Err(if known { RefusalReason::NoEndpoint } else { RefusalReason::EndpointUnknown });
             }
             Ok(Plan { targets, service: Some(Arc::clone(&service.hostname)) })
         }

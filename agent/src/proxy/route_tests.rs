@@ -7,7 +7,7 @@ use std::{
 use super::{Plan, Target, plan};
 use crate::{
     mesh::{
-        Endpoint, InboundMode, MeshSettings, Protocol, Service, ServicePort, Snapshot, SnapshotBuilder, SpiffeId,
+        Endpoint, Held, InboundMode, MeshSettings, Protocol, Service, ServicePort, Snapshot, SnapshotBuilder, SpiffeId,
         Workload, WorkloadKey,
     },
     telemetry::RefusalReason,
@@ -46,6 +46,7 @@ fn mesh() -> Snapshot {
         vips: vec![vip.parse().expect("vip")],
         ports: vec![ServicePort { port: 80, target_port: 8080 }],
         endpoints,
+        awaited: None,
     };
     b.service(service("web", "10.96.0.1", endpoints.to_vec())).expect("service");
     b.service(service("empty", "10.96.0.2", Vec::new())).expect("service");
@@ -96,5 +97,49 @@ fn refusals_say_why() {
     assert_eq!(plan(&mesh(), at("10.96.0.1:81")), Err(RefusalReason::NoEndpoint), "a port the service does not have");
     for port in [15001, 15006, 15008, 15053, 15101] {
         assert_eq!(plan(&mesh(), at(&format!("10.0.0.1:{port}"))), Err(RefusalReason::AgentPort));
+    }
+}
+
+#[test]
+fn nothing_of_the_mesh_is_dialled_in_plaintext() {
+    let mut b = SnapshotBuilder::amend(mesh());
+    let pod = |name: &str| WorkloadKey { namespace: "default".into(), name: name.into() };
+    b.settings().exclude.outbound_ports = vec![5432];
+    b.settings().exclude.outbound_cidrs = vec!["10.0.0.3/32".parse().expect("a network")];
+    assert!(b.hold("10.0.0.20".parse().expect("ip"), Held { pod: pod("lost"), awaited: false }));
+    assert!(b.hold("10.0.0.21".parse().expect("ip"), Held { pod: pod("new"), awaited: true }));
+    // A workload or service that has the address as well decides.
+    assert!(b.hold("10.0.0.1".parse().expect("ip"), Held { pod: pod("lost"), awaited: false }));
+    let service = Service {
+        namespace: "default".into(),
+        name: "awaited".into(),
+        hostname: "awaited.default.svc.cluster.local".into(),
+        vips: vec!["10.96.0.3".parse().expect("vip")],
+        ports: vec![ServicePort { port: 80, target_port: 8080 }],
+        endpoints: Vec::new(),
+        awaited: Some("Pod default/new at 10.0.0.21".into()),
+    };
+    b.service(service).expect("service");
+    let mesh = b.build();
+    assert_eq!(plan(&mesh, at("10.0.0.20:80")), Err(RefusalReason::PlaintextToMesh));
+    assert_eq!(plan(&mesh, at("10.0.0.21:80")), Err(RefusalReason::EndpointUnknown));
+    assert_eq!(plan(&mesh, at("10.96.0.3:80")), Err(RefusalReason::EndpointUnknown));
+    assert_eq!(plan(&mesh, at("10.0.0.1:80")), Ok(tunnel("one", "10.0.0.1:80")));
+    let captured: BTreeSet<IpAddr> = mesh.captured_addresses().collect();
+    assert_eq!(captured.len(), mesh.captured_addresses().count());
+    for (to, allowed) in [
+        ("10.0.0.1:80", false),
+        ("[fd00::1]:80", false),
+        ("[::ffff:10.0.0.2]:80", false),
+        ("10.0.0.20:80", false),
+        ("10.0.0.21:80", false),
+        ("10.96.0.1:80", false),
+        ("10.0.0.2:5432", true),
+        ("10.0.0.3:80", true),
+        ("10.0.0.9:80", true),
+        ("192.0.2.1:80", true),
+    ] {
+        assert_eq!(mesh.allows_plaintext(&pod("one"), at(to)), allowed, "{to}");
+        assert!(to.starts_with("192.") || mesh.captures(at(to).ip().to_canonical()), "{to}");
     }
 }

@@ -18,6 +18,11 @@ pub enum RefusalReason {
     NoCertificate,
     /// The service has no endpoint that can be used.
     NoEndpoint,
+    /// It is not known who the endpoints of the service are, or whether the pod at the address is in the mesh, and that did not become
+    /// known in time.
+    EndpointUnknown,
+    /// The destination is in the mesh and cannot be reached through a tunnel. It is never dialled in plaintext.
+    PlaintextToMesh,
     /// TCP connect to the peer or the application failed.
     UpstreamUnreachable,
     /// The TLS handshake failed for another reason than the ones below.
@@ -75,15 +80,17 @@ impl RefusalReason {
     /// Every reason, in order.
     pub const ALL: [RefusalReason; REASONS] = {
         use RefusalReason::{
-            AgentPort, BadRecord, CertificateExpired, CertificateRevoked, Deadline, DeniedByPeer, InvalidCertificate,
-            KeptPod, KeyLimit, NoAlpn, NoCertificate, NoEndpoint, NoOriginalDestination, NotTls,
-            PeerUpstreamUnreachable, PodLimit, Policy, ProxyDestination, ProxyHeader, ProxySource, Resources,
-            TlsHandshake, Truncated, UntrustedIssuer, UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
+            AgentPort, BadRecord, CertificateExpired, CertificateRevoked, Deadline, DeniedByPeer, EndpointUnknown,
+            InvalidCertificate, KeptPod, KeyLimit, NoAlpn, NoCertificate, NoEndpoint, NoOriginalDestination, NotTls,
+            PeerUpstreamUnreachable, PlaintextToMesh, PodLimit, Policy, ProxyDestination, ProxyHeader, ProxySource,
+            Resources, TlsHandshake, Truncated, UntrustedIssuer, UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
         };
         [
             NoOriginalDestination,
             NoCertificate,
             NoEndpoint,
+            EndpointUnknown,
+            PlaintextToMesh,
             UpstreamUnreachable,
             TlsHandshake,
             UntrustedIssuer,
@@ -114,15 +121,17 @@ impl RefusalReason {
     /// The name in logs and counters.
     pub const fn as_str(self) -> &'static str {
         use RefusalReason::{
-            AgentPort, BadRecord, CertificateExpired, CertificateRevoked, Deadline, DeniedByPeer, InvalidCertificate,
-            KeptPod, KeyLimit, NoAlpn, NoCertificate, NoEndpoint, NoOriginalDestination, NotTls,
-            PeerUpstreamUnreachable, PodLimit, Policy, ProxyDestination, ProxyHeader, ProxySource, Resources,
-            TlsHandshake, Truncated, UntrustedIssuer, UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
+            AgentPort, BadRecord, CertificateExpired, CertificateRevoked, Deadline, DeniedByPeer, EndpointUnknown,
+            InvalidCertificate, KeptPod, KeyLimit, NoAlpn, NoCertificate, NoEndpoint, NoOriginalDestination, NotTls,
+            PeerUpstreamUnreachable, PlaintextToMesh, PodLimit, Policy, ProxyDestination, ProxyHeader, ProxySource,
+            Resources, TlsHandshake, Truncated, UntrustedIssuer, UpstreamUnreachable, WrongIdentity, WrongTrustDomain,
         };
         match self {
             NoOriginalDestination => "no-original-destination",
             NoCertificate => "no-certificate",
             NoEndpoint => "no-endpoint",
+            EndpointUnknown => "endpoint-unknown",
+            PlaintextToMesh => "plaintext-to-mesh",
             UpstreamUnreachable => "upstream-unreachable",
             TlsHandshake => "tls-handshake",
             UntrustedIssuer => "untrusted-issuer",

@@ -97,7 +97,11 @@ impl From<RefusalReason> for ResponseFlag {
         use RefusalReason as R;
         match reason {
             R::Policy | R::KeptPod | R::DeniedByPeer => Self::Deny,
-            R::NoEndpoint | R::UpstreamUnreachable | R::PeerUpstreamUnreachable => Self::Connect,
+            R::NoEndpoint
+            | R::EndpointUnknown
+            | R::PlaintextToMesh
+            | R::UpstreamUnreachable
+            | R::PeerUpstreamUnreachable => Self::Connect,
             R::TlsHandshake
             | R::UntrustedIssuer
             | R::CertificateExpired

@@ -1,7 +1,7 @@
 //! With a real Kubernetes control plane: `cargo xtask cluster test`.
 //!
-//! Needs root, and the programs that `cargo xtask cluster parts` makes; without them every test fails and says so. Those of [`scale`] and
-//! [`throttled`] have an API of their own.
+//! Needs root, and the programs that `cargo xtask cluster parts` makes; without them every test fails and says so. Those of [`scale`],
+//! [`throttled`] and [`unknown`] have an API of their own.
 
 mod absence;
 mod ca;
@@ -9,8 +9,10 @@ mod cni;
 mod control_plane;
 mod mesh;
 mod scale;
+mod scripted;
 mod simulated;
 mod source;
 mod throttled;
+mod unknown;
 mod whole;
 mod world;

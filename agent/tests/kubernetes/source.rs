@@ -290,9 +290,17 @@ fn the_agent_may_do_what_it_has_to_and_no_more() -> Result<()> {
             ensure!(!may(verb, resource)?, "{verb} {resource}");
         }
     }
-    for resource in
-        ["secrets", "configmaps", "serviceaccounts", "serviceaccounts/token", "events", "pods/exec", "pods/log"]
-    {
+    // Two CRDs may be listed by their names, and no others.
+    for resource in [
+        "secrets",
+        "configmaps",
+        "serviceaccounts",
+        "serviceaccounts/token",
+        "events",
+        "pods/exec",
+        "pods/log",
+        "customresourcedefinitions.apiextensions.k8s.io",
+    ] {
         for verb in ["get", "list", "watch", "create", "update", "patch", "delete"] {
             ensure!(!may(verb, resource)?, "{verb} {resource}");
         }

@@ -43,7 +43,7 @@ use crate::{
     mesh::MeshStore,
     proxy::{Applied, PodStatus},
     relay::{ConnectionTable, ThreadHealth},
-    sources::file::ReloadStatus,
+    sources::{file::ReloadStatus, kubernetes::SourceStatus},
     telemetry::Telemetry,
 };
 
@@ -94,6 +94,8 @@ pub trait NodeView: Send + Sync + 'static {
     fn applied(&self) -> Applied;
     /// What happened to the configuration file.
     fn reload(&self) -> ReloadStatus;
+    /// The Kubernetes source, when there is one.
+    fn cluster(&self) -> Option<SourceStatus>;
     /// The relay's threads.
     fn relay(&self) -> Vec<ThreadHealth>;
 }

@@ -26,7 +26,10 @@ use crate::{
     mesh::{MeshStore, Snapshot, WorkloadKey},
     proxy::{Applied, PodState, PodStatus},
     relay::{Connection, ConnectionTable, DataPath, Direction, NewConnection, ThreadHealth},
-    sources::file::{ReloadStatus, parse},
+    sources::{
+        file::{ReloadStatus, parse},
+        kubernetes::{Kind, KindStatus, SourceStatus},
+    },
     telemetry::{AccessLog, Account, Labels, LogChoice, Reporter, Telemetry},
 };
 
@@ -72,6 +75,19 @@ impl NodeView for Fake {
 
     fn reload(&self) -> ReloadStatus {
         ReloadStatus { accepted: 1, ..ReloadStatus::default() }
+    }
+
+    fn cluster(&self) -> Option<SourceStatus> {
+        let kind = |kind, error: Option<&str>| KindStatus {
+            kind,
+            version: Some("v1".to_owned()),
+            objects: 3,
+            synced: true,
+            heard_seconds_ago: Some(1),
+            error: error.map(ToOwned::to_owned),
+        };
+        let kinds = vec![kind(Kind::Pod, None), kind(Kind::PeerAuthentication, Some("not served"))];
+        Some(SourceStatus { kinds, ..SourceStatus::default() })
     }
 
     fn relay(&self) -> Vec<ThreadHealth> {

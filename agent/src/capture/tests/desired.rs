@@ -35,6 +35,7 @@ fn state(settings: MeshSettings, workloads: Vec<Workload>) -> MeshState {
             vips: vec!["10.96.0.10".parse().unwrap()],
             ports: vec![ServicePort { port: 80, target_port: 8080 }],
             endpoints: Vec::new(),
+            awaited: None,
         })
         .unwrap();
     mesh(&builder.build())

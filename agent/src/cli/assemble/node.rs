@@ -16,7 +16,7 @@ use crate::{
     relay::{Relay, ThreadHealth},
     sources::{
         file::{ReloadStats, ReloadStatus},
-        kubernetes::Statuses,
+        kubernetes::{SourceStatus, Statuses},
     },
     tunnel::ktls::Support,
 };
@@ -68,6 +68,10 @@ impl NodeView for NodeStatus {
 
     fn reload(&self) -> ReloadStatus {
         self.reload.status()
+    }
+
+    fn cluster(&self) -> Option<SourceStatus> {
+        self.cluster.as_ref().map(Statuses::status)
     }
 
     fn relay(&self) -> Vec<ThreadHealth> {

@@ -168,6 +168,7 @@ pub fn services(name: &str) -> Services {
         hostname: name.into(),
         vips: vec!["10.96.0.1".parse().unwrap()],
         ports: vec![ServicePort { port: 80, target_port: 8080 }, ServicePort { port: 443, target_port: 443 }],
+        awaited: None,
         endpoints_total: 200,
         endpoints: vec![endpoint(Protocol::Underpass), endpoint(Protocol::Plain)],
     };

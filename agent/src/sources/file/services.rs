@@ -82,6 +82,7 @@ impl<'a> Services<'a> {
             vips: vips.clone(),
             ports,
             endpoints,
+            awaited: None,
         };
         builder.service(service).map_err(|e| {
             let place = match &e {

@@ -1,6 +1,9 @@
 //! Everything the API server has said.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use super::{
     attachments::{Attached, Attachment},
@@ -48,6 +51,8 @@ pub(super) struct Cluster {
     pub(super) slices: Table<Key, SliceRecord>,
     pub(super) policies: Table<Key, ConfiguredRecord>,
     pub(super) authentications: Table<Key, ConfiguredRecord>,
+    /// Services that had an endpoint in the mesh, and have had none that is known to be outside since.
+    pub(super) meshed: BTreeSet<Key>,
     /// Pods that the CNI plugin handed over.
     pub(super) attached: HashMap<Key, Attached>,
     /// Nobody takes part any more: Underpass is being removed.
@@ -150,6 +155,12 @@ impl Cluster {
         self.pods.keys_from(first).take_while(move |key| key.namespace == *namespace)
     }
 
+    /// The services of a namespace.
+    pub(super) fn services_in<'a>(&'a self, namespace: &'a Arc<str>) -> impl Iterator<Item = &'a Key> {
+        let first = Key { namespace: Arc::clone(namespace), name: "".into() };
+        self.services.keys_from(first).take_while(move |key| key.namespace == *namespace)
+    }
+
     /// A pod was handed over: its addresses are known before the API server tells them.
     pub(super) fn attach(&mut self, key: &Key, attached: Attached) {
         self.attached.insert(key.clone(), attached);
@@ -176,6 +187,20 @@ impl Cluster {
     /// Has every kind been listed?
     pub(super) fn synced(&self) -> bool {
         self.counts().into_iter().all(|(_, _, synced)| synced)
+    }
+
+    /// The kinds that are known to exist.
+    pub(super) fn listed(&self) -> impl Iterator<Item = Kind> {
+        let all = [
+            (Kind::Pod, self.pods.listed()),
+            (Kind::Namespace, self.namespaces.listed()),
+            (Kind::Node, self.nodes.listed()),
+            (Kind::Service, self.services.listed()),
+            (Kind::EndpointSlice, self.slices.listed()),
+            (Kind::AuthorizationPolicy, self.policies.listed()),
+            (Kind::PeerAuthentication, self.authentications.listed()),
+        ];
+        all.into_iter().filter_map(|(kind, listed)| listed.then_some(kind))
     }
 
     /// How many there are of each kind, and whether it has been listed.

@@ -5,7 +5,7 @@
 //! node's, one to the settings everything. The result is what it would be if everything was made anew.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     mem,
     sync::Arc,
     time::Instant,
@@ -18,6 +18,7 @@ use super::{
     disputes::{self, Claimants, Disputes, Vips},
     enrolment::Enrolments,
     finder::Finder,
+    holdings::Holdings,
     modes::Modes,
     pods::{self, Known, Placed, workload_key},
     policies,
@@ -28,7 +29,7 @@ use super::{
     wiring::{Candidates, Replaced, Wiring},
 };
 use crate::{
-    mesh::{Departures, MeshSettings, Snapshot, SnapshotBuilder},
+    mesh::{Departures, MeshSettings, Protocol, Snapshot, SnapshotBuilder},
     pod_identity::NoIdentity,
 };
 
@@ -71,6 +72,9 @@ struct Made {
     left: BTreeMap<Key, Arc<str>>,
     /// Pods that take part and are no workload, because they have no address, say. They must not be dialled in plaintext.
     unreachable: HashSet<Key>,
+    /// How many pods of a namespace take part; none of 0.
+    members: HashMap<Arc<str>, usize>,
+    holdings: Holdings,
     services: Candidates,
     problems: Problems,
 }
@@ -95,6 +99,8 @@ impl Made {
             here: BTreeMap::new(),
             left: BTreeMap::new(),
             unreachable: HashSet::new(),
+            members: HashMap::new(),
+            holdings: Holdings::default(),
             services: Candidates::default(),
             problems: Problems::default(),
         }
@@ -151,7 +157,13 @@ impl Compiler {
         let moved = self.disputes.settle(&Claimants { cluster, node: &base.node, claims, vips }, touched);
         pods.extend(moved.pods);
         dirty.extend(moved.services);
-        dirty.extend(pods.iter().flat_map(|pod| made.wiring.users(pod)).cloned());
+        for pod in &pods {
+            let old = changes.pods.get(pod).and_then(Option::as_deref);
+            dirty.extend(made.wiring.concerned(cluster, pod, old).cloned());
+        }
+        for namespace in changes.namespaces.keys() {
+            dirty.extend(cluster.services_in(&namespace.name).cloned());
+        }
         if changes.node {
             // The zone may be another one.
             dirty.extend(cluster.services.iter().map(|(key, _)| key.clone()));
@@ -159,8 +171,10 @@ impl Compiler {
         let (placed, complete) = self.place(&mut made, cluster, base, &pods, now, &mut dirty);
         let mut pass =
             Pass { builder: SnapshotBuilder::amend(made.snapshot.clone()), disputed: false, made: &mut made };
-        pass.pods(&self.finder, &self.disputes, cluster, base, placed);
-        pass.services(&self.disputes, cluster, base, &self.domain, dirty);
+        for namespace in pass.pods(&self.finder, &self.disputes, cluster, base, placed) {
+            dirty.extend(cluster.services_in(&namespace).cloned());
+        }
+        let meshed = pass.services(&self.disputes, cluster, base, &self.domain, dirty);
         if changes.policies {
             pass.policies(cluster, base);
         }
@@ -172,6 +186,13 @@ impl Compiler {
         self.disputes.published(&snapshot);
         if !changes.namespaces.is_empty() {
             made.problems.namespaces(cluster);
+        }
+        for (service, meshed) in meshed {
+            if meshed {
+                cluster.meshed.insert(service);
+            } else {
+                cluster.meshed.remove(&service);
+            }
         }
         made.snapshot = snapshot.clone();
         made.problems.disputes = self.disputes.problems(&made.wiring.claims, &made.vips);
@@ -254,7 +275,7 @@ impl Compiler {
                 let pod = cluster.pods.entry(key);
                 let pod = pod.map(|(key, pod)| pods::place(cluster, &base.node, &mut self.enrolments, key, pod, now));
                 placed.push((key.clone(), pod));
-                services.extend(made.wiring.users(key).iter().cloned());
+                services.extend(made.wiring.concerned(cluster, key, None).cloned());
             }
         }
         let complete = all_found(made, &self.finder);
@@ -271,7 +292,7 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// Makes the workloads of these pods.
+    /// Makes the workloads of these pods. Returns the namespaces that have their first pod in the mesh, or had their last.
     fn pods(
         &mut self,
         finder: &Finder,
@@ -279,14 +300,15 @@ impl Pass<'_> {
         cluster: &Cluster,
         base: &Snapshot,
         placed: Vec<(Key, Option<Placed<'_>>)>,
-    ) {
+    ) -> HashSet<Arc<str>> {
         let made = &mut *self.made;
         let context = pods::Context { cluster, base, disputes, modes: &made.modes, finder };
         let mut replaced: Vec<(Key, Option<Known>)> = Vec::new();
-        for (key, pod) in placed {
-            let without_identity = pod.as_ref().and_then(|pod| pod.without_identity);
+        let mut flipped = HashSet::new();
+        for (key, placed) in placed {
+            let without_identity = placed.as_ref().and_then(|pod| pod.without_identity);
             let mut problems: Vec<String> = without_identity.map(without_identity_here).into_iter().collect();
-            let pod = pod.filter(Placed::takes_part);
+            let pod = placed.filter(Placed::takes_part);
             let known = pod.and_then(|pod| {
                 pods::workload(&context, &pod, &mut problems).unwrap_or_else(|e| {
                     problems.push(e.to_string());
@@ -294,13 +316,20 @@ impl Pass<'_> {
                 })
             });
             made.problems.pod(&key, problems);
+            let workload_key = workload_key(&key);
+            let before = made.snapshot.workload(&workload_key);
+            let was_member = before.is_some() || made.unreachable.contains(&key);
+            if was_member != pod.is_some() && count(&mut made.members, &key.namespace, pod.is_some()) {
+                flipped.insert(Arc::clone(&key.namespace));
+            }
             if pod.is_some() && known.is_none() {
                 made.unreachable.insert(key.clone());
             } else {
                 made.unreachable.remove(&key);
             }
-            let workload_key = workload_key(&key);
-            let before = made.snapshot.workload(&workload_key);
+            let workload = known.as_ref().map(|(workload, _)| &**workload);
+            let held = placed.map_or_else(pods::Held::default, |placed| pods::held(cluster, &placed, workload));
+            made.holdings.set(&mut self.builder, &key, held);
             let same = match (before, &known) {
                 (None, None) => true,
                 (Some(before), Some((workload, policy))) => {
@@ -327,13 +356,18 @@ impl Pass<'_> {
                 Ok(()) => self.builder.workload_policy(&workload.key, policy),
                 Err(e) => {
                     made.problems.also_of_pod(&key, e.to_string());
+                    if workload.protocol != Protocol::Plain {
+                        let addresses = cluster.pods.get(&key).map_or(&[][..], |record| pods::claims(record)).to_vec();
+                        made.holdings.set(&mut self.builder, &key, pods::Held { addresses, awaited: false });
+                    }
                     made.unreachable.insert(key);
                 }
             }
         }
+        flipped
     }
 
-    /// Makes these services.
+    /// Makes these services. Returns those of which it is known now whether they are in the mesh, and whether.
     fn services(
         &mut self,
         disputes: &Disputes,
@@ -341,7 +375,7 @@ impl Pass<'_> {
         base: &Snapshot,
         domain: &str,
         dirty: BTreeSet<Key>,
-    ) {
+    ) -> Vec<(Key, bool)> {
         let made = &mut *self.made;
         let node = cluster.nodes.iter().next().map(|(_, node)| node);
         let context = services::Context {
@@ -352,16 +386,21 @@ impl Pass<'_> {
             mesh: self.builder.so_far(),
             unreachable: &made.unreachable,
             disputes,
+            members: &made.members,
             domain,
         };
-        let service = |key: &Key| context.service(key, cluster.services.get(key)?);
-        let replaced: Vec<Replaced> = dirty
-            .into_iter()
-            .filter_map(|key| {
-                let service = service(&key);
-                made.services.set(key, service)
-            })
-            .collect();
+        let (mut replaced, mut meshed, mut watched) = (Vec::new(), Vec::new(), Vec::new());
+        for key in dirty {
+            let gone = || services::Made { service: None, meshed: Some(false), watched: Vec::new() };
+            let service = cluster.services.get(&key).map_or_else(gone, |record| context.service(&key, record));
+            let was = cluster.meshed.contains(&key);
+            meshed.extend(service.meshed.filter(|is| *is != was).map(|is| (key.clone(), is)));
+            watched.push((key.clone(), service.watched));
+            replaced.extend(made.services.set(key, service.service));
+        }
+        for (key, addresses) in watched {
+            made.wiring.watch(&key, addresses);
+        }
         let disputed =
             self.disputed || replaced.iter().any(|replaced| made.services.disputed(replaced, self.builder.so_far()));
         if disputed {
@@ -371,7 +410,7 @@ impl Pass<'_> {
                 let added = self.builder.shared_service(service);
                 made.problems.service(key, added.err().map(|e| e.to_string()));
             }
-            return;
+            return meshed;
         }
         for service in replaced.iter().filter_map(|replaced| replaced.before.as_ref()) {
             self.builder.remove_service(service);
@@ -380,6 +419,7 @@ impl Pass<'_> {
             let added = after.as_ref().map_or(Ok(()), |service| self.builder.shared_service(service));
             made.problems.service(key, added.err().map(|e| e.to_string()));
         }
+        meshed
     }
 
     /// Who left on purpose. Only what the API server says itself counts: a copy may be older than
@@ -423,4 +463,20 @@ fn without_identity_here(why: NoIdentity) -> String {
         "it stays outside of the mesh: {why}, or take it out with the label underpass.io/mode: disabled. Until then its \
          traffic is plaintext, which STRICT pods refuse"
     )
+}
+
+/// Counts a pod of a namespace in or out; `true` when it is the first, or was the last.
+fn count(members: &mut HashMap<Arc<str>, usize>, namespace: &Arc<str>, is_in: bool) -> bool {
+    if is_in {
+        let count = members.entry(Arc::clone(namespace)).or_default();
+        *count += 1;
+        return *count == 1;
+    }
+    let Some(count) = members.get_mut(namespace) else { return false };
+    *count -= 1;
+    let last = *count == 0;
+    if last {
+        members.remove(namespace);
+    }
+    last
 }

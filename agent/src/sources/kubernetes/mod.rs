@@ -1,7 +1,7 @@
 //! The `kubernetes` source: pods, services, endpoint slices, namespaces and this node out of the Kubernetes API, and Istio's
 //! `AuthorizationPolicy` and `PeerAuthentication` where their CRDs exist.
 //!
-//! Every kind has a watch ([`watch`]) whose objects are cut down to what is needed ([`objects`], [`read`], [`records`]). One owner
+//! Every kind has a watch ([`watch`], [`presence`]) whose objects are cut down to what is needed ([`objects`], [`read`], [`records`]). One owner
 //! ([`source`]) keeps them ([`cluster`], [`table`]) and compiles snapshots ([`compile`]) out of all that is known: who is in the mesh
 //! ([`enrolment`], [`annotations`]), who has an address that several claim ([`disputes`]), where
 //! this node's pods are ([`finder`]), how plaintext is met ([`modes`]), which endpoints are
@@ -16,6 +16,7 @@ mod compile;
 mod disputes;
 mod enrolment;
 mod finder;
+mod holdings;
 mod index;
 mod leaving;
 pub mod manifests;
@@ -24,6 +25,7 @@ mod names;
 mod objects;
 mod pods;
 mod policies;
+mod presence;
 mod problems;
 mod projection;
 mod read;

@@ -255,6 +255,7 @@ pub(super) struct TargetRef {
     pub(super) kind: Option<String>,
     pub(super) namespace: Option<String>,
     pub(super) name: Option<String>,
+    pub(super) uid: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]

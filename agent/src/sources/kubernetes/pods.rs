@@ -65,6 +65,13 @@ pub(super) fn place<'a>(
     Placed { key, record, phase, captured_here, without_identity, left }
 }
 
+/// Is it unknown whether a pod takes part, because nothing is known of its namespace?
+pub(super) fn undecided(cluster: &Cluster, key: &Key, record: &PodRecord) -> bool {
+    let excluded = record.host_network || record.occupied || record.unvouched.is_some();
+    let possible = record.choice.is_none() && !excluded && !cluster.leaving;
+    possible && cluster.namespaces.get(&cluster_scoped(&key.namespace)).is_none()
+}
+
 /// Key of an object that is in no namespace.
 pub(super) fn cluster_scoped(name: &Arc<str>) -> Key {
     Key { namespace: "".into(), name: Arc::clone(name) }
@@ -77,6 +84,25 @@ pub(super) fn claims(record: &PodRecord) -> &[IpAddr] {
 
 /// Pods by the addresses that they claim.
 pub(super) type Claims = Index<IpAddr, Key>;
+
+/// Addresses of a pod that nobody may dial in plaintext.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Held {
+    pub(super) addresses: Vec<IpAddr>,
+    /// It is not known yet whether the pod takes part.
+    pub(super) awaited: bool,
+}
+
+/// The addresses of a pod in the mesh that are not its workload's, if it is one, and those of a pod that may be in the mesh.
+pub(super) fn held(cluster: &Cluster, pod: &Placed<'_>, workload: Option<&Workload>) -> Held {
+    let awaited = undecided(cluster, pod.key, pod.record);
+    if pod.phase != Phase::In && !awaited {
+        return Held::default();
+    }
+    let own = workload.map_or(&[][..], |workload| &workload.addresses);
+    let addresses = claims(pod.record).iter().filter(|address| !own.contains(address)).copied();
+    Held { addresses: addresses.collect(), awaited }
+}
 
 /// Those of a pod's addresses that no other has.
 fn own_addresses(context: &Context<'_>, pod: &Placed<'_>) -> Vec<IpAddr> {

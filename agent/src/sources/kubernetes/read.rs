@@ -9,8 +9,8 @@ use super::{
     names::{DRY_RUN, HOSTNAME, ISTIO_MODE, MODE, Names, SERVICE_NAME, SIDECAR, ZONE},
     objects::{Configured, Container, Endpoint, EndpointSlice, Namespace, Node, NumberOrName, Pod, Service},
     records::{
-        Choice, ConfiguredRecord, EndpointRecord, Key, NamespaceRecord, NodeRecord, PodRecord, ServiceRecord,
-        SliceRecord, Unvouched,
+        Choice, ConfiguredRecord, EndpointRecord, Fingerprint, Key, NamespaceRecord, NodeRecord, PodRecord,
+        ServiceRecord, SliceRecord, Unvouched,
     },
 };
 use crate::{mesh::APPLICATION_LABELS, pod_identity};
@@ -139,12 +139,15 @@ impl Reader {
             let namespace = t.namespace.as_deref().filter(|n| !n.is_empty()).unwrap_or(namespace);
             Some(Key { namespace: self.names.get(namespace), name: t.name.as_deref()?.into() })
         });
+        let uid = endpoint.target_ref.as_ref().and_then(|t| t.uid.as_deref()).filter(|uid| !uid.is_empty());
+        let uid = uid.filter(|_| pod.is_some()).map(Fingerprint::of);
         let node = endpoint.node_name.as_ref().or_else(|| endpoint.topology.as_ref()?.get(HOSTNAME));
         let (conditions, hints) = (&endpoint.conditions, endpoint.hints.as_ref());
         let mut names = |list: &[super::objects::Named]| list.iter().map(|n| self.names.get(&n.name)).collect();
         Some(EndpointRecord {
             address,
             pod,
+            uid,
             ready: conditions.ready.unwrap_or(true),
             draining: conditions.serving.unwrap_or_default() && conditions.terminating.unwrap_or_default(),
             zones: hints.map(|h| names(&h.for_zones)).unwrap_or_default(),

@@ -1,12 +1,13 @@
 //! The copy of everything the API server said, for a start without it.
 
-use std::{io, path::Path, sync::Arc};
+use std::{collections::BTreeSet, io, path::Path, sync::Arc};
 
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::{
     cluster::Cluster,
     records::{ConfiguredRecord, Key, NamespaceRecord, NodeRecord, PodRecord, ServiceRecord, SliceRecord},
+    status::Kind,
     table::Table,
 };
 use crate::sources::last_good::Copy;
@@ -32,6 +33,11 @@ struct Saved {
     slices: Vec<(Key, Arc<SliceRecord>)>,
     policies: Vec<(Key, Arc<ConfiguredRecord>)>,
     authentications: Vec<(Key, Arc<ConfiguredRecord>)>,
+    #[serde(default)]
+    meshed: BTreeSet<Key>,
+    /// Kinds that had been listed; those with objects had, too.
+    #[serde(default)]
+    listed: Vec<Kind>,
 }
 
 /// What is written: as above, without a copy of it.
@@ -46,6 +52,8 @@ struct Saving<'a> {
     slices: All<'a, SliceRecord>,
     policies: All<'a, ConfiguredRecord>,
     authentications: All<'a, ConfiguredRecord>,
+    meshed: &'a BTreeSet<Key>,
+    listed: Vec<Kind>,
 }
 
 /// All records of a table, with their keys.
@@ -69,6 +77,8 @@ pub(super) fn save(state_dir: &Path, node: &str, cluster: &Cluster) -> io::Resul
         slices: All(&cluster.slices),
         policies: All(&cluster.policies),
         authentications: All(&cluster.authentications),
+        meshed: &cluster.meshed,
+        listed: cluster.listed().collect(),
     };
     COPY.write(state_dir, |file| Ok(serde_json::to_writer(file, &saving)?))
 }
@@ -81,14 +91,16 @@ pub(super) fn restore(state_dir: &Path, node: &str) -> io::Result<Cluster> {
             format!("it has format {} of node {:?}; format {FORMAT} of {node:?} is read", saved.format, saved.node);
         return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
     }
+    let listed = |kind| saved.listed.contains(&kind);
     Ok(Cluster {
-        pods: Table::restored(saved.pods),
-        namespaces: Table::restored(saved.namespaces),
-        nodes: Table::restored(saved.nodes),
-        services: Table::restored(saved.services),
-        slices: Table::restored(saved.slices),
-        policies: Table::restored(saved.policies),
-        authentications: Table::restored(saved.authentications),
+        pods: Table::restored(saved.pods, listed(Kind::Pod)),
+        namespaces: Table::restored(saved.namespaces, listed(Kind::Namespace)),
+        nodes: Table::restored(saved.nodes, listed(Kind::Node)),
+        services: Table::restored(saved.services, listed(Kind::Service)),
+        slices: Table::restored(saved.slices, listed(Kind::EndpointSlice)),
+        policies: Table::restored(saved.policies, listed(Kind::AuthorizationPolicy)),
+        authentications: Table::restored(saved.authentications, listed(Kind::PeerAuthentication)),
+        meshed: saved.meshed,
         ..Cluster::default()
     })
 }

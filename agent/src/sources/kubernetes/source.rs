@@ -174,7 +174,7 @@ impl KubernetesSource {
         }
         let (sender, mut news) = news;
         let mut watches = JoinSet::new();
-        watch(&mut watches, &client, &node, &statuses, &sender);
+        watch(&mut watches, &client, &node, &owner.cluster, &statuses, &sender);
         if let Some((namespace, name)) = notice {
             watches.spawn(leaving::follow(client.clone(), namespace, name, sender.clone()));
         }
@@ -206,16 +206,29 @@ async fn until(wake: Option<Instant>) {
     }
 }
 
-/// Starts a watch for every kind. Selectors keep from this node what it does not need.
-fn watch(watches: &mut JoinSet<()>, client: &Client, node: &str, statuses: &Statuses, changes: &mpsc::Sender<News>) {
+/// Starts a watch for every kind. Selectors keep from this node what it does not need. `copy` is what is known before.
+fn watch(
+    watches: &mut JoinSet<()>,
+    client: &Client,
+    node: &str,
+    copy: &Cluster,
+    statuses: &Statuses,
+    changes: &mpsc::Sender<News>,
+) {
+    let known = |kind| copy.listed().any(|of| of == kind);
     let pods = Selection {
         // A pod that has ended has no address any more.
         fields: Some("status.phase!=Succeeded,status.phase!=Failed".into()),
         ..Selection::all(Kind::Pod, &["v1"])
     };
     let nodes = Selection { fields: Some(format!("metadata.name={node}")), ..Selection::all(Kind::Node, &["v1"]) };
-    let slices = Selection { labels: Some(NOT_HEADLESS), ..Selection::all(Kind::EndpointSlice, &["v1", "v1beta1"]) };
-    let istio = |kind| Selection::all(kind, &["v1", "v1beta1"]);
+    let versions = &["v1", "v1beta1"];
+    let slices = Selection {
+        labels: Some(NOT_HEADLESS),
+        known: known(Kind::EndpointSlice),
+        ..Selection::all(Kind::EndpointSlice, versions)
+    };
+    let istio = |kind| Selection { known: known(kind), ..Selection::all(kind, versions) };
     follow_as(watches, client, pods, statuses, changes, Change::Pod);
     follow_as(watches, client, Selection::all(Kind::Namespace, &["v1"]), statuses, changes, Change::Namespace);
     follow_as(watches, client, nodes, statuses, changes, Change::Node);
@@ -374,7 +387,9 @@ impl Owner {
     }
 
     fn save_at(&self) -> Option<Instant> {
-        (self.unsaved && self.cluster.synced()).then(|| self.saved.map_or(self.started, |saved| saved + SAVE))
+        // Kinds that are not in sync are what the copy had of them.
+        let whole = self.cluster.synced() || (self.restored && self.published);
+        (self.unsaved && whole).then(|| self.saved.map_or(self.started, |saved| saved + SAVE))
     }
 
     /// When there is something to do although nothing happens.

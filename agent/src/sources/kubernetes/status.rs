@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::SystemTime,
+    time::{Duration, Instant, SystemTime},
 };
 
 use serde::{Deserialize, Serialize};
@@ -13,6 +13,9 @@ use crate::telemetry::logging::printable;
 
 /// Most problems that are listed; `problems_total` counts the others.
 const MAX_PROBLEMS: usize = 100;
+/// An error that has not come again for so long is over, although nothing happened to the objects that would tell: twice the longest
+/// pause between two attempts.
+const OVER: Duration = Duration::from_mins(1);
 /// Longest error kept, in bytes.
 const MAX_ERROR: usize = 512;
 
@@ -46,6 +49,11 @@ impl Kind {
         Self::AuthorizationPolicy,
         Self::PeerAuthentication,
     ];
+
+    /// Does it exist only where somebody installed its CRD?
+    pub(super) fn is_custom(self) -> bool {
+        matches!(self, Self::AuthorizationPolicy | Self::PeerAuthentication)
+    }
 
     /// API group, kind and plural.
     pub(super) fn names(self) -> (&'static str, &'static str, &'static str) {
@@ -92,7 +100,7 @@ pub struct KindStatus {
     pub synced: bool,
     /// Seconds since the API server last said something about it.
     pub heard_seconds_ago: Option<u64>,
-    /// What went wrong last; absent since the API server answered again.
+    /// What went wrong last; absent since the API server answered again, or for a minute without another failure.
     pub error: Option<String>,
 }
 
@@ -123,7 +131,14 @@ struct State {
 struct Watch {
     version: Option<String>,
     heard: Option<SystemTime>,
-    error: Option<String>,
+    /// And when it last came.
+    error: Option<(String, Instant)>,
+}
+
+impl Watch {
+    fn error(&self) -> Option<&str> {
+        self.error.as_ref().filter(|(_, at)| at.elapsed() < OVER).map(|(error, _)| error.as_str())
+    }
 }
 
 impl Statuses {
@@ -140,7 +155,7 @@ impl Statuses {
                 objects,
                 synced,
                 heard_seconds_ago: watch.heard.map(|t| t.elapsed().unwrap_or_default().as_secs()),
-                error: watch.error.clone(),
+                error: watch.error().map(ToOwned::to_owned),
             }
         });
         let kinds: Vec<_> = kinds.collect();
@@ -183,10 +198,10 @@ impl Statuses {
         let error = printable(&error[..error.floor_char_boundary(MAX_ERROR)]).into_owned();
         let mut state = self.lock();
         let watch = state.watches.entry(kind).or_default();
-        if watch.error.is_none() {
+        if watch.error().is_none() {
             warn!(?kind, %error, "cannot be followed; what is known of it stays in force, and it is tried again");
         }
-        watch.error = Some(error);
+        watch.error = Some((error, Instant::now()));
     }
 
     /// Notes what the snapshot in force was made of.

@@ -27,21 +27,23 @@ pub(super) struct Table<K, R> {
     incoming: Option<BTreeMap<K, Arc<R>>>,
     /// The API server has said what there is, at least once.
     synced: bool,
+    /// The kind has been listed, by this agent or the one that left the copy: it is known to exist.
+    listed: bool,
     /// Since they were last asked for; `None` until then: everything is new to whoever asks first.
     changes: Option<Changes<K, R>>,
 }
 
 impl<K, R> Default for Table<K, R> {
     fn default() -> Self {
-        Self { current: BTreeMap::new(), incoming: None, synced: false, changes: None }
+        Self { current: BTreeMap::new(), incoming: None, synced: false, listed: false, changes: None }
     }
 }
 
 impl<K: Ord + Clone, R: PartialEq> Table<K, R> {
-    /// Starts with what was known when the agent last ran.
-    pub(super) fn restored(records: impl IntoIterator<Item = (K, Arc<R>)>) -> Self {
-        let current = records.into_iter().collect();
-        Self { current, ..Self::default() }
+    /// Starts with what was known when the agent last ran, and whether the kind had been listed then.
+    pub(super) fn restored(records: impl IntoIterator<Item = (K, Arc<R>)>, listed: bool) -> Self {
+        let current: BTreeMap<_, _> = records.into_iter().collect();
+        Self { listed: listed || !current.is_empty(), current, ..Self::default() }
     }
 
     /// Takes in a change; `true` when something is different now.
@@ -67,6 +69,7 @@ impl<K: Ord + Clone, R: PartialEq> Table<K, R> {
             }
             Delta::ListEnds => {
                 let first = !mem::replace(&mut self.synced, true);
+                let first = !mem::replace(&mut self.listed, true) || first;
                 let Some(incoming) = self.incoming.take() else { return first };
                 let before = mem::replace(&mut self.current, incoming);
                 self.compare(before) || first
@@ -115,13 +118,18 @@ impl<K: Ord + Clone, R: PartialEq> Table<K, R> {
     /// Nothing of this kind can exist, e.g. because its CRD does not.
     pub(super) fn none(&mut self) -> bool {
         let first = !mem::replace(&mut self.synced, true);
-        self.incoming = None;
+        (self.incoming, self.listed) = (None, false);
         let before = mem::take(&mut self.current);
         self.compare(before) || first
     }
 
     pub(super) fn synced(&self) -> bool {
         self.synced
+    }
+
+    /// Is the kind known to exist?
+    pub(super) fn listed(&self) -> bool {
+        self.listed
     }
 
     pub(super) fn get(&self, key: &K) -> Option<&Arc<R>> {
@@ -163,7 +171,7 @@ mod tests {
 
     #[test]
     fn a_list_replaces_what_was_known_only_when_it_is_complete() {
-        let mut table = Table::restored([(1, Arc::new(1)), (2, Arc::new(2))]);
+        let mut table = Table::restored([(1, Arc::new(1)), (2, Arc::new(2))], true);
         assert!(!table.synced());
         table.take(Delta::ListBegins);
         table.take(Delta::Listed(2, Some(2)));
@@ -184,12 +192,13 @@ mod tests {
         assert!(!table.take(Delta::Apply(1, Some(1))));
         assert!(table.take(Delta::Apply(1, None)), "of no use any more");
         assert!(!table.take(Delta::Delete(1)));
-        assert!(table.take(Delta::Apply(1, Some(2))) && table.none() && table.len() == 0);
+        assert!(table.take(Delta::Apply(1, Some(2))) && table.listed() && table.none() && table.len() == 0);
+        assert!(!table.listed() && listed(&mut table, &[]) && table.listed(), "it exists again");
     }
 
     #[test]
     fn changes_are_told_once_with_what_was_before() {
-        let mut table: Table<u8, u8> = Table::restored([(1, Arc::new(1)), (2, Arc::new(2)), (3, Arc::new(3))]);
+        let mut table: Table<u8, u8> = Table::restored([(1, Arc::new(1)), (2, Arc::new(2)), (3, Arc::new(3))], true);
         assert!(table.changes().is_none(), "everything is new to whoever asks first");
         assert!(table.changes().unwrap().is_empty());
         let told = |table: &mut Table<u8, u8>| {

@@ -20,7 +20,10 @@ use serde::de::DeserializeOwned;
 use tokio::{sync::mpsc, time::sleep};
 use tracing::info;
 
-use super::status::{Kind, Statuses};
+use super::{
+    presence::{Presence, Verdict, look},
+    status::{Kind, Statuses},
+};
 
 /// Longest that one watch lasts. A connection that died silently is noticed at the latest then.
 const WATCH: Duration = Duration::from_mins(2);
@@ -47,7 +50,7 @@ pub(super) enum Seen<T> {
     Listed(T),
     /// The list is complete.
     ListEnds,
-    /// The API server does not know the kind.
+    /// There is nothing of this kind, which is certain: see [`Presence`].
     Absent,
 }
 
@@ -59,11 +62,13 @@ pub(super) struct Selection {
     pub(super) versions: &'static [&'static str],
     pub(super) fields: Option<String>,
     pub(super) labels: Option<&'static str>,
+    /// The last good copy says that this kind exists.
+    pub(super) known: bool,
 }
 
 impl Selection {
     pub(super) fn all(kind: Kind, versions: &'static [&'static str]) -> Self {
-        Self { kind, versions, fields: None, labels: None }
+        Self { kind, versions, fields: None, labels: None, known: false }
     }
 
     fn resource(&self, version: &str) -> ApiResource {
@@ -99,8 +104,9 @@ pub(super) async fn follow<T, C>(
 {
     let kind = selection.kind;
     let mut expired: Option<Instant> = None;
+    let mut presence = Presence::new(kind, selection.known);
     loop {
-        let Some(resource) = served(&client, &selection, &statuses).await else {
+        let Some(version) = served(&client, &selection, &mut presence, &statuses).await else {
             if statuses.absent(kind) {
                 info!(?kind, "the API server does not know it; looking again from time to time");
             }
@@ -110,6 +116,7 @@ pub(super) async fn follow<T, C>(
             sleep(ABSENT).await;
             continue;
         };
+        let resource = selection.resource(version);
         statuses.serving(kind, &resource.api_version);
         let api = Api::<T>::all_with(client.clone(), &resource);
         let mut events = pin!(watcher(api, selection.config()).backoff(ExponentialBackoff::from(pauses())));
@@ -119,7 +126,10 @@ pub(super) async fn follow<T, C>(
                 Ok(Some(Event::Delete(object))) => Seen::Deleted(object),
                 Ok(Some(Event::Init)) => Seen::ListBegins,
                 Ok(Some(Event::InitApply(object))) => Seen::Listed(object),
-                Ok(Some(Event::InitDone)) => Seen::ListEnds,
+                Ok(Some(Event::InitDone)) => {
+                    presence.listed(version);
+                    Seen::ListEnds
+                }
                 Ok(None) => break,
                 Err(error) => {
                     statuses.failed(kind, &error.to_string());
@@ -129,7 +139,7 @@ pub(super) async fn follow<T, C>(
                         break;
                     }
                     if is_unknown(&error) {
-                        // The kind was there, so what is known of it stays: an API that is taken away deletes its objects first.
+                        // What is known of it stays in force: see `Presence`.
                         sleep(ABSENT).await;
                         break;
                     }
@@ -144,29 +154,23 @@ pub(super) async fn follow<T, C>(
     }
 }
 
-/// The version to read; `None` when the API server answers that it has none of them.
-async fn served(client: &Client, selection: &Selection, statuses: &Statuses) -> Option<ApiResource> {
-    let (group, _, plural) = selection.kind.names();
-    if group.is_empty() {
-        return selection.versions.first().map(|v| selection.resource(v));
-    }
+/// The version to read; `None` when there is nothing of the kind. Until one of both is certain, what is known stays in force and the
+/// reason is in the status.
+async fn served(
+    client: &Client,
+    selection: &Selection,
+    presence: &mut Presence,
+    statuses: &Statuses,
+) -> Option<&'static str> {
     let mut pauses = pauses().build();
-    'again: loop {
-        for version in selection.versions {
-            match client.list_api_group_resources(&format!("{group}/{version}")).await {
-                Ok(list) if list.resources.iter().any(|r| r.name == plural) => {
-                    return Some(selection.resource(version));
-                }
-                Ok(_) => {}
-                Err(kube::Error::Api(status)) if status.code == 404 => {}
-                Err(error) => {
-                    statuses.failed(selection.kind, &error.to_string());
-                    sleep(pauses.next().unwrap_or(ABSENT)).await;
-                    continue 'again;
-                }
-            }
+    loop {
+        let looked = look(client, selection.kind, &presence.order(selection.versions)).await;
+        match presence.judge(looked, Instant::now()) {
+            Verdict::Read(version) => return Some(version),
+            Verdict::Nothing => return None,
+            Verdict::Keep(reason) => statuses.failed(selection.kind, &reason),
         }
-        return None;
+        sleep(pauses.next().unwrap_or(ABSENT).min(ABSENT)).await;
     }
 }
 
@@ -184,6 +188,7 @@ fn is_unknown(error: &watcher::Error) -> bool {
     matches!(
         error,
         watcher::Error::InitialListFailed(kube::Error::Api(status))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) if status.code == 404
+        // A watch that cannot start because it has missed too much would be started again from the same moment.
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) if matches!(status.code, 404 | 410)
     )
 }

@@ -1,7 +1,7 @@
 //! What has to be worked out again when something is different.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
 };
@@ -10,7 +10,7 @@ use super::{
     cluster::{Changes, Cluster},
     index::Index,
     pods::{self, Claims},
-    records::{Key, SliceRecord},
+    records::{Key, PodRecord, SliceRecord},
 };
 use crate::mesh::{Service, Snapshot};
 
@@ -23,6 +23,10 @@ pub(super) struct Wiring {
     pub(super) slices: Index<Key, Key>,
     /// Services by the pods that their slices name.
     users: Index<Key, Key>,
+    /// Services by addresses of their endpoints that no pod named there has.
+    watchers: Index<IpAddr, Key>,
+    /// The same by service; only those that have such endpoints.
+    watched: HashMap<Key, Vec<IpAddr>>,
 }
 
 /// The service that a slice belongs to.
@@ -81,9 +85,36 @@ impl Wiring {
         dirty
     }
 
-    /// The services of which a pod may be an endpoint.
-    pub(super) fn users(&self, pod: &Key) -> &[Key] {
-        self.users.get(pod)
+    /// Notes on which addresses a service depends beside the pods that its slices name.
+    pub(super) fn watch(&mut self, service: &Key, addresses: Vec<IpAddr>) {
+        let before = if addresses.is_empty() {
+            self.watched.remove(service)
+        } else {
+            for address in &addresses {
+                self.watchers.add(*address, service.clone());
+            }
+            self.watched.insert(service.clone(), addresses)
+        };
+        for address in before.into_iter().flatten() {
+            self.watchers.remove(&address, service);
+        }
+    }
+
+    /// The services that a pod concerns, which is or was as `old`: those whose slices name it, or have an endpoint at one of its
+    /// addresses, whichever pod that names.
+    pub(super) fn concerned<'a>(
+        &'a self,
+        cluster: &'a Cluster,
+        pod: &'a Key,
+        old: Option<&'a PodRecord>,
+    ) -> impl Iterator<Item = &'a Key> {
+        let now = cluster.pods.get(pod).map(Arc::as_ref);
+        let addresses = old.into_iter().chain(now).flat_map(pods::claims);
+        let by_address = addresses.flat_map(move |address| {
+            let others = self.claims.get(address).iter().filter(move |other| *other != pod);
+            self.watchers.get(address).iter().chain(others.flat_map(|other| self.users.get(other)))
+        });
+        self.users.get(pod).iter().chain(by_address)
     }
 }
 

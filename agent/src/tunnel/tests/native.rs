@@ -177,6 +177,7 @@ fn mesh() -> (Arc<Workload>, Snapshot) {
             ServicePort { port: 82, target_port: 0 },
         ],
         endpoints: vec![Endpoint { workload: Arc::clone(endpoint), ports: vec![] }],
+        awaited: None,
     };
     builder.service(service("web", "10.96.0.1", &me)).unwrap();
     builder.service(service("other", "10.96.0.2", &other)).unwrap();

@@ -46,6 +46,7 @@ pub(super) fn encode(to: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result
     )?;
     certificates(to, view)?;
     configuration(to, view)?;
+    cluster(to, view)?;
     bpf(to, view)
 }
 
@@ -92,6 +93,24 @@ fn configuration(to: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result {
         "underpass_configuration_current",
         "1 when the configuration in force is the one that the source has now, 0 when that one is refused or not there",
         [(NONE, u64::from(current))],
+    )
+}
+
+fn cluster(to: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result {
+    let Some(cluster) = view.node.cluster() else { return Ok(()) };
+    let names: Vec<String> = cluster.kinds.iter().map(|k| format!("{:?}", k.kind)).collect();
+    let kinds = || names.iter().zip(&cluster.kinds);
+    gauge(
+        to,
+        "underpass_source_kind_current",
+        "1 when the objects of a kind in force are those that the API server has, 0 when an earlier state is kept",
+        kinds().map(|(name, k)| ([("kind", name.clone())], u64::from(k.synced && k.error.is_none()))),
+    )?;
+    gauge(
+        to,
+        "underpass_source_objects",
+        "Objects of a kind that count",
+        kinds().map(|(name, k)| ([("kind", name.clone())], k.objects)),
     )
 }
 

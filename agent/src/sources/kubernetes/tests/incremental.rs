@@ -113,6 +113,9 @@ impl Dice<'_> {
             "conditions": { "ready": !self.rarely(4), "serving": true, "terminating": true } });
         if !self.rarely(5) {
             endpoint["targetRef"] = json!({ "kind": "Pod", "namespace": namespace, "name": self.name("pod", 4) });
+            if self.rarely(3) {
+                endpoint["targetRef"]["uid"] = json!(self.name("uid", 2));
+            }
         }
         if self.rarely(3) {
             endpoint["hints"] = json!({ "forZones": [{ "name": self.name("zone", 2) }] });
@@ -185,6 +188,7 @@ fn told(compiled: &Compiled) -> impl PartialEq + std::fmt::Debug + use<> {
     let resolved = ADDRESSES.map(|address| match snapshot.resolve(address.parse().unwrap()) {
         Resolution::Workload(w) => format!("{w:?}"),
         Resolution::Service(s) => format!("{s:?}"),
+        Resolution::Held(held) => format!("{held:?}"),
         Resolution::Unknown => String::new(),
     });
     let mut workloads: Vec<_> =
@@ -198,11 +202,13 @@ fn told(compiled: &Compiled) -> impl PartialEq + std::fmt::Debug + use<> {
         .collect();
     let local: Vec<_> = snapshot.local_workloads().map(|w| w.key.clone()).collect();
     let captured: BTreeSet<IpAddr> = snapshot.captured_addresses().collect();
+    let held: Vec<_> =
+        ADDRESSES.map(|address| snapshot.held_at(address.parse().unwrap())).map(|h| format!("{h:?}")).into();
     let policies: Vec<_> = snapshot.policies().map(|p| format!("{p:?}")).collect();
     let mut problems: Vec<_> = compiled.problems.iter().map(|p| (p.object.clone(), p.problem.clone())).collect();
     problems.sort();
     (
-        (resolved, workloads, services, local),
+        (resolved, workloads, services, local, held),
         (captured, policies, snapshot.settings.clone(), problems),
         (compiled.due, compiled.complete),
     )

@@ -6,3 +6,4 @@ mod incremental;
 mod scale;
 mod static_pods;
 pub(super) mod support;
+mod unknown;
