@@ -235,7 +235,10 @@ async fn enroll_new(inner: &Arc<Inner>, candidate: &Candidate<'_>) -> Result<Enr
 async fn attach(inner: &Inner, netns: &Netns, id: u32, mut present: Vec<Interface>) -> Result<Programs, EnrollError> {
     let mut programs = Programs::default();
     for _ in 0..ATTEMPTS {
-        let result = tc::attach(&inner.objects, netns, inner.method, id, present.clone(), &mut programs).await;
+        let mut result = tc::attach(&inner.objects, netns, inner.method, id, present.clone(), &mut programs).await;
+        if result.is_ok() {
+            result = inner.node_guard.attach(netns, id, present.clone()).await;
+        }
         let Err(e) = result else { return Ok(programs) };
         let mut now = interfaces::list(netns)
             .await
@@ -339,10 +342,11 @@ async fn release(inner: &Inner, key: &WorkloadKey, mut enrolled: Enrolled, stay_
 
 /// Removes a pod's programs, then what they read.
 async fn detach(inner: &Inner, netns: &Netns, id: u32) -> Result<(), CaptureError> {
-    tc::unpin(&inner.objects, id, None)?;
+    tc::unpin(&inner.objects, id)?;
     if inner.method == tc::Method::Clsact {
         tc::detach_filters(netns).await?;
     }
+    inner.node_guard.release(id).await?;
     forget(inner, id).await
 }
 

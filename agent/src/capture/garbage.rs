@@ -1,25 +1,34 @@
 //! What earlier agents left.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    os::{fd::AsFd, unix::fs::MetadataExt},
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt, path::PathBuf, sync::Arc};
 
-use super::{CaptureError, Inner, enroll, loader, netns::Netns, pins, routes, tc};
-use crate::sys::bpf::{self, LinkTarget};
+use super::{Inner, cleanup, enroll, links, loader, netns::Netns, object, pins, routes, tc};
 
 /// See [`super::Capture::collect_garbage`].
 pub async fn collect(inner: &Inner) {
+    take_over(inner).await;
     if let Err(e) = loader::remove_older_versions(&inner.options.pin_root) {
         tracing::error!(error = %e, "cannot remove pins of an older version; connections of its pods are refused");
     }
-    if let Err(e) = remove_dead_links(inner) {
+    if let Err(e) = links::remove_dead(inner.objects.layout(), None) {
         tracing::warn!(error = %e, "cannot remove pins of interfaces that are gone");
     }
+    if let Err(e) = inner.node_guard.sweep().await {
+        tracing::warn!(error = %e, "cannot forget interfaces of the node that are gone");
+    }
     collect_orphans(inner).await;
+}
+
+/// Keeps the guards of older versions on interfaces that have been moved out of their pods'
+/// namespaces.
+async fn take_over(inner: &Inner) {
+    for older in pins::versions(&inner.options.pin_root, Some(object::ABI_HASH)).unwrap_or_default() {
+        let captured: BTreeSet<u64> = cleanup::captured(&older).into_iter().collect();
+        let namespaces = super::blocking(move || find(&captured)).await;
+        if let Err(e) = inner.node_guard.take_over(older, namespaces).await {
+            tracing::error!(error = %e, "an interface that left its pod may not be guarded any more");
+        }
+    }
 }
 
 /// Gives namespaces that are in the maps and belong to no pod plain traffic back.
@@ -42,7 +51,11 @@ pub async fn discard(inner: &Inner, namespaces: BTreeSet<u64>, ids: BTreeSet<u32
     }
     let mut unpinned = BTreeSet::new();
     for id in ids {
-        match tc::unpin(&inner.objects, id, None) {
+        let released = match tc::unpin(&inner.objects, id) {
+            Ok(()) => inner.node_guard.release(id).await,
+            Err(e) => Err(e),
+        };
+        match released {
             Ok(()) => {
                 unpinned.insert(id);
             }
@@ -58,17 +71,6 @@ pub async fn discard(inner: &Inner, namespaces: BTreeSet<u64>, ids: BTreeSet<u32
             Err(e) => tracing::error!(pod = id, error = %e, "cannot remove rules"),
         }
     }
-}
-
-/// Removes links whose interface went away while no agent watched.
-fn remove_dead_links(inner: &Inner) -> Result<(), CaptureError> {
-    for (_, path) in inner.objects.layout().tc_pins()? {
-        let target = bpf::object_get(&path).and_then(|link| bpf::link_info(link.as_fd())).map(|info| info.target);
-        if matches!(target, Ok(LinkTarget::Interface(0))) {
-            pins::remove(&path)?;
-        }
-    }
-    Ok(())
 }
 
 /// Removes filters and reply routes in those of these namespaces that still can be found. A namespace that nothing
@@ -93,6 +95,21 @@ pub fn find(wanted: &BTreeSet<u64>) -> Vec<Arc<Netns>> {
             && seen.insert((meta.dev(), meta.ino()))
             && let Ok(netns) = Netns::open(&path)
             && wanted.contains(&netns.cookie())
+        {
+            found.push(netns);
+        }
+    }
+    found
+}
+
+/// Every network namespace that has a name or a process, the agent's own left out.
+pub fn all() -> Vec<Arc<Netns>> {
+    let mut seen = BTreeSet::new();
+    let mut found = Vec::new();
+    for path in candidates() {
+        if let Ok(meta) = fs::metadata(&path)
+            && seen.insert((meta.dev(), meta.ino()))
+            && let Ok(netns) = Netns::open(&path)
         {
             found.push(netns);
         }

@@ -6,6 +6,8 @@ mod desired;
 mod enrol;
 mod lab;
 mod logs;
+mod netkit;
+mod node_guard;
 mod overflow;
 mod pins;
 mod probes;
