@@ -17,7 +17,7 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 /// Every row there is; scripts rely on the names.
-const CHECKS: [&str; 28] = [
+const CHECKS: [&str; 29] = [
     "kernel",
     "cgroup",
     "attach-point",
@@ -33,6 +33,7 @@ const CHECKS: [&str; 28] = [
     "sk-assign",
     "tcx",
     "clsact",
+    "node-guard",
     "ktls",
     "ktls-ciphers",
     "ktls-rekey",

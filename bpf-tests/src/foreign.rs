@@ -1,6 +1,8 @@
-//! Programs that are not ours, on hooks that are ours too: they count how often they run and let everything go on.
+//! Programs that are not ours, on hooks that are ours too: they count how often they run and let
+//! everything go on, or accept it.
 //!
-//! They are five instructions, loaded with libbpf's raw calls, because what another vendor's loader does is the point.
+//! They are five instructions, loaded with libbpf's raw calls, because what another vendor's loader
+//! does is the point.
 
 use std::{
     ffi::c_void,
@@ -16,6 +18,8 @@ use libbpf_rs::libbpf_sys as sys;
 
 /// `TC_ACT_UNSPEC`: the next program decides.
 const NEXT: i32 = -1;
+/// `TC_ACT_OK`: accepted, no further program is asked.
+const ACCEPT: i32 = 0;
 /// Of cgroup hooks: go on.
 const GO_ON: i32 = 1;
 /// `BPF_PSEUDO_MAP_VALUE`: the immediate is a map's descriptor and becomes the address of its value.
@@ -50,7 +54,17 @@ impl Foreign {
 
     /// For `tc filter add … bpf direct-action object-pinned PATH`; not attached yet.
     pub fn pinned_classifier(path: &Path) -> Result<Self> {
-        let this = Self::load(sys::BPF_PROG_TYPE_SCHED_CLS, None, NEXT)?;
+        Self::pinned(path, NEXT)
+    }
+
+    /// The same, of a program that accepts every packet for good, as a network plugin's does when
+    /// it sends packets on itself.
+    pub fn pinned_acceptor(path: &Path) -> Result<Self> {
+        Self::pinned(path, ACCEPT)
+    }
+
+    fn pinned(path: &Path, verdict: i32) -> Result<Self> {
+        let this = Self::load(sys::BPF_PROG_TYPE_SCHED_CLS, None, verdict)?;
         let text = std::ffi::CString::new(path.as_os_str().as_encoded_bytes())?;
         // SAFETY: the descriptor is ours and the string ends with a zero; both live for the call.
         let result = unsafe { sys::bpf_obj_pin(this.program.as_raw_fd(), text.as_ptr()) };

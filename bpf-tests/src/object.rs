@@ -41,8 +41,10 @@ pub enum Verdict {
 /// Which tc program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
-    /// The egress guard.
+    /// The egress guard inside the pod.
     Guard,
+    /// The guard on the node's side, whose interfaces all have an Ethernet header.
+    NodeGuard,
     /// The ingress program.
     Inbound,
 }
@@ -119,6 +121,7 @@ impl Loaded {
         let name = match (direction, link) {
             (Direction::Guard, LinkLayer::None) => underpass_abi::programs::GUARD_L3,
             (Direction::Guard, _) => underpass_abi::programs::GUARD,
+            (Direction::NodeGuard, _) => underpass_abi::programs::NODE_GUARD,
             (Direction::Inbound, LinkLayer::None) => underpass_abi::programs::INBOUND_L3,
             (Direction::Inbound, _) => underpass_abi::programs::INBOUND,
         };
@@ -140,7 +143,8 @@ impl Loaded {
     /// Runs a packet, and panics unless exactly `expected` is counted and the verdict goes with it (`None`: passed, nothing
     /// counted). A case is tried behind every link header.
     pub fn expect(&self, direction: Direction, case: &str, packet: &Packet, expected: Option<Counter>) -> Result<()> {
-        for link in LinkLayer::ALL {
+        let links = LinkLayer::ALL.into_iter().filter(|link| direction != Direction::NodeGuard || !link.is_empty());
+        for link in links {
             self.expect_bytes(direction, &format!("{case}, {link:?}"), link, &packet.bytes(link), expected)?;
         }
         Ok(())
@@ -226,6 +230,11 @@ impl Loaded {
     /// Sets only what tc programs see of the pod.
     pub fn pod_by_id(&self, flags: u32) -> Result<()> {
         self.update("PODS_BY_ID", &POD, &PodConfig { pod_id: POD, flags, ..PodConfig::default() })
+    }
+
+    /// Says which pod an interface of the node leads to.
+    pub fn node_interface(&self, index: u32, pod_id: u32) -> Result<()> {
+        self.update("NODE_INTERFACES", &index, &pod_id)
     }
 
     /// Makes a prefix captured, or a hole.

@@ -457,3 +457,18 @@ fn a_pod_whose_rules_did_not_all_fit_heeds_its_own_only() -> Result<()> {
     }
     Ok(())
 }
+
+/// Whoever receives a packet takes off any number of tags that carry a priority only.
+#[test]
+fn packets_behind_many_tags_do_not_enter() -> Result<()> {
+    let loaded = with_mode(POD_STRICT)?;
+    for (host, ethertype) in [(HOSTS[0], [8, 0]), (HOSTS[1], [0x86, 0xdd])] {
+        for tags in [3, 5] {
+            let packet = tcp(host, 80, SYN).bytes(Link::None);
+            let frame = [&[2; 12][..], &[0x81, 0, 0, 0].repeat(tags), &ethertype, &packet].concat();
+            let case = format!("{host}, {tags} tags");
+            loaded.expect_bytes(Inbound, &case, Link::Ethernet, &frame, Some(InboundUnparsable))?;
+        }
+    }
+    Ok(())
+}

@@ -9,7 +9,7 @@ use libbpf_rs::{MapCore as _, MapType, Program, query::ProgInfoIter};
 use underpass::capture::object::{ABI_HASH, OBJECT, OBJECT_WITH_LOG};
 use underpass_abi::{COUNTERS, POD_ID_GLOBAL, capacity, programs};
 
-const PROGRAMS: [&str; 12] = [
+const PROGRAMS: [&str; 13] = [
     programs::CONNECT4,
     programs::CONNECT6,
     programs::GETPEERNAME4,
@@ -22,6 +22,7 @@ const PROGRAMS: [&str; 12] = [
     programs::GUARD_L3,
     programs::INBOUND,
     programs::INBOUND_L3,
+    programs::NODE_GUARD,
 ];
 
 #[test]
@@ -40,6 +41,7 @@ fn maps_are_what_the_agent_expects() -> Result<()> {
     let expected = [
         ("PODS", MapType::Hash, 8, 40, capacity::PODS, NO_PREALLOC),
         ("PODS_BY_ID", MapType::Hash, 4, 40, capacity::PODS, NO_PREALLOC),
+        ("NODE_INTERFACES", MapType::Hash, 4, 4, capacity::NODE_INTERFACES, NO_PREALLOC),
         ("MESH", MapType::LpmTrie, 20, 4, capacity::MESH, NO_PREALLOC),
         ("EXCLUDED_CIDRS", MapType::LpmTrie, 24, 4, capacity::EXCLUDED_CIDRS, NO_PREALLOC),
         ("PORT_RULES", MapType::Hash, 8, 4, capacity::PORT_RULES, NO_PREALLOC),

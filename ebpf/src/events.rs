@@ -18,6 +18,7 @@ pub fn count(counter: Counter) {
 }
 
 /// The two ends of a connection or packet, for an event.
+#[derive(Default)]
 pub struct Ends {
     pub src: Address,
     pub dst: Address,

@@ -12,7 +12,7 @@ use underpass_abi::{
 
 use crate::{
     decide,
-    events::{count, report},
+    events::{Ends, count, report},
     maps::POD_ID,
     parse::{self, Kind, Link, Packet},
     probe, reset, socket,
@@ -38,7 +38,13 @@ pub fn up_inbound_l3(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn judge(ctx: &TcContext, link: Link) -> i32 {
-    let Some(packet) = parse::parse(ctx, link) else { return PASS };
+    let Some(packet) = parse::parse(ctx, link) else {
+        if !parse::is_hidden_by_tags(ctx, link) {
+            return PASS;
+        }
+        report(Counter::InboundUnparsable, POD_ID.load(), &Ends::default());
+        return TC_ACT_SHOT;
+    };
     let pod_id = POD_ID.load();
     let reason = match packet.payload.kind {
         Kind::Tcp => match tcp(ctx, &packet, pod_id) {

@@ -23,6 +23,11 @@ pub static PODS: HashMap<u64, PodConfig, { capacity::PODS }, GROWING> = HashMap:
 #[btf_map]
 pub static PODS_BY_ID: HashMap<u32, PodConfig, { capacity::PODS }, GROWING> = HashMap::new();
 
+/// Numbers of pods by the index of the node's interface that leads to the pod. The guard on the
+/// node's side is one program for all pods, and knows them by the interface it runs on.
+#[btf_map]
+pub static NODE_INTERFACES: HashMap<u32, u32, { capacity::NODE_INTERFACES }, GROWING> = HashMap::new();
+
 /// Addresses that belong to the mesh.
 #[btf_map]
 pub static MESH: LpmTrie<Address, MeshEntry, { capacity::MESH }> = LpmTrie::new();

@@ -118,12 +118,26 @@ fn ethernet(ctx: &TcContext) -> Option<(u16, usize)> {
     let mut offset = 12;
     for _ in 0..2 {
         let ethertype = u16::from_be_bytes(ctx.load(offset).ok()?);
-        if ethertype != ETHERTYPE_VLAN[0] && ethertype != ETHERTYPE_VLAN[1] {
+        if !is_tag(ethertype) {
             return Some((ethertype, offset + 2));
         }
         offset += 4;
     }
     Some((u16::from_be_bytes(ctx.load(offset).ok()?), offset + 2))
+}
+
+/// Are there more VLAN tags than [`parse`] looks behind? A receiver takes off any number of tags that
+/// carry a priority only, so anything could be there, to any address. For what [`parse`] has given
+/// up on: as another kind of packet it would multiply the states that the verifier walks through.
+#[inline(always)]
+pub fn is_hidden_by_tags(ctx: &TcContext, link: Link) -> bool {
+    let tag = |at| ctx.load(at).is_ok_and(|bytes| is_tag(u16::from_be_bytes(bytes)));
+    matches!(link, Link::Ethernet) && tag(12) && tag(16) && tag(20)
+}
+
+#[inline(always)]
+fn is_tag(ethertype: u16) -> bool {
+    ethertype == ETHERTYPE_VLAN[0] || ethertype == ETHERTYPE_VLAN[1]
 }
 
 #[inline(always)]

@@ -10,7 +10,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    capture,
+    capture::{self, InterfaceGuard},
     identity::revocation::RevocationStatus,
     policy::{Peer, Query},
     relay::{ConnectionId, ConnectionInfo, DataPath},
@@ -54,6 +54,9 @@ pub struct Status {
     /// What is enforced more strictly than it is written because it is not in the BPF maps, and what to do.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub capture_problems: Vec<String>,
+    /// The interfaces by which packets leave this node's pods, and who guards them.
+    #[serde(default)]
+    pub interfaces: Vec<InterfaceStatus>,
     /// What happened to the configuration file.
     pub reload: ReloadStatus,
     /// How the Kubernetes API is followed; absent when the mesh comes from the file.
@@ -80,6 +83,7 @@ impl Status {
             probe_node_addresses: Vec::new(),
             plaintext_left: Vec::new(),
             capture_problems: Vec::new(),
+            interfaces: Vec::new(),
             reload,
             cluster: None,
             revocation: None,
@@ -110,6 +114,16 @@ impl From<capture::Unswept> for PlaintextLeft {
             error: left.error,
         }
     }
+}
+
+/// An interface by which packets leave a pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceStatus {
+    /// `namespace/name` of the pod.
+    pub workload: String,
+    /// Its name, its kind, and the guard on it.
+    #[serde(flatten)]
+    pub guard: InterfaceGuard,
 }
 
 /// A cgroup that kubelet probes are expected from.

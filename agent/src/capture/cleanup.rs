@@ -13,7 +13,8 @@ use super::{
     CaptureError, garbage,
     lock::PinLock,
     netns::Netns,
-    pins::{self, Layout},
+    node_guard,
+    pins::{self, Direction, Layout, TcPin},
     routes, tc,
 };
 use crate::sys::bpf;
@@ -58,6 +59,7 @@ pub async fn cleanup(pin_root: &Path, pods: &[PathBuf], force: bool) -> Result<R
     let mut report = Report::default();
     let versions = pins::versions(pin_root, None)?;
     let mut captured: BTreeSet<u64> = versions.iter().flat_map(|v| captured(v).unwrap_or_default()).collect();
+    let devices: BTreeSet<u32> = versions.iter().flat_map(node_interfaces).collect();
     for layout in versions {
         match remove_version(&layout) {
             Ok(removed) => report += removed,
@@ -85,6 +87,12 @@ pub async fn cleanup(pin_root: &Path, pods: &[PathBuf], force: bool) -> Result<R
         routes::remove(&netns).await;
         report.namespaces.push(netns.path().to_owned());
     }
+    for device in devices {
+        match super::blocking(move || node_guard::remove_filters(device)).await {
+            Ok(filters) => report.filters += filters,
+            Err(e) => report.problems.push(e.to_string()),
+        }
+    }
     // What others put there is theirs.
     if pins::list(pin_root)?.is_empty() {
         remove_directory(pin_root, &mut report.problems);
@@ -104,6 +112,13 @@ pub fn captured(layout: &Layout) -> io::Result<Vec<u64>> {
     }
 }
 
+/// Interfaces of the node that a version guards, as [`captured`].
+fn node_interfaces(layout: &Layout) -> Vec<u32> {
+    let interfaces = MapData::from_pin(layout.map("NODE_INTERFACES")).and_then(Map::from_map_data);
+    let interfaces = interfaces.and_then(HashMap::<_, u32, u32>::try_from);
+    interfaces.map(|interfaces| interfaces.keys().filter_map(Result::ok).collect()).unwrap_or_default()
+}
+
 /// Removes one version in the order of un-enrolment: capture off first, then guards, then what they need.
 pub fn remove_version(layout: &Layout) -> Result<Report, CaptureError> {
     let mut report = Report::default();
@@ -111,10 +126,15 @@ pub fn remove_version(layout: &Layout) -> Result<Report, CaptureError> {
     let is = |path: &Path, prefix: &str| {
         path.file_name().and_then(|n| n.to_str()).is_some_and(|name| name.starts_with(prefix))
     };
+    let outside = |path: &Path| {
+        let pin = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
+        pin.is_some_and(|pin: TcPin| pin.direction == Direction::Node)
+    };
     let rank = |path: &PathBuf| match () {
         () if is(path, "connect") => 0,
+        () if outside(path) => 2,
         () if is(path, "tc-") => 1,
-        () => 2,
+        () => 3,
     };
     let mut ordered = links;
     ordered.sort_by_key(rank);

@@ -258,13 +258,18 @@ pub async fn attach(
 ) -> Result<Programs, EnrollError> {
     let mut programs = Programs::default();
     for _ in 0..ATTEMPTS {
-        let result = tc::attach(&inner.objects, netns, inner.method, id, present.clone(), &mut programs).await;
+        let mut result = tc::attach(&inner.objects, netns, inner.method, id, present.clone(), &mut programs).await;
+        if result.is_ok() {
+            result = inner.node_guard.attach(netns, id, present.clone()).await;
+        }
         let Err(e) = result else { return Ok(programs) };
         let mut now = interfaces::list(netns)
             .await
             .map_err(|e| EnrollError::Setup { action: "list interfaces", reason: e.to_string() })?;
         now.sort_by_key(|i| i.index);
-        if now == present {
+        // A program that an interface still has by a link that was given up was dropped: the next
+        // attempt is with another one.
+        if now == present && programs.cover(&present) {
             return Err(e.into());
         }
         present = now;
@@ -344,7 +349,7 @@ async fn release(inner: &Inner, key: &WorkloadKey, mut enrolled: Enrolled, stay_
     pod.signal_unenrolled();
     enrolled.stop_watching().await;
     if !stay_captured {
-        match detach(inner, &netns, pod.id).await {
+        match detach(inner, Some(&netns), pod.id).await {
             Ok(()) => inner.registry().free(pod.id),
             // The number stays taken, so that no other pod meets these programs.
             Err(e) => failed("cannot remove the pod's tc programs or rules", &e),
@@ -356,12 +361,14 @@ async fn release(inner: &Inner, key: &WorkloadKey, mut enrolled: Enrolled, stay_
     inner.registry().unclaim(netns.cookie());
 }
 
-/// Removes a pod's programs, then what they read.
-pub async fn detach(inner: &Inner, netns: &Netns, id: u32) -> Result<(), CaptureError> {
-    tc::unpin(&inner.objects, id, None)?;
-    if inner.method == tc::Method::Clsact {
+/// Removes a pod's programs, then what they read. Without a namespace nothing leads there any more:
+/// only what is pinned, or on the node's side, is left.
+pub async fn detach(inner: &Inner, netns: Option<&Netns>, id: u32) -> Result<(), CaptureError> {
+    tc::unpin(&inner.objects, id)?;
+    if let (tc::Method::Clsact, Some(netns)) = (inner.method, netns) {
         tc::detach_filters(netns).await?;
     }
+    inner.node_guard.release(id).await?;
     forget(inner, id).await
 }
 
@@ -391,7 +398,7 @@ async fn undo(inner: &Arc<Inner>, candidate: &Candidate<'_>) {
         return;
     }
     let captured = inner.maps.tables().release(netns.cookie());
-    let detached = detach(inner, netns, id).await;
+    let detached = detach(inner, Some(netns), id).await;
     let mut registry = inner.registry();
     registry.entries.remove(key);
     match captured.and(detached) {

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs,
-    os::{fd::AsFd, unix::fs::MetadataExt},
+    os::unix::fs::MetadataExt,
     path::PathBuf,
     sync::Arc,
 };
@@ -11,20 +11,36 @@ use std::{
 use super::{
     CaptureError, EnrollError, Inner, cleanup, enroll,
     kept::{self, Reason},
+    links,
     netns::Netns,
-    object, pins, records, tc,
+    object, pins, records,
 };
-use crate::sys::bpf::{self, LinkTarget};
 
 /// See [`super::Capture::collect_garbage`].
 pub async fn collect(inner: &Arc<Inner>) {
+    take_over_moved(inner).await;
     if let Err(e) = take_over_older_versions(inner).await {
         tracing::error!(error = %e, "pins of an older version stay; connections of its pods are refused");
     }
-    if let Err(e) = remove_dead_links(inner) {
+    if let Err(e) = links::remove_dead(inner.objects.layout(), None) {
         tracing::warn!(error = %e, "cannot remove pins of interfaces that are gone");
     }
+    if let Err(e) = inner.node_guard.sweep().await {
+        tracing::warn!(error = %e, "cannot forget interfaces of the node that are gone");
+    }
     keep_orphans(inner).await;
+}
+
+/// Keeps the guards of older versions on interfaces that have been moved out of their pods'
+/// namespaces.
+async fn take_over_moved(inner: &Inner) {
+    for older in pins::versions(&inner.options.pin_root, Some(object::ABI_HASH)).unwrap_or_default() {
+        let captured: BTreeSet<u64> = cleanup::captured(&older).unwrap_or_default().into_iter().collect();
+        let namespaces = super::blocking(move || find(&captured)).await;
+        if let Err(e) = inner.node_guard.take_over(older, namespaces).await {
+            tracing::error!(error = %e, "an interface that left its pod may not be guarded any more");
+        }
+    }
 }
 
 /// Keeps namespaces that are in the maps and belong to no pod: that nobody knows them is no reason
@@ -53,11 +69,7 @@ async fn keep_orphans(inner: &Arc<Inner>) {
         registry.orphan_ids(tables.pods())
     };
     for id in ids {
-        let freed = match tc::unpin(&inner.objects, id, None) {
-            Ok(()) => enroll::forget(inner, id).await,
-            Err(error) => Err(error),
-        };
-        match freed {
+        match enroll::detach(inner, None, id).await {
             Ok(()) => inner.registry().free(id),
             Err(e) => tracing::error!(pod = id, error = %e, "cannot remove tc programs or rules"),
         }
@@ -95,15 +107,6 @@ async fn found(wanted: BTreeSet<u64>) -> HashMap<u64, Arc<Netns>> {
     found.into_iter().map(|netns| (netns.cookie(), netns)).collect()
 }
 
-/// Removes links whose interface went away while no agent watched.
-fn remove_dead_links(inner: &Inner) -> Result<(), CaptureError> {
-    for (_, path) in inner.objects.layout().tc_pins()? {
-        let target = bpf::object_get(&path).and_then(|link| bpf::link_info(link.as_fd())).map(|info| info.target);
-        if matches!(target, Ok(LinkTarget::Interface(0))) {
-            pins::remove(&path)?;
-        }
-    }
-    Ok(())
 }
 
 /// The namespaces with these cookies, among those that have a name or a process.
@@ -116,6 +119,21 @@ pub fn find(wanted: &BTreeSet<u64>) -> Vec<Arc<Netns>> {
             && seen.insert((meta.dev(), meta.ino()))
             && let Ok(netns) = Netns::open(&path)
             && wanted.contains(&netns.cookie())
+        {
+            found.push(netns);
+        }
+    }
+    found
+}
+
+/// Every network namespace that has a name or a process, the agent's own left out.
+pub fn all() -> Vec<Arc<Netns>> {
+    let mut seen = BTreeSet::new();
+    let mut found = Vec::new();
+    for path in candidates() {
+        if let Ok(meta) = fs::metadata(&path)
+            && seen.insert((meta.dev(), meta.ino()))
+            && let Ok(netns) = Netns::open(&path)
         {
             found.push(netns);
         }

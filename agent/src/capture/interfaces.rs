@@ -5,16 +5,18 @@ use std::{
     collections::{BTreeMap, VecDeque},
     future::poll_fn,
     io,
+    os::fd::AsRawFd as _,
     task::{Poll, ready},
 };
 
 use netlink_packet_core::{
-    DecodeError, NetlinkDeserializable, NetlinkHeader, NetlinkPayload, NlasIterator, parse_string,
+    DecodeError, NetlinkDeserializable, NetlinkHeader, NetlinkPayload, NlasIterator, parse_i32, parse_string, parse_u32,
 };
 use netlink_sys::{AsyncSocket, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE};
 use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
     link::{LinkFlags, LinkHeader, LinkLayerType, LinkMessage},
+    nsid::{NsidAttribute, NsidMessage},
 };
 use tokio::runtime::Handle;
 use tracing::{debug, warn};
@@ -31,8 +33,12 @@ const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
 /// Notifications thrown away at once, at most: a pod that makes them without end must not hold up the runtime.
 const DRAIN: usize = 4096;
-/// `IFLA_IFNAME` of `linux/if_link.h`.
+/// Attributes of `linux/if_link.h`. `IFLA_INFO_KIND` is nested in `IFLA_LINKINFO`.
 const IFLA_IFNAME: u16 = 3;
+const IFLA_LINK: u16 = 5;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_LINK_NETNSID: u16 = 37;
+const IFLA_INFO_KIND: u16 = 1;
 
 /// A network interface inside a pod, loopback excepted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +50,21 @@ pub struct Interface {
     /// Do packets at tc begin with an Ethernet header? False for tun, ipip, sit, `WireGuard`, raw IP and the like: the network
     /// header comes first.
     pub link_header: bool,
+    /// The kernel's word for what it is: `veth`, `netkit`, `macvlan`; absent for hardware, virtual
+    /// functions included.
+    pub kind: Option<String>,
+    /// The interface below it, or the other end of the pair that it belongs to.
+    pub other: Option<Other>,
+}
+
+/// An interface that another one belongs with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Other {
+    /// Its index in its own namespace.
+    pub index: u32,
+    /// The number under which the namespace of the interface that names it knows the other's
+    /// namespace; `None` for the same namespace.
+    pub namespace: Option<i32>,
 }
 
 /// Something happened to a pod's interfaces.
@@ -175,7 +196,11 @@ impl Watch {
 
 fn apply(known: &mut BTreeMap<u32, Interface>, pending: &mut VecDeque<Change>, link: Link) {
     match link {
-        Link::Present(interface) => {
+        Link::Present(mut interface) => {
+            // The end of a pair that goes last has no other one for a moment.
+            if interface.other.is_none() {
+                interface.other = known.get(&interface.index).and_then(|known| known.other);
+            }
             if known.get(&interface.index) != Some(&interface) {
                 known.insert(interface.index, interface.clone());
                 pending.push_back(Change::New(interface));
@@ -188,6 +213,33 @@ fn apply(known: &mut BTreeMap<u32, Interface>, pending: &mut VecDeque<Change>, l
         }
         Link::Irrelevant => {}
     }
+}
+
+/// An interface in the namespace of the calling thread; `None` when there is none with this index.
+pub fn find_here(index: u32) -> io::Result<Option<Interface>> {
+    let mut request = LinkMessage::default();
+    request.header.index = index;
+    match Channel::open(NETLINK_ROUTE)?.get(RouteNetlinkMessage::GetLink(request)) {
+        Ok(Some(Link::Present(interface))) => Ok(Some(interface)),
+        Ok(_) => Ok(None),
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The number under which the namespace of the calling thread knows another one, if it has one for
+/// it.
+pub fn namespace_number_here(netns: &Netns) -> io::Result<Option<i32>> {
+    let mut request = NsidMessage::default();
+    request.attributes.push(NsidAttribute::Fd(netns.descriptor().as_raw_fd().cast_unsigned()));
+    let answer = Channel::open(NETLINK_ROUTE)?.get(RouteNetlinkMessage::GetNsId(request))?;
+    let Some(RouteNetlinkMessage::NewNsId(answer)) = answer else { return Ok(None) };
+    let number = answer.attributes.iter().find_map(|attribute| match attribute {
+        NsidAttribute::Id(number) => Some(*number),
+        _ => None,
+    });
+    // -1: none was given yet.
+    Ok(number.filter(|number| *number >= 0))
 }
 
 /// Lists the interfaces in the namespace of the calling thread.
@@ -226,12 +278,23 @@ impl NetlinkDeserializable for Link {
         if header.message_type == RTM_DELLINK {
             return Ok(Self::Absent(link.index));
         }
-        let mut name = None;
+        let (mut name, mut kind, mut other, mut namespace) = (None, None, None, None);
         // The header is 16 bytes (struct ifinfomsg).
         for attribute in NlasIterator::new(&payload[16..]) {
             let attribute = attribute?;
-            if attribute.kind() == IFLA_IFNAME {
-                name = Some(parse_string(attribute.value())?);
+            match attribute.kind() {
+                IFLA_IFNAME => name = Some(parse_string(attribute.value())?),
+                IFLA_LINK => other = Some(parse_u32(attribute.value())?),
+                IFLA_LINK_NETNSID => namespace = Some(parse_i32(attribute.value())?),
+                IFLA_LINKINFO => {
+                    for nested in NlasIterator::new(attribute.value()) {
+                        let nested = nested?;
+                        if nested.kind() == IFLA_INFO_KIND {
+                            kind = Some(parse_string(nested.value())?);
+                        }
+                    }
+                }
+                _ => {}
             }
         }
         let name = name.ok_or("a link message without a name")?;
@@ -239,6 +302,11 @@ impl NetlinkDeserializable for Link {
             index: link.index,
             name,
             link_header: link.link_layer_type == LinkLayerType::Ether,
+            kind,
+            // Some drivers name themselves, or nothing.
+            other: other
+                .filter(|other| *other != 0 && (*other != link.index || namespace.is_some()))
+                .map(|index| Other { index, namespace }),
         }))
     }
 }

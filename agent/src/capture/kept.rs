@@ -19,7 +19,7 @@ use super::{
     netns::Netns,
     pod::Pod,
     records::{self, Record},
-    routes, tc, watcher,
+    routes, watcher,
 };
 use crate::mesh::{Departures, SpiffeId, Workload, WorkloadKey};
 
@@ -333,13 +333,7 @@ async fn release(inner: &Inner, cookie: u64, mut held: Held) {
         routes::remove(netns).await;
     }
     stop(held.watcher.take()).await;
-    let detached = match &held.netns {
-        Some(netns) => enroll::detach(inner, netns, held.pod_id).await,
-        None => match tc::unpin(&inner.objects, held.pod_id, None) {
-            Ok(()) => enroll::forget(inner, held.pod_id).await,
-            Err(error) => Err(error),
-        },
-    };
+    let detached = enroll::detach(inner, held.netns.as_deref(), held.pod_id).await;
     records::remove(inner.objects.layout(), cookie);
     let mut registry = inner.registry();
     registry.unkeep(cookie);

@@ -15,7 +15,7 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{MapData, RingBuf},
-    programs::{CgroupAttachMode, Program, links::FdLink},
+    programs::{CgroupAttachMode, Program, SchedClassifier, links::FdLink},
 };
 use aya_log::EbpfLogger;
 use underpass_abi::{POD_ID_GLOBAL, capacity, programs};
@@ -23,6 +23,7 @@ use underpass_abi::{POD_ID_GLOBAL, capacity, programs};
 use super::{
     CaptureError, CaptureOptions,
     events::BpfLog,
+    links,
     lock::PinLock,
     maps::{Maps, PINNED, chain, check_pinned},
     object,
@@ -73,6 +74,8 @@ pub struct Objects {
     spare: Mutex<BTreeMap<u32, Ebpf>>,
     /// Held by whoever loads ahead.
     preparing: Mutex<()>,
+    /// The one program on the node's side of all pods' interfaces.
+    node_guard: Mutex<SchedClassifier>,
 }
 
 /// Programs that are loaded ahead: those for Ethernet, which is what pods have.
@@ -118,6 +121,7 @@ fn start_in(options: &CaptureOptions, layout: &Layout) -> Result<Parts, CaptureE
     let probe = bpf.program(programs::PROBE).expect("loaded above").fd();
     let probe = probe.map_err(|e| chain(&e)).and_then(|fd| fd.as_fd().try_clone_to_owned().map_err(|e| e.to_string()));
     let probe = probe.map_err(|reason| CaptureError::Bpf { action: "keep program up_probe".to_owned(), reason })?;
+    let node_guard = adopt_node_guards(&mut bpf, layout)?;
     let (maps, events) = Maps::take(&mut bpf, options.mesh_entries)?;
     // Connections that an earlier agent did not accept went away with its listeners. Those that had already ended on the
     // application's side keep their entry (their data would have been lost otherwise), so they are forgotten here, before
@@ -133,8 +137,32 @@ fn start_in(options: &CaptureOptions, layout: &Layout) -> Result<Parts, CaptureE
         map_ids,
         spare: Mutex::default(),
         preparing: Mutex::default(),
+        node_guard: Mutex::new(node_guard),
     };
     Ok((Arc::new(objects), maps, probe, events, log))
+}
+
+/// Loads the guard of the node's side and gives it to every interface that an earlier agent
+/// guarded. Those of pods too whose interface is in another namespace by now, where no enrolment
+/// would find it.
+fn adopt_node_guards(bpf: &mut Ebpf, layout: &Layout) -> Result<SchedClassifier, CaptureError> {
+    let failed = |reason| CaptureError::Bpf { action: format!("load program {}", programs::NODE_GUARD), reason };
+    load(bpf, programs::NODE_GUARD)?;
+    let program = super::tc::take_program(bpf, programs::NODE_GUARD).map_err(failed)?;
+    for (pin, path) in layout.tc_pins()? {
+        if pin.direction != pins::Direction::Node {
+            continue;
+        }
+        let adopted = links::open(&path).and_then(|found| match found {
+            Some((link, info)) if !links::is_dead(info) => {
+                super::tc::with_program(&program, |program| links::update(&link, info, program, &path))
+            }
+            // Whoever collects garbage removes it.
+            _ => Ok(()),
+        });
+        adopted.map_err(|e| failed(e.to_string()))?;
+    }
+    Ok(program)
 }
 
 fn loader(layout: &Layout, with_log: bool) -> EbpfLoader<'static> {
@@ -277,6 +305,11 @@ impl Objects {
                 }
             }
         }
+    }
+
+    /// The guard of the node's side.
+    pub fn node_guard(&self) -> std::sync::MutexGuard<'_, SchedClassifier> {
+        self.node_guard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn spare(&self) -> std::sync::MutexGuard<'_, BTreeMap<u32, Ebpf>> {

@@ -30,9 +30,10 @@ use super::{
 use crate::sys::bpf::SharedMap;
 
 /// Name, key size, value size and number of entries of every pinned map.
-pub const PINNED: [(&str, usize, usize, usize); 13] = [
+pub const PINNED: [(&str, usize, usize, usize); 14] = [
     ("PODS", 8, size_of::<PodConfig>(), capacity::PODS),
     ("PODS_BY_ID", 4, size_of::<PodConfig>(), capacity::PODS),
+    ("NODE_INTERFACES", 4, 4, capacity::NODE_INTERFACES),
     ("MESH", 4 + 16, size_of::<MeshEntry>(), capacity::MESH),
     ("EXCLUDED_CIDRS", 4 + 20, 4, capacity::EXCLUDED_CIDRS),
     ("PORT_RULES", size_of::<PortKey>(), size_of::<PortRule>(), capacity::PORT_RULES),
@@ -59,6 +60,7 @@ pub struct Maps {
 pub struct Tables {
     pods: Table<HashStore<u64, PodConfig>>,
     pods_by_id: Table<HashStore<u32, PodConfig>>,
+    node_interfaces: Table<HashStore<u32, u32>>,
     mesh: Table<TrieStore<16, MeshEntry>>,
     excluded: Table<TrieStore<20, u32>>,
     ports: Table<PortStore>,
@@ -73,6 +75,7 @@ impl Maps {
         let tables = Tables {
             pods: hash_table(bpf, "PODS", capacity::PODS)?,
             pods_by_id: hash_table(bpf, "PODS_BY_ID", capacity::PODS)?,
+            node_interfaces: hash_table(bpf, "NODE_INTERFACES", capacity::NODE_INTERFACES)?,
             mesh: Table::new("MESH", mesh_entries.min(capacity::MESH), TrieStore(typed(bpf, "MESH")?))?,
             excluded: Table::new("EXCLUDED_CIDRS", capacity::EXCLUDED_CIDRS, TrieStore(typed(bpf, "EXCLUDED_CIDRS")?))?,
             ports: Table::new("PORT_RULES", capacity::PORT_RULES, PortStore(typed(bpf, "PORT_RULES")?))?,
@@ -121,7 +124,14 @@ impl Tables {
     /// Numbers that have an entry anywhere.
     pub fn pod_ids(&self) -> impl Iterator<Item = u32> + '_ {
         let by_id = self.pods_by_id.contents().keys().copied();
-        self.pods().values().map(|c| c.pod_id).chain(by_id).chain(self.port_owners()).chain(self.cidr_owners())
+        let interfaces = self.node_interfaces.contents().values().copied();
+        self.pods()
+            .values()
+            .map(|c| c.pod_id)
+            .chain(by_id)
+            .chain(self.port_owners())
+            .chain(self.cidr_owners())
+            .chain(interfaces)
     }
 
     /// Whose the port rules are, one pod's after the other's; [`ALL_PODS`] for those of all pods.
@@ -159,6 +169,7 @@ impl Tables {
     pub fn sizes(&self) -> Vec<(&'static str, usize, usize)> {
         vec![
             ("PODS", self.pods.contents().len(), capacity::PODS),
+            ("NODE_INTERFACES", self.node_interfaces.contents().len(), capacity::NODE_INTERFACES),
             ("MESH", self.mesh.contents().len(), self.mesh.capacity()),
             ("EXCLUDED_CIDRS", self.excluded.contents().len(), capacity::EXCLUDED_CIDRS),
             ("PORT_RULES", self.ports.contents().len(), capacity::PORT_RULES),
@@ -245,6 +256,19 @@ impl Tables {
                 cidrs.range(excluded_scope(id)).count(),
                 cidrs.range(excluded_scope(ALL_PODS)).count(),
             ),
+        }
+    }
+
+    /// Which pods the node's interfaces lead to, by the interfaces' indices.
+    pub fn node_interfaces(&self) -> &BTreeMap<u32, u32> {
+        self.node_interfaces.contents()
+    }
+
+    /// Says which pod an interface of the node leads to; `None` forgets it.
+    pub fn set_node_interface(&mut self, index: u32, pod_id: Option<u32>) -> Result<(), CaptureError> {
+        match pod_id {
+            Some(pod_id) => self.node_interfaces.insert(index, pod_id),
+            None => self.node_interfaces.remove(&index),
         }
     }
 

@@ -16,10 +16,12 @@ pub mod inheritance;
 pub mod inspect;
 mod interfaces;
 mod kept;
+mod links;
 mod loader;
 mod lock;
 mod maps;
 pub mod netns;
+mod node_guard;
 pub mod object;
 mod pins;
 mod pod;
@@ -53,6 +55,7 @@ use tokio::task::JoinHandle;
 
 pub use enroll::EnrollError;
 pub use kept::{KeptPod, Left, Reason};
+pub use node_guard::{InterfaceGuard, unguarded as unguarded_interfaces};
 pub use pod::{Pod, PodListeners};
 pub use probes::{ProbeCgroup, ProbeCgroupState};
 pub use shares::Share;
@@ -63,6 +66,7 @@ use self::{
     enroll::Wanted,
     inheritance::{Inheritance, Listening},
     netns::Netns,
+    node_guard::NodeGuard,
     probes::{Probes, Recorder},
     registry::{Entry, Registry},
     sweep::{Sweep, Sweeps},
@@ -152,6 +156,7 @@ struct Inner {
     method: tc::Method,
     objects: Arc<loader::Objects>,
     maps: Arc<maps::Maps>,
+    node_guard: Arc<NodeGuard>,
     probes: Arc<Probes>,
     registry: Mutex<Registry>,
     census: processes::Census,
@@ -187,6 +192,7 @@ impl Capture {
         readers.push(tokio::spawn(flows::keep_counts(Arc::clone(&maps))));
         let inner = Inner {
             method,
+            node_guard: NodeGuard::new(method, Arc::clone(&objects), Arc::clone(&maps)),
             probes: Probes::new(options.cgroup.clone(), Arc::clone(&maps), Recorder::new(probe, objects.layout())),
             objects,
             maps,
@@ -350,6 +356,11 @@ impl Capture {
         self.inner.registry().entries.values().map(|e| Arc::clone(&e.pod)).collect()
     }
 
+    /// How the interfaces of a pod are guarded from the node's side, by the pod's number.
+    pub fn interfaces(&self, pod_id: u32) -> Vec<InterfaceGuard> {
+        self.inner.node_guard.interfaces(pod_id)
+    }
+
     /// The configured probe cgroups, and how they stand.
     pub fn probe_cgroups(&self) -> Vec<ProbeCgroup> {
         self.inner.probes.cgroups()
@@ -452,6 +463,7 @@ impl Inner {
             netns: Arc::clone(netns),
             method: self.method,
             pod_id,
+            node_guard: Arc::clone(&self.node_guard),
             failures: Arc::clone(&self.bare_interfaces),
         }
     }

@@ -17,7 +17,7 @@ use std::{
     fs::{File, OpenOptions},
     io,
     os::{
-        fd::AsFd,
+        fd::{AsFd, BorrowedFd},
         unix::fs::{MetadataExt, OpenOptionsExt},
     },
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
@@ -118,6 +118,11 @@ impl Netns {
     /// while this value lives.
     pub fn inode(&self) -> u64 {
         self.namespace.inode
+    }
+
+    /// Its descriptor.
+    pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.namespace.file.as_fd()
     }
 
     /// Device and inode number. Like [`Netns::inode`], they name it only while this value lives.

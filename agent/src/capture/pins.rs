@@ -5,6 +5,8 @@
 //! PIN_ROOT/<ABI hash>/links/{connect4, connect6, getpeername4, ..., sockops}
 //! PIN_ROOT/<ABI hash>/links/probe-<id of a probe cgroup>
 //! PIN_ROOT/<ABI hash>/links/tc-<pod id>-<interface index>-{ingress,egress}
+//! PIN_ROOT/<ABI hash>/links/tc-<pod id>-<number of the link>-{ingress,egress}-moved
+//! PIN_ROOT/<ABI hash>/links/tc-<pod id>-<interface index on the node>-node
 //! PIN_ROOT/<ABI hash>/pods/<namespace cookie>
 //! ```
 //! bpffs refuses dots in names.
@@ -34,13 +36,32 @@ pub struct Layout {
     dir: PathBuf,
 }
 
-/// Which way packets go through a tc program.
+/// Appended to the name of a pin whose interface has left the pod's namespace.
+const MOVED: &str = "-moved";
+
+/// Which way packets go through a tc program, and where it stands. Links are removed in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Direction {
     /// To the pod.
     Ingress,
     /// From the pod.
     Egress,
+    /// From the pod, on the node's side of the interface.
+    Node,
+}
+
+impl Direction {
+    /// All of them, in order.
+    pub const ALL: [Self; 3] = [Self::Ingress, Self::Egress, Self::Node];
+
+    /// For names of files, and for people.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+            Self::Node => "node",
+        }
+    }
 }
 
 /// What a tc link's file name says.
@@ -48,19 +69,20 @@ pub enum Direction {
 pub struct TcPin {
     /// The pod's number.
     pub pod_id: u32,
-    /// The interface's index in the pod's namespace.
+    /// The interface's index in the pod's namespace, or in the node's for [`Direction::Node`]. The
+    /// number of the link for one whose interface has moved: the index is another interface's by
+    /// now, or none's.
     pub interface: u32,
-    /// Ingress or egress.
+    /// Which way.
     pub direction: Direction,
+    /// The interface has left the pod's namespace, and lives.
+    pub moved: bool,
 }
 
 impl fmt::Display for TcPin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let direction = match self.direction {
-            Direction::Ingress => "ingress",
-            Direction::Egress => "egress",
-        };
-        write!(f, "tc-{}-{}-{direction}", self.pod_id, self.interface)
+        let moved = if self.moved { MOVED } else { "" };
+        write!(f, "tc-{}-{}-{}{moved}", self.pod_id, self.interface, self.direction.as_str())
     }
 }
 
@@ -69,15 +91,14 @@ impl FromStr for TcPin {
 
     /// Also reads the name of an unfinished replacement, so that it is found and removed with its pod.
     fn from_str(s: &str) -> Result<Self, ()> {
-        let mut parts = s.strip_suffix(REPLACEMENT).unwrap_or(s).strip_prefix("tc-").ok_or(())?.split('-');
+        let name = s.strip_suffix(REPLACEMENT).unwrap_or(s);
+        let (name, moved) = name.strip_suffix(MOVED).map_or((name, false), |name| (name, true));
+        let mut parts = name.strip_prefix("tc-").ok_or(())?.split('-');
         let mut number = || parts.next().and_then(|p| p.parse().ok()).ok_or(());
         let (pod_id, interface) = (number()?, number()?);
-        let direction = match (parts.next(), parts.next()) {
-            (Some("ingress"), None) => Direction::Ingress,
-            (Some("egress"), None) => Direction::Egress,
-            _ => return Err(()),
-        };
-        Ok(Self { pod_id, interface, direction })
+        let (Some(direction), None) = (parts.next(), parts.next()) else { return Err(()) };
+        let direction = Direction::ALL.into_iter().find(|d| d.as_str() == direction).ok_or(())?;
+        Ok(Self { pod_id, interface, direction, moved })
     }
 }
 

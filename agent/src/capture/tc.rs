@@ -1,31 +1,29 @@
 //! The tc programs of a pod: guard and inbound program on its interfaces. Interfaces are looked up by name, so attaching
 //! happens inside the pod's namespace.
 
-use std::{collections::BTreeMap, io, os::fd::AsFd, path::Path, sync::Arc};
+use std::{collections::BTreeMap, io, os::fd::AsFd as _, sync::Arc};
 
 use aya::{
+    Ebpf,
     programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
-        links::FdLink,
+        ProgramError, SchedClassifier, TcAttachType,
         tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
     },
     util::KernelVersion,
 };
 use nix::net::if_::if_nametoindex;
-use underpass_abi::programs::{GUARD, GUARD_L3, INBOUND, INBOUND_L3};
+use underpass_abi::programs::{GUARD, GUARD_L3, INBOUND, INBOUND_L3, NODE_GUARD};
 
 use super::{
     CaptureError, TcMode,
     interfaces::{self, Interface},
+    links::{self, Failure},
     loader::Objects,
     maps::chain,
     netns::Netns,
-    pins::{self, Direction, TcPin},
+    pins::{self, Direction, Layout, TcPin},
 };
-use crate::sys::{
-    bpf::{self, LinkTarget},
-    rcu::ShortGracePeriods,
-};
+use crate::sys::bpf::Hook;
 
 /// clsact filters of ours come first and have a handle that is not the kernel's first choice, so that a restarted agent
 /// finds them.
@@ -71,6 +69,13 @@ fn programs_for(interface: &Interface) -> [(&'static str, Direction); 2] {
 #[derive(Debug, Default)]
 pub struct Programs(BTreeMap<&'static str, SchedClassifier>);
 
+impl Programs {
+    /// Are all programs that these interfaces need loaded?
+    pub fn cover(&self, interfaces: &[Interface]) -> bool {
+        interfaces.iter().flat_map(programs_for).all(|(name, _)| self.0.contains_key(name))
+    }
+}
+
 /// Loads these programs for a pod. Blocks.
 fn load(
     objects: &Objects,
@@ -78,18 +83,19 @@ fn load(
     names: &[&'static str],
 ) -> Result<BTreeMap<&'static str, SchedClassifier>, CaptureError> {
     let mut bpf = objects.load_for_pod(pod_id, names)?;
-    let take = |name: &&'static str| {
-        let program: &mut SchedClassifier = bpf
-            .program_mut(name)
-            .ok_or_else(|| "no such program".to_owned())?
-            .try_into()
-            .map_err(|e: ProgramError| chain(&e))?;
-        let info = program.info().map_err(|e| chain(&e))?;
-        let program = SchedClassifier::from_program_info(info, (*name).into()).map_err(|e| chain(&e))?;
-        Ok((*name, program))
-    };
-    let programs: Result<_, String> = names.iter().map(take).collect();
+    let programs: Result<_, String> = names.iter().map(|name| Ok((*name, take_program(&mut bpf, name)?))).collect();
     programs.map_err(|reason| CaptureError::Bpf { action: format!("take the programs of pod {pod_id}"), reason })
+}
+
+/// A loaded program on its own.
+pub fn take_program(bpf: &mut Ebpf, name: &'static str) -> Result<SchedClassifier, String> {
+    let program: &mut SchedClassifier = bpf
+        .program_mut(name)
+        .ok_or_else(|| "no such program".to_owned())?
+        .try_into()
+        .map_err(|e: ProgramError| chain(&e))?;
+    let info = program.info().map_err(|e| chain(&e))?;
+    SchedClassifier::from_program_info(info, name.into()).map_err(|e| chain(&e))
 }
 
 /// Attaches to these interfaces, replacing in place what an earlier agent attached. On error, what was newly attached
@@ -108,7 +114,7 @@ pub async fn attach(
     let mut names: Vec<&str> = interfaces.iter().flat_map(programs_for).map(|(name, _)| name).collect();
     names.sort_unstable();
     names.dedup();
-    if !names.iter().all(|name| programs.0.contains_key(name)) {
+    if !programs.cover(&interfaces) {
         let loader = Arc::clone(objects);
         // Not in the namespace: verifying takes the time, and the threads that enter namespaces are few.
         programs.0.extend(super::blocking(move || load(&loader, pod_id, &names)).await?);
@@ -132,12 +138,11 @@ fn attach_all(
     interfaces: &[Interface],
     programs: &mut BTreeMap<&'static str, SchedClassifier>,
 ) -> Result<(), CaptureError> {
-    let _fast = (method == Method::Tcx).then(ShortGracePeriods::begin);
     for interface in interfaces {
         for (name, direction) in programs_for(interface) {
-            let pin = objects.layout().link(TcPin { pod_id, interface: interface.index, direction });
+            let pin = TcPin { pod_id, interface: interface.index, direction, moved: false };
             let attached = match programs.get_mut(name) {
-                Some(program) => attach_one(program, method, interface, direction, &pin),
+                Some(program) => attach_one(program, method, interface, pin, objects.layout()),
                 None => Err(Failure::Other("the program is not loaded".to_owned())),
             };
             if let Err(Failure::StillThere) = attached {
@@ -156,22 +161,6 @@ fn attach_all(
     Ok(())
 }
 
-/// Why a program is not attached.
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    /// The kernel has a program on an interface only once, and a link that was given up goes a moment later.
-    #[error("the program is on it already, by a link that was given up")]
-    StillThere,
-    #[error("{0}")]
-    Other(String),
-}
-
-impl From<String> for Failure {
-    fn from(reason: String) -> Self {
-        Self::Other(reason)
-    }
-}
-
 async fn enter<T: Send + 'static>(
     netns: &Netns,
     action: &str,
@@ -182,35 +171,24 @@ async fn enter<T: Send + 'static>(
     })
 }
 
-/// Does this interface have its programs, as far as that is cheap to tell? An index is used again, so a pin alone says
-/// little.
-pub fn is_attached(objects: &Objects, method: Method, pod_id: u32, interface: &Interface) -> bool {
-    method == Method::Tcx
-        && programs_for(interface).iter().all(|(_, direction)| {
-            let pin = TcPin { pod_id, interface: interface.index, direction: *direction };
-            bpf::object_get(&objects.layout().link(pin))
-                .and_then(|link| bpf::link_info(link.as_fd()))
-                .is_ok_and(|info| info.target == LinkTarget::Interface(interface.index))
-        })
-}
-
 fn attach_one(
     program: &mut SchedClassifier,
     method: Method,
     interface: &Interface,
-    direction: Direction,
-    pin: &Path,
+    pin: TcPin,
+    layout: &Layout,
 ) -> Result<(), Failure> {
+    let direction = pin.direction;
     // The other method's programs, of an agent that was configured differently, go once these are there.
     match method {
         Method::Tcx => {
-            attach_tcx(program, interface, direction, pin)?;
+            with_program(program, |program| links::ensure(layout, pin, hook(direction), program))?;
             remove_filters(&interface.name, direction)?;
             Ok(())
         }
         Method::Clsact => {
             attach_clsact(program, interface, direction)?;
-            pins::remove(pin).map_err(|e| e.to_string())?;
+            pins::remove(&layout.link(pin))?;
             Ok(())
         }
     }
@@ -218,54 +196,31 @@ fn attach_one(
 
 fn attach_type(direction: Direction) -> TcAttachType {
     match direction {
-        Direction::Ingress => TcAttachType::Ingress,
+        Direction::Ingress | Direction::Node => TcAttachType::Ingress,
         Direction::Egress => TcAttachType::Egress,
     }
 }
 
-fn attach_tcx(
-    program: &mut SchedClassifier,
-    interface: &Interface,
-    direction: Direction,
-    pin: &Path,
-) -> Result<(), Failure> {
-    let here = LinkTarget::Interface(interface.index);
-    let pinned = match bpf::object_get(pin) {
-        Ok(link) => match bpf::link_info(link.as_fd()) {
-            Ok(info) if info.target == here => {
-                let program = program.fd().map_err(|e| chain(&e))?;
-                bpf::link_update(link.as_fd(), program.as_fd())
-                    .map_err(|e| format!("replacing the program of {}: {e}", pin.display()))?;
-                return Ok(());
-            }
-            _ => true, // its interface is gone and the index was given to another one
-        },
-        Err(e) if e.kind() == io::ErrorKind::NotFound => false,
-        Err(e) => return Err(format!("opening {}: {e}", pin.display()).into()),
-    };
-    // First: a program before ours could accept a packet for good.
-    let order = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let id = match program.attach_with_options(&interface.name, attach_type(direction), order) {
-        Err(e) if os_error(&e) == Some(libc::EEXIST) => return Err(Failure::StillThere),
-        other => other.map_err(|e| chain(&e))?,
-    };
-    let link = program.take_link(id).map_err(|e| chain(&e))?;
-    let link = FdLink::try_from(link).map_err(|e| chain(&e))?;
-    let target = if pinned { pins::replacement(pin).map_err(|e| e.to_string())? } else { pin.to_owned() };
-    link.pin(&target).map_err(|e| chain(&e))?;
-    // Attaching goes by name, and a name can move to another interface at any time.
-    let attached = bpf::object_get(&target).and_then(|l| bpf::link_info(l.as_fd())).map(|i| i.target);
-    if !matches!(&attached, Ok(target) if *target == here) {
-        pins::remove(&target).map_err(|e| e.to_string())?;
-        return Err("the interface was renamed or removed meanwhile".to_owned().into());
+fn hook(direction: Direction) -> Hook {
+    match direction {
+        Direction::Ingress | Direction::Node => Hook::TcxIngress,
+        Direction::Egress => Hook::TcxEgress,
     }
-    if pinned {
-        pins::replace(&target, pin).map_err(|e| e.to_string())?;
-    }
-    Ok(())
 }
 
-fn attach_clsact(program: &mut SchedClassifier, interface: &Interface, direction: Direction) -> Result<(), String> {
+/// A loaded program as [`links`] takes it.
+pub fn with_program(
+    program: &SchedClassifier,
+    run: impl FnOnce(links::Program<'_>) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let id = program.info().map_err(|e| chain(&e))?.id();
+    let fd = program.fd().map_err(|e| chain(&e))?;
+    run(links::Program { fd: fd.as_fd(), id })
+}
+
+/// Adds the filter to an interface of the calling thread's namespace, or replaces the program of
+/// the one that is there.
+pub fn attach_clsact(program: &mut SchedClassifier, interface: &Interface, direction: Direction) -> Result<(), String> {
     let renamed = || {
         let same = if_nametoindex(interface.name.as_str()).is_ok_and(|index| index == interface.index);
         if same { Ok(()) } else { Err("the interface was renamed or removed meanwhile".to_owned()) }
@@ -308,10 +263,11 @@ fn os_error(e: &ProgramError) -> Option<i32> {
 }
 
 /// Removes clsact filters that run our programs, by the programs' names; returns how many there were.
-fn remove_filters(interface: &str, direction: Direction) -> Result<usize, String> {
-    let names = match direction {
-        Direction::Ingress => [INBOUND, INBOUND_L3],
-        Direction::Egress => [GUARD, GUARD_L3],
+pub fn remove_filters(interface: &str, direction: Direction) -> Result<usize, String> {
+    let names: &[&str] = match direction {
+        Direction::Ingress => &[INBOUND, INBOUND_L3],
+        Direction::Egress => &[GUARD, GUARD_L3],
+        Direction::Node => &[NODE_GUARD],
     };
     let mut removed = 0;
     for name in names {
@@ -335,12 +291,14 @@ fn nothing_there(e: &TcError) -> bool {
     matches!(code, Some(libc::ENOENT | libc::EINVAL | libc::ENODEV | libc::ENXIO))
 }
 
-/// Removes the pins of a pod, or of one of its interfaces; the kernel detaches the links with them.
-pub fn unpin(objects: &Objects, pod_id: u32, interface: Option<u32>) -> Result<(), CaptureError> {
-    for (pin, path) in objects.layout().tc_pins()? {
-        if pin.pod_id == pod_id && interface.is_none_or(|index| index == pin.interface) {
-            pins::remove(&path)?;
-        }
+/// Removes the pins of a pod, those on the node's side last; the kernel detaches the links with
+/// them.
+pub fn unpin(objects: &Objects, pod_id: u32) -> Result<(), CaptureError> {
+    let mut pins = objects.layout().tc_pins()?;
+    pins.retain(|(pin, _)| pin.pod_id == pod_id);
+    pins.sort_by_key(|(pin, _)| pin.direction);
+    for (_, path) in pins {
+        pins::remove(&path)?;
     }
     Ok(())
 }

@@ -13,9 +13,12 @@ use futures_util::FutureExt;
 use tokio::{sync::oneshot, time::sleep};
 
 use super::{
+    CaptureError,
     interfaces::{Change, Interface, Watch},
+    links,
     loader::Objects,
     netns::Netns,
+    node_guard::NodeGuard,
     tc::{self, Method, Programs},
 };
 
@@ -32,6 +35,8 @@ pub struct Attacher {
     pub method: Method,
     /// The pod's number.
     pub pod_id: u32,
+    /// Guards from the node's side.
+    pub node_guard: Arc<NodeGuard>,
     /// Counts failures.
     pub failures: Arc<AtomicU64>,
 }
@@ -62,12 +67,14 @@ pub async fn run(attacher: Attacher, mut programs: Programs, mut watch: Watch, m
             () = sleep(pause(attempts.unwrap_or_default())), if attempts.is_some() => None,
         };
         match change {
-            Some(Some(Change::New(interface))) if is_bare(&attacher, &interface) => {
+            // Also one that has its programs: another name or another end may be another interface,
+            // and attaching finds out.
+            Some(Some(Change::New(interface))) => {
                 bare.insert(interface.index, (interface, 0));
             }
             Some(Some(Change::Gone(index))) => {
                 bare.remove(&index);
-                if let Err(e) = tc::unpin(&attacher.objects, attacher.pod_id, Some(index)) {
+                if let Err(e) = gone(&attacher, index).await {
                     tracing::error!(pod = attacher.pod_id, interface = index, error = %e, "cannot remove pins");
                 }
             }
@@ -79,15 +86,21 @@ pub async fn run(attacher: Attacher, mut programs: Programs, mut watch: Watch, m
                 );
                 return;
             }
-            // It has its programs, or it is time to try again.
-            Some(Some(Change::New(_))) | None => {}
+            // It is time to try again.
+            None => {}
         }
         attach(&attacher, &mut programs, &mut bare).await;
     }
 }
 
-fn is_bare(attacher: &Attacher, interface: &Interface) -> bool {
-    !tc::is_attached(&attacher.objects, attacher.method, attacher.pod_id, interface)
+/// The pod's namespace has lost an interface. Root in the pod can move one elsewhere and go on
+/// using it, so its programs stay as long as it exists.
+async fn gone(attacher: &Attacher, index: u32) -> Result<(), CaptureError> {
+    let Attacher { objects, pod_id, node_guard, .. } = attacher;
+    links::interface_gone(objects.layout(), *pod_id, index)?;
+    // Of interfaces that moved earlier and do not exist any more.
+    links::remove_dead(objects.layout(), Some(*pod_id))?;
+    node_guard.interface_gone(*pod_id, index).await
 }
 
 /// How long to wait after so many attempts on an interface.
@@ -98,10 +111,15 @@ fn pause(attempts: u32) -> Duration {
 /// Tries every interface that has no programs yet. What fails is tried again, as long as the interface is there: plaintext could leave
 /// by it.
 async fn attach(attacher: &Attacher, programs: &mut Programs, bare: &mut BTreeMap<u32, (Interface, u32)>) {
-    let Attacher { objects, netns, method, pod_id, failures } = attacher;
+    let Attacher { objects, netns, method, pod_id, node_guard, failures } = attacher;
     for (index, (interface, attempts)) in std::mem::take(bare) {
         let name = interface.name.clone();
-        match tc::attach(objects, netns, *method, *pod_id, vec![interface.clone()], programs).await {
+        let one = || vec![interface.clone()];
+        // The node's side first: the pod cannot go around that guard. One that fails does not keep
+        // the other away.
+        let outside = node_guard.attach(netns, *pod_id, one()).await;
+        let inside = tc::attach(objects, netns, *method, *pod_id, one(), programs).await;
+        match outside.and(inside) {
             Ok(()) => tracing::debug!(pod = pod_id, interface = name, index, "guarded a new interface"),
             Err(e) => {
                 failures.fetch_add(1, Relaxed);

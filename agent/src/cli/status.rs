@@ -14,7 +14,7 @@ use super::{
     workloads::pod_state,
 };
 use crate::{
-    admin::api::{AllCounters, PlaintextLeft, PodState, ProbeCgroupState, Status},
+    admin::api::{AllCounters, InterfaceStatus, PlaintextLeft, PodState, ProbeCgroupState, Status},
     sources::kubernetes::SourceStatus,
 };
 
@@ -53,6 +53,7 @@ impl View for Report {
         text.push('\n');
         text.push_str(&pods(&self.status, style));
         text.push('\n');
+        text.push_str(&interfaces(&self.status, style));
         if let Some(cluster) = &self.status.cluster {
             text.push_str(&cluster_table(cluster, style));
             text.push('\n');
@@ -183,6 +184,23 @@ fn pods(s: &Status, style: Style) -> String {
         ]);
     }
     pods.text()
+}
+
+/// Interfaces that are not as usual: without a guard on the node's side, or moved away by somebody
+/// in the pod. Nothing where there are none.
+fn interfaces(s: &Status, style: Style) -> String {
+    let mut interfaces = Columns::new(style, &["WORKLOAD", "INTERFACE", "KIND", "NODE-SIDE GUARD"], &[]);
+    let mut unusual = false;
+    for InterfaceStatus { workload, guard } in &s.interfaces {
+        let on_the_node = match (&guard.node_guard, guard.moved) {
+            (Some(_), false) => continue,
+            (Some(device), true) => format!("on {device}; the interface has left the pod's namespace"),
+            (None, _) => "none, only the guard inside the pod".to_owned(),
+        };
+        unusual = true;
+        interfaces.row([workload.as_str(), &guard.interface, &guard.kind, &on_the_node]);
+    }
+    if unusual { format!("{}\n", interfaces.text()) } else { String::new() }
 }
 
 /// The kinds that are followed, and what is wrong with single objects.

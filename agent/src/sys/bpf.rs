@@ -4,6 +4,8 @@
 //! The attribute structures are the leading fields of `union bpf_attr` (linux/bpf.h); the kernel takes shorter ones and
 //! reads the rest as zero.
 
+mod network;
+
 use std::{
     ffi::CString,
     io,
@@ -24,6 +26,8 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use tokio::io::{Interest, unix::AsyncFd};
+
+pub use network::{Hook, link_create_first, links_on};
 
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_MAP_GET_NEXT_KEY: libc::c_int = 4;
@@ -47,6 +51,7 @@ const MMAPABLE: u32 = 1 << 10;
 
 const BPF_LINK_TYPE_CGROUP: u32 = 3;
 const BPF_LINK_TYPE_TCX: u32 = 11;
+const BPF_LINK_TYPE_NETKIT: u32 = 13;
 
 #[repr(C)]
 struct ObjGet {
@@ -212,7 +217,7 @@ pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
             bytes[4..].copy_from_slice(&b.to_ne_bytes());
             LinkTarget::Cgroup(u64::from_ne_bytes(bytes))
         }
-        BPF_LINK_TYPE_TCX => LinkTarget::Interface(a),
+        BPF_LINK_TYPE_TCX | BPF_LINK_TYPE_NETKIT => LinkTarget::Interface(a),
         _ => LinkTarget::Other,
     };
     Ok(LinkInfo { id: info.id, program_id: info.prog_id, target })

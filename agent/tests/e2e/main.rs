@@ -13,6 +13,7 @@ mod ktls;
 mod lifecycle;
 mod limits;
 mod operators;
+mod pod_root;
 mod policy;
 mod probes;
 mod refusals;

@@ -325,6 +325,8 @@ impl Counter {
 pub mod capacity {
     /// `PODS`, `PODS_BY_ID`: enrolled pods on a node.
     pub const PODS: usize = 4096;
+    /// `NODE_INTERFACES`: interfaces of the node that lead to enrolled pods, four for each pod.
+    pub const NODE_INTERFACES: usize = 4 * PODS;
     /// `MESH`: mesh addresses, VIPs and captured CIDRs. The most that the agent may be told to use: the trie takes memory for
     /// each entry, none for its size.
     pub const MESH: usize = 1_048_576;
@@ -378,6 +380,8 @@ pub mod programs {
     pub const GUARD: &str = "up_guard";
     /// tc egress guard for interfaces without a link-layer header.
     pub const GUARD_L3: &str = "up_guard_l3";
+    /// The guard on the node's side of pods' interfaces: one program for all of them.
+    pub const NODE_GUARD: &str = "up_node_guard";
     /// tc ingress program for Ethernet interfaces.
     pub const INBOUND: &str = "up_inbound";
     /// tc ingress program for interfaces without a link-layer header.

@@ -15,7 +15,7 @@ use crate::{
     fuzz::{self, Depth},
     places, setup, torture,
     ui::Ui,
-    vm::{self, NEED_KTLS},
+    vm::{self, NEED_INTERFACES, NEED_KTLS},
 };
 pub(crate) use tally::Tally;
 use tally::{Reading, Runner};
@@ -209,6 +209,7 @@ fn nextest(ui: &Ui, full: bool, filter: Option<&str>, wanted: &str) -> Result<Ta
     let mut filterset = vec![wanted.to_owned()];
     if full {
         command.args(["--run-ignored", "all"]).env("UNDERPASS_FULL", "1");
+        filterset.extend(NEED_INTERFACES.map(|part| format!("not test(/{part}/)")));
         if !has_ktls() {
             filterset.push(format!("not test(/{NEED_KTLS}/)"));
         }
@@ -222,6 +223,7 @@ fn cargo_test(ui: &Ui, full: bool, filter: Option<&str>, arguments: &[&str]) -> 
     command.args(arguments).args(["--", "--test-threads", THREADS]);
     if full {
         command.arg("--include-ignored").env("UNDERPASS_FULL", "1");
+        command.args(NEED_INTERFACES.iter().flat_map(|part| ["--skip", part]));
         if !has_ktls() {
             command.args(["--skip", NEED_KTLS]);
         }

@@ -34,7 +34,7 @@ pub(crate) use machine::Processors;
 use qemu::Qemu;
 use run::Run;
 use store::Store;
-pub(crate) use suites::NEED_KTLS;
+pub(crate) use suites::{NEED_INTERFACES, NEED_KTLS};
 
 /// Seconds that a program other than a test may take.
 const PROGRAM_LIMIT: u64 = 1500;

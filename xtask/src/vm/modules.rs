@@ -26,6 +26,7 @@ const WANTED: &[&str] = &[
     "drivers/net/tun",
     "net/bridge/bridge",
     "net/802",
+    "net/8021q/8021q",
     "net/llc",
     "net/sched/sch_ingress",
     "net/sched/cls_bpf",

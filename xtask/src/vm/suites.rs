@@ -62,6 +62,9 @@ const KERNEL: Usual = Usual::Parts(
 const TCX: &[&str] = &[
     "capture::tests::cleanup::everything_goes_tcx",
     "capture::tests::enrol::an_interface_that_comes_later_is_guarded",
+    "capture::tests::node_guard::a_moved_interface_stays_guarded_by_another_version",
+    "capture::tests::node_guard::an_index_that_is_used_again_is_another_interface",
+    "capture::tests::node_guard::links_stay_on_an_interface_that_leaves_the_namespace",
     "capture::tests::restart::a_pods_links_are_adopted",
     "capture::tests::restart::nothing_gets_out_while_agents_restart",
     "capture::tests::restart::pins_of_interfaces_that_went_away_unseen_are_removed",
@@ -84,6 +87,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "bpf-load", package: BPF, target: "load", kind: "test", retries: 1, usual: Usual::All },
     Suite { name: "bpf-capture", package: BPF, target: "capture", kind: "test", retries: 1, usual: Usual::All },
     Suite { name: "bpf-guard", package: BPF, target: "guard", kind: "test", retries: 1, usual: Usual::All },
+    Suite { name: "bpf-node-guard", package: BPF, target: "node_guard", kind: "test", retries: 1, usual: Usual::All },
     Suite { name: "bpf-inbound", package: BPF, target: "inbound", kind: "test", retries: 1, usual: Usual::All },
     Suite { name: "bpf-interfaces", package: BPF, target: "interfaces", kind: "test", retries: 1, usual: Usual::All },
     Suite { name: "bpf-probes", package: BPF, target: "probes", kind: "test", retries: 1, usual: Usual::All },
@@ -97,6 +101,11 @@ const SUITES: &[Suite] = &[
 ];
 /// Part of the names of tests that are ignored elsewhere because they need kernel TLS.
 pub(crate) const NEED_KTLS: &str = "::ktls::";
+/// Parts of the names of tests that run in the machines only: they need interfaces that other
+/// kernels may not have.
+pub(crate) const NEED_INTERFACES: [&str; 2] = [NETKIT, "vlan_devices::"];
+/// Of these, the ones that need Linux 6.7.
+const NETKIT: &str = "::netkit::";
 /// Seconds that one try of a test may take; five times 60 on the host.
 const LIMIT: u64 = 300;
 
@@ -165,7 +174,8 @@ pub(super) fn tests(programs: &[Program], filter: Option<&str>, full: bool) -> R
             Ok(text.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
         };
         let ignored = if full { BTreeSet::new() } else { names(&["--ignored"])? };
-        let ignored = ignored.into_iter().filter(|name| !name.contains(NEED_KTLS)).collect();
+        let needs = |name: &String| name.contains(NEED_KTLS) || NEED_INTERFACES.iter().any(|part| name.contains(part));
+        let ignored = ignored.into_iter().filter(|name| !needs(name)).collect();
         for name in names(&[])?.difference(&ignored) {
             let wanted = match filter {
                 Some(filter) => format!("{} {name}", suite.name).contains(filter),
@@ -188,7 +198,8 @@ pub(super) fn tests(programs: &[Program], filter: Option<&str>, full: bool) -> R
 
 /// Those of `tests` that a kernel can pass; without `all`, on all kernels but one only what differs between kernels.
 pub(super) fn for_kernel(tests: &[Test], series: Series, all: bool) -> Vec<Test> {
-    let fits = |test: &&Test| series.has_tcx() || !TCX.contains(&test.name.as_str());
+    // The series with tcx have netkit too.
+    let fits = |test: &&Test| series.has_tcx() || !(TCX.contains(&test.name.as_str()) || test.name.contains(NETKIT));
     let differs = |test: &Test| {
         let same = |(suite, parts): &(&str, &[&str])| {
             *suite == test.suite && parts.iter().any(|part| test.name.starts_with(part))

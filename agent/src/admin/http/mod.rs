@@ -38,7 +38,7 @@ pub use metrics::router as metrics;
 use super::server;
 use crate::{
     bounds::{self, Bound, Pool, Rule},
-    capture::Share,
+    capture::{InterfaceGuard, Share},
     identity::CertificateStore,
     mesh::MeshStore,
     proxy::{Applied, PodStatus},
@@ -84,6 +84,8 @@ pub trait NodeView: Send + Sync + 'static {
     fn bpf_shares(&self) -> Vec<Share>;
     /// What is enforced more strictly than it is written, because it does not fit into the BPF maps.
     fn capture_problems(&self) -> Vec<String>;
+    /// The interfaces by which packets leave this node's enrolled pods.
+    fn interfaces(&self) -> Vec<InterfaceGuard>;
     /// This node's pods, enrolled or not.
     fn pods(&self) -> Vec<PodStatus>;
     /// Addresses that several objects of the source claim.

@@ -21,7 +21,7 @@ use tokio::{
 use super::{Health, NodeView, View, bind, health::STUCK, metrics, serve};
 use crate::{
     bounds::Bound,
-    capture::Share,
+    capture::{InterfaceGuard, Share},
     identity::{CertificateStore, LocalIssuer},
     mesh::{MeshStore, Snapshot, WorkloadKey},
     proxy::{Applied, PodState, PodStatus},
@@ -63,6 +63,16 @@ impl NodeView for Fake {
 
     fn capture_problems(&self) -> Vec<String> {
         self.problems.lock().unwrap().clone()
+    }
+
+    fn interfaces(&self) -> Vec<InterfaceGuard> {
+        let guard = |kind: &str, node_guard: Option<&str>| InterfaceGuard {
+            interface: "eth0".into(),
+            kind: kind.into(),
+            node_guard: node_guard.map(str::to_owned),
+            moved: false,
+        };
+        vec![guard("veth", Some("veth17")), guard("veth", Some("veth18")), guard("macvlan", None)]
     }
 
     fn pods(&self) -> Vec<PodStatus> {
@@ -525,6 +535,8 @@ async fn metrics_are_open_metrics() {
     assert!((value(r#"underpass_connections_open{direction="inbound",data_path="user"}"#) - 1.0).abs() < 1e-9);
     assert!((value(r#"underpass_bpf_events_total{event="captured"}"#) - 7.0).abs() < 1e-9);
     assert!((value("underpass_plaintext_left") - 2.0).abs() < 1e-9);
+    assert!((value(r#"underpass_pod_interfaces{node_guard="yes"}"#) - 2.0).abs() < 1e-9);
+    assert!((value(r#"underpass_pod_interfaces{node_guard="no"}"#) - 1.0).abs() < 1e-9);
     assert!((value(r#"underpass_ready{condition="certificates"}"#) - 1.0).abs() < 1e-9);
     let expiry =
         value("underpass_certificate_expiry_timestamp_seconds{identity=\"spiffe://cluster.local/ns/default/sa/web\"}");

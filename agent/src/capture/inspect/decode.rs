@@ -72,6 +72,11 @@ pub(super) fn pod_id(id: u32, names: &Names) -> Fields {
     fields(pod(id, names))
 }
 
+/// Key of `NODE_INTERFACES`.
+pub(super) fn interface(index: u32) -> Fields {
+    fields([("interface", Field::Number(index.into()))])
+}
+
 /// Value of `PODS` and `PODS_BY_ID`.
 pub(super) fn pod_config(config: &PodConfig) -> Fields {
     const FLAGS: [(u32, &str); 5] = [

@@ -92,6 +92,9 @@ fn read(layout: &Layout, name: &str, names: &Names) -> Result<Read, String> {
         "PODS_BY_ID" => hash(layout, name, capacity::PODS, |k: u32, v: PodConfig| {
             (decode::pod_id(k, names), decode::pod_config(&v))
         }),
+        "NODE_INTERFACES" => hash(layout, name, capacity::NODE_INTERFACES, |k: u32, v: u32| {
+            (decode::interface(k), decode::pod_id(v, names))
+        }),
         "MESH" => trie(layout, name, capacity::MESH, |k: Key<Address>, v: MeshEntry| {
             (mesh_key(k.data(), k.prefix_len()), mesh_entry(v))
         }),

@@ -27,7 +27,8 @@ pub struct Programs {
 /// One pinned link, and the program that runs there.
 #[derive(Debug, Clone, Serialize)]
 pub struct ProgramRow {
-    /// Where it runs: `connect4`, ..., `sockops`, `ingress`, `egress`.
+    /// Where it runs: `connect4`, ..., `sockops`, `ingress`, `egress`; `node` is the guard on the
+    /// node's side of a pod's interface.
     pub hook: String,
     /// The pod's number, for tc programs.
     pub pod_id: Option<u32>,
@@ -61,7 +62,7 @@ pub struct ProgramRow {
 pub enum Attached {
     /// A cgroup, by the inode number of its directory.
     Cgroup(u64),
-    /// A network interface of the pod, by its index there.
+    /// A network interface, by its index: of the pod, or of the node where the hook is `node`.
     Interface(u32),
     /// What it was attached to is gone.
     Gone,
@@ -95,11 +96,7 @@ fn order(name: &str) -> (usize, Option<TcPin>, String) {
 fn row(layout: &Layout, own: bool, name: &str, loaded: &BTreeMap<u32, ProgramInfo>) -> ProgramRow {
     let tc: Option<TcPin> = name.parse().ok();
     let mut row = ProgramRow {
-        hook: match tc.map(|pin| pin.direction) {
-            Some(pins::Direction::Ingress) => "ingress".to_owned(),
-            Some(pins::Direction::Egress) => "egress".to_owned(),
-            None => name.to_owned(),
-        },
+        hook: tc.map_or(name, |pin| pin.direction.as_str()).to_owned(),
         pod_id: tc.map(|pin| pin.pod_id),
         attached: Attached::Unknown,
         version: version(layout),

@@ -84,6 +84,7 @@ fn every_pinned_map_is_listed_or_says_why_not() {
     let listed = [
         "PODS",
         "PODS_BY_ID",
+        "NODE_INTERFACES",
         "MESH",
         "EXCLUDED_CIDRS",
         "PORT_RULES",

@@ -105,10 +105,14 @@ async fn lost_notifications_are_made_up_for() {
 fn repeated_and_unknown_notifications_are_no_changes() {
     let mut known = BTreeMap::new();
     let mut pending = VecDeque::new();
-    let interface = Interface { index: 7, name: "x".to_owned(), link_header: true };
+    let interface = Interface { index: 7, name: "x".to_owned(), link_header: true, kind: None, other: None };
     apply(&mut known, &mut pending, Link::Present(interface.clone()));
+    apply(&mut known, &mut pending, Link::Present(interface.clone()));
+    // The other end of a pair goes first.
+    let paired = Interface { other: Some(Other { index: 9, namespace: Some(0) }), ..interface.clone() };
+    apply(&mut known, &mut pending, Link::Present(paired.clone()));
     apply(&mut known, &mut pending, Link::Present(interface.clone()));
     apply(&mut known, &mut pending, Link::Absent(8));
     apply(&mut known, &mut pending, Link::Absent(7));
-    assert_eq!(pending, [Change::New(interface), Change::Gone(7)]);
+    assert_eq!(pending, [Change::New(interface), Change::New(paired), Change::Gone(7)]);
 }

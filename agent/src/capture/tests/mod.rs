@@ -7,6 +7,8 @@ mod enrol;
 mod kept;
 mod lab;
 mod logs;
+mod netkit;
+mod node_guard;
 mod overflow;
 mod pins;
 mod probes;

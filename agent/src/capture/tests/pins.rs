@@ -11,8 +11,14 @@ use super::{
 
 #[test]
 fn tc_pins_are_read_back() {
-    for (direction, name) in [(Direction::Ingress, "tc-4096-12-ingress"), (Direction::Egress, "tc-4096-12-egress")] {
-        let pin = TcPin { pod_id: 4096, interface: 12, direction };
+    let names = [
+        (Direction::Ingress, false, "tc-4096-12-ingress"),
+        (Direction::Egress, false, "tc-4096-12-egress"),
+        (Direction::Egress, true, "tc-4096-12-egress-moved"),
+        (Direction::Node, false, "tc-4096-12-node"),
+    ];
+    for (direction, moved, name) in names {
+        let pin = TcPin { pod_id: 4096, interface: 12, direction, moved };
         assert_eq!(pin.to_string(), name);
         assert_eq!(name.parse(), Ok(pin));
         assert_eq!(format!("{name}-new").parse(), Ok(pin), "an interrupted replacement belongs to the pod too");

@@ -44,12 +44,25 @@ fn processor_time() -> Duration {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "measures; takes a while"]
 async fn enrolment_takes_milliseconds() {
+    enrolment(true).await;
+}
+
+/// What the guard on the node's side costs is the difference.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "measures; takes a while"]
+async fn enrolment_without_an_end_on_the_node_takes_milliseconds() {
+    enrolment(false).await;
+}
+
+async fn enrolment(on_the_node: bool) {
     let lab = Lab::new();
     let peers = lab.namespace("peers");
     let workloads: Vec<Workload> = (0..PODS)
         .map(|n| {
             let ns = lab.namespace(&format!("p{n}"));
-            ip(&format!("link add eth0 netns {ns} type veth peer name p{n} netns {peers}"));
+            let device =
+                if on_the_node { format!("s{}p{n}", std::process::id()) } else { format!("p{n} netns {peers}") };
+            ip(&format!("link add eth0 netns {ns} type veth peer name {device}"));
             workload(&format!("w{n}"), &format!("10.8.{}.{}", n / 250, n % 250 + 1), Some(&format!("/run/netns/{ns}")))
         })
         .collect();

@@ -9,7 +9,7 @@ use crate::{
         inventory::CertificateDetails,
         server::StatusProvider,
     },
-    capture::{Capture, Share},
+    capture::{Capture, InterfaceGuard, Share},
     identity::{CertificateStore, Revocations},
     mesh::SpiffeId,
     proxy::{Applied, PodState, PodStatus, Reconciler},
@@ -52,6 +52,10 @@ impl NodeView for NodeStatus {
 
     fn capture_problems(&self) -> Vec<String> {
         self.capture.problems()
+    }
+
+    fn interfaces(&self) -> Vec<InterfaceGuard> {
+        self.capture.pods().into_iter().flat_map(|pod| self.capture.interfaces(pod.id)).collect()
     }
 
     fn pods(&self) -> Vec<PodStatus> {
@@ -98,6 +102,11 @@ impl StatusProvider for NodeStatus {
                 certificate: svid.map(|s| CertificateStatus::new(&s.serial, s.not_before, s.not_after)),
             }
         });
+        let interfaces = self.capture.pods().into_iter().flat_map(|pod| {
+            let guards = self.capture.interfaces(pod.id).into_iter();
+            guards.map(move |guard| api::InterfaceStatus { workload: pod.key.to_string(), guard })
+        });
+        let interfaces = interfaces.collect();
         let status = Status::new(KtlsStatus::of(&self.ktls), pods.collect(), self.reload.status());
         let probe_cgroups = self.capture.probe_cgroups().into_iter().map(Into::into).collect();
         let cluster = self.cluster.as_ref().map(Statuses::status);
@@ -106,7 +115,16 @@ impl StatusProvider for NodeStatus {
         let revocation = self.revocations.status();
         let error = self.reconciler.applied().error.map(|error| format!("not all could be written: {error}"));
         let capture_problems = error.into_iter().chain(self.capture.problems()).collect();
-        Status { probe_cgroups, probe_node_addresses, plaintext_left, capture_problems, cluster, revocation, ..status }
+        Status {
+            probe_cgroups,
+            probe_node_addresses,
+            plaintext_left,
+            capture_problems,
+            interfaces,
+            cluster,
+            revocation,
+            ..status
+        }
     }
 
     fn bpf_counters(&self) -> BTreeMap<String, u64> {

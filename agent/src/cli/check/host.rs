@@ -10,6 +10,7 @@ use crate::{
     capture::{
         Reason,
         records::{self, Record},
+        unguarded_interfaces,
     },
     cli::cgroup::{self, Hierarchy},
 };
@@ -121,6 +122,33 @@ pub(super) fn lsm() -> Row {
         }
         Err(e) => check.degraded(format!("{PATH}: {e}"), INSTEAD),
     }
+}
+
+/// Interfaces that no guard on the node's side can be put on.
+pub(super) fn node_guard() -> Row {
+    const SHOWN: usize = 5;
+    let check = Check("node-guard", false);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let (namespaces, bare) = match runtime {
+        Ok(runtime) => runtime.block_on(unguarded_interfaces()),
+        Err(e) => {
+            return check.failed("looking at the network namespaces", &e, "raise the limits of threads and files");
+        }
+    };
+    if bare.is_empty() {
+        return check
+            .ok(format!("the interfaces of {namespaces} network namespaces have their other end on this node"));
+    }
+    let mut shown: Vec<_> =
+        bare.iter().take(SHOWN).map(|(path, name, kind)| format!("{name} ({kind}) of {}", path.display())).collect();
+    if bare.len() > SHOWN {
+        shown.push(format!("{} more", bare.len() - SHOWN));
+    }
+    check.missing(
+        format!("no end on this node: {}", shown.join(", ")),
+        "a pod with such an interface has only the guard inside the pod, which root in the pod can go around: give pods veth or \
+         netkit, or no CAP_NET_ADMIN and CAP_NET_RAW",
+    )
 }
 
 pub(super) fn ipv6() -> Row {

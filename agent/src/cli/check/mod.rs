@@ -69,6 +69,7 @@ pub(super) fn report(cgroup: Option<&Path>, pin_root: &Path) -> Report {
     checks.extend(bpf::maps());
     checks.extend(bpf::helpers());
     checks.extend(bpf::tc());
+    checks.push(host::node_guard());
     checks.extend(ktls::rows());
     checks.extend(flaws::rows());
     checks.extend([host::lsm(), host::ipv6(), host::fwmark_accept()]);

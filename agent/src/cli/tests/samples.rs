@@ -5,14 +5,15 @@ use std::time::{Duration, SystemTime};
 use crate::{
     admin::{
         api::{
-            AllCounters, CertificateStatus, Connections, KtlsStatus, PlaintextLeft, PodState, PodStatus,
-            ProbeCgroupState, ProbeCgroupStatus, Status,
+            AllCounters, CertificateStatus, Connections, InterfaceStatus, KtlsStatus, PlaintextLeft, PodState,
+            PodStatus, ProbeCgroupState, ProbeCgroupStatus, Status,
         },
         inventory::{
             CertificateDetails, CertificateInfo, Certificates, EndpointInfo, ServiceInfo, Services, WorkloadInfo,
             Workloads,
         },
     },
+    capture::InterfaceGuard,
     cli::{certificates, status},
     mesh::{Action, EffectiveMode, InboundMode, ModeSource, PolicyStatus, PortMode, Protocol, ServicePort},
     policy::{Considered, Explanation, Explanations, Opinion, PolicyList, PolicySummary},
@@ -103,8 +104,23 @@ pub fn a_status(name: &str) -> status::Report {
         attempts: 3,
         error: "no descriptors".into(),
     };
+    let interface = |name: &str, kind: &str, node_guard: Option<&str>, moved| InterfaceStatus {
+        workload: "shop/web".into(),
+        guard: InterfaceGuard {
+            interface: name.into(),
+            kind: kind.into(),
+            node_guard: node_guard.map(str::to_owned),
+            moved,
+        },
+    };
+    let interfaces = vec![
+        interface("eth0", "veth", Some("veth17"), false),
+        interface("net1", "macvlan", None, false),
+        interface("eth9", "veth", Some("veth18"), true),
+    ];
     let status = Status {
         version: "1.2.3".into(),
+        interfaces,
         node: "node-a".into(),
         trust_domain: "cluster.local".into(),
         generation: 4,

@@ -26,6 +26,10 @@ fn tables_for_people() {
         shop/web    enrolled  3    spiffe://cluster.local/ns/shop/sa/web  2027-01-15T10:00:00Z  -
         shop/other  refused   -    spiffe://cluster.local/ns/shop/sa/web  -                     port 15008 in the pod is already in use by nginx (17)
 
+        WORKLOAD  INTERFACE  KIND     NODE-SIDE GUARD
+        shop/web  net1       macvlan  none, only the guard inside the pod
+        shop/web  eth9       veth     on veth18; the interface has left the pod's namespace
+
         COUNTER                     VALUE
         tunnels out                 0
         tunnels in                  0
@@ -56,6 +60,10 @@ fn tables_for_people() {
         WORKLOAD    STATE     POD  IDENTITY                               CERTIFICATE UNTIL     REASON                                                 SERIAL  NETNS
         shop/web    enrolled  3    spiffe://cluster.local/ns/shop/sa/web  2027-01-15T10:00:00Z  -                                                      4a2f    /run/netns/web
         shop/other  refused   -    spiffe://cluster.local/ns/shop/sa/web  -                     port 15008 in the pod is already in use by nginx (17)  -       /run/netns/web
+
+        WORKLOAD  INTERFACE  KIND     NODE-SIDE GUARD
+        shop/web  net1       macvlan  none, only the guard inside the pod
+        shop/web  eth9       veth     on veth18; the interface has left the pod's namespace
 
         COUNTER                     VALUE
         tunnels out                 0

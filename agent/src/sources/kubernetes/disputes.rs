@@ -156,6 +156,7 @@ impl Disputes {
         match self.last.as_ref()?.resolve(*address) {
             Resolution::Workload(w) => Some(Owner::Pod(key(&w.key.namespace, &w.key.name))),
             Resolution::Service(s) => Some(Owner::Service(key(&s.namespace, &s.name))),
+            Resolution::Held(held) => Some(Owner::Pod(key(&held.pod.namespace, &held.pod.name))),
             Resolution::Unknown => None,
         }
     }

@@ -128,6 +128,14 @@ fn bpf(to: &mut DescriptorEncoder<'_>, view: &View) -> fmt::Result {
         "Pods with plaintext connections that are forbidden and could not be ended yet",
         [(NONE, view.node.plaintext_left())],
     )?;
+    let interfaces = view.node.interfaces();
+    let guarded = interfaces.iter().filter(|interface| interface.node_guard.is_some()).count();
+    gauge(
+        to,
+        "underpass_pod_interfaces",
+        "Interfaces by which packets leave enrolled pods, by whether the node's side of them is guarded too",
+        [([("node_guard", "yes")], guarded), ([("node_guard", "no")], interfaces.len() - guarded)],
+    )?;
     let maps = view.node.bpf_maps();
     gauge(
         to,

@@ -46,6 +46,7 @@ fn at(snapshot: &Snapshot, address: &str) -> String {
     match snapshot.resolve(address.parse().unwrap()) {
         Resolution::Workload(w) => w.key.name.to_string(),
         Resolution::Service(s) => format!("service {}", s.name),
+        Resolution::Held(held) => format!("held for {}", held.pod.name),
         Resolution::Unknown => "nobody".into(),
     }
 }
