@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use aya::maps::{HashMap, Map, MapData};
 use serde::Serialize;
 
 use super::{

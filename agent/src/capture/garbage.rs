@@ -107,8 +107,6 @@ async fn found(wanted: BTreeSet<u64>) -> HashMap<u64, Arc<Netns>> {
     found.into_iter().map(|netns| (netns.cookie(), netns)).collect()
 }
 
-}
-
 /// The namespaces with these cookies, among those that have a name or a process.
 pub fn find(wanted: &BTreeSet<u64>) -> Vec<Arc<Netns>> {
     let mut seen = BTreeSet::new();

@@ -34,6 +34,7 @@ fn mesh(names: &[&str], known: &[(&str, Action)]) -> Arc<Snapshot> {
         capture_all: false,
         probe_ports: Vec::new(),
         files: None,
+        uid: None,
     };
     let web = Workload {
         key: workload(),
