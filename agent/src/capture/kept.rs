@@ -114,12 +114,12 @@ pub struct Held {
 
 impl Held {
     /// The pod as it was, if it comes back as the same workload with the same identity.
-    pub fn returned(self, workload: &Workload) -> Result<Enrolled, Self> {
+    pub fn returned(self, workload: &Workload) -> Result<Enrolled, Box<Self>> {
         match (self.pod, self.netns) {
             (Some(pod), Some(netns)) if pod.key == workload.key && pod.identity == workload.identity => {
                 Ok(Enrolled { pod, netns, watcher: self.watcher })
             }
-            (pod, netns) => Err(Self { pod, netns, ..self }),
+            (pod, netns) => Err(Box::new(Self { pod, netns, ..self })),
         }
     }
 

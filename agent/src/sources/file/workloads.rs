@@ -100,30 +100,25 @@ impl<'a> Workloads<'a> {
             schema::Protocol::Underpass => Protocol::Underpass,
             schema::Protocol::Plain => Protocol::Plain,
         };
-        let local = match &w.enroll {
-            Some(enroll) => {
-                if node != self.node {
-                    let problem = format!(
-                        "{key} runs on node {node}, and this node is {}; only a node's own workloads are enrolled: remove enroll or correct node",
-                        self.node
-                    );
-                    return Err(check.wrong(enroll, &at("enroll"), problem));
-                }
-                if protocol == Protocol::Plain {
-                    let problem = format!(
-                        "{key} is enrolled, so peers reach it through the tunnel; remove protocol: plain, or enroll"
-                    );
-                    return Err(check.wrong(enroll, &at("enroll"), problem));
-                }
-                Some(self.local_pod(&at("enroll"), &key, &enroll.value, enroll.referenced)?)
+        let mut local = None;
+        if let Some(enroll) = &w.enroll {
+            if node != self.node {
+                let problem = format!(
+                    "{key} runs on node {node}, and this node is {}; only a node's own workloads are enrolled: remove enroll or correct node",
+                    self.node
+                );
+                return Err(check.wrong(enroll, &at("enroll"), problem));
             }
-            None => {
-                if node == self.node {
-                    self.left.insert(key.clone());
-                }
-                None
+            if protocol == Protocol::Plain {
+                let problem = format!(
+                    "{key} is enrolled, so peers reach it through the tunnel; remove protocol: plain, or enroll"
+                );
+                return Err(check.wrong(enroll, &at("enroll"), problem));
             }
-        };
+            local = Some(self.local_pod(&at("enroll"), &key, &enroll.value, enroll.referenced)?);
+        } else if node == self.node {
+            self.left.insert(key.clone());
+        }
         let mode = self.mode(w, &at("mode"), protocol, &key.namespace)?;
         let policy = WorkloadPolicy {
             labels: labels(check, &at("labels"), &w.labels)?,

@@ -50,9 +50,8 @@ pub(super) fn asked(pod: &PodRecord, namespace: Option<&NamespaceRecord>) -> Wis
     }
     match (pod.choice, namespace) {
         (Some(Choice::In), _) => Wish::In,
-        (Some(Choice::Out), _) => Wish::Out,
         (None, Some(namespace)) if namespace.choice == Some(Choice::In) => Wish::In,
-        (None, Some(_)) => Wish::Out,
+        (Some(Choice::Out), _) | (None, Some(_)) => Wish::Out,
         (None, None) => Wish::Unknown,
     }
 }
