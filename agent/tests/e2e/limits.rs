@@ -206,7 +206,8 @@ fn a_burst_to_one_server_is_served_whole() -> Result<()> {
 fn idle_neighbours_do_not_keep_the_kubelet_from_the_probes() -> Result<()> {
     let stage = Stage::new("idlers")?;
     let rogue = stage.bed.node("a").pod("rogue")?;
-    let world = stage.start()?;
+    // The metrics are the node's own unless somebody asks for more.
+    let world = stage.start_with(&["--metrics-addr", "[::]:15020"])?;
     let node = world.bed.node("a");
     eventually(Duration::from_secs(20), || get(node, 15021, "/healthz/ready").map(drop))?;
     let address = testbed::addresses::pod_v4(1, 1);

@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::{json, printed, run};
 use crate::world::{Stage, World, app, at, serve};
 
-const LISTED: [&str; 11] = [
+const LISTED: [&str; 12] = [
     "PODS",
     "PODS_BY_ID",
     "MESH",
@@ -15,6 +15,7 @@ const LISTED: [&str; 11] = [
     "PROBE_CGROUPS",
     "PROBES",
     "NODE_ADDRESSES",
+    "NODE_INTERFACES",
     "FLOWS",
     "PENDING_FLOWS",
     "COUNTERS",
