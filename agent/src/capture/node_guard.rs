@@ -245,7 +245,10 @@ impl NodeGuard {
 
     fn release_here(&self, pod_id: u32) -> Result<(), CaptureError> {
         for index in self.devices(pod_id) {
-            remove_filters(index)?;
+            // Asking the kernel about an interface waits until it has ended the links of others.
+            if self.method == Method::Clsact {
+                remove_filters(index)?;
+            }
             self.forget(pod_id, index)?;
         }
         self.pods().remove(&pod_id);
