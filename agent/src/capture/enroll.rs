@@ -257,7 +257,7 @@ pub async fn attach(
     mut present: Vec<Interface>,
 ) -> Result<Programs, EnrollError> {
     let mut programs = Programs::default();
-    for _ in 0..ATTEMPTS {
+    for attempt in 1..=ATTEMPTS {
         let mut result = tc::attach(&inner.objects, netns, inner.method, id, present.clone(), &mut programs).await;
         if result.is_ok() {
             result = inner.node_guard.attach(netns, id, present.clone()).await;
@@ -269,7 +269,7 @@ pub async fn attach(
         now.sort_by_key(|i| i.index);
         // A program that an interface still has by a link that was given up was dropped: the next
         // attempt is with another one.
-        if now == present && programs.cover(&present) {
+        if now == present && (attempt == ATTEMPTS || programs.cover(&present)) {
             return Err(e.into());
         }
         present = now;
