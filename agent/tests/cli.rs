@@ -17,12 +17,13 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 /// Every row there is; scripts rely on the names.
-const CHECKS: [&str; 29] = [
+const CHECKS: [&str; 30] = [
     "kernel",
     "cgroup",
     "attach-point",
     "btf",
     "bpffs",
+    "kept-pods",
     "connect-hooks",
     "name-hooks",
     "sockops",

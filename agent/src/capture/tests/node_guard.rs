@@ -182,5 +182,5 @@ async fn a_moved_interface_stays_guarded_by_another_version() {
     let kept = scene.lab.links().into_iter().find(|(name, _)| name.starts_with("tc-0-")).expect("a pin").1;
     assert_eq!(hook(&device), [kept.id]);
     // The kernel ends a link a moment after its pin.
-    until("the pod that is not wanted is free", || hook(&stays).is_empty()).await;
+    until("the interface that stayed is guarded by this version alone", || hook(&stays).len() == 1).await;
 }
