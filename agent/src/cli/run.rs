@@ -127,7 +127,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15000", value_parser = loopback)]
     pub admin_addr: Endpoint,
     /// Address for metrics (/metrics, /stats/prometheus), or off. They name workloads and identities to whoever reaches it, so only
-    /// the node itself does unless you say otherwise, e.g. [::]:15020.
+    /// the node itself does unless you say otherwise, e.g. `[::]:15020`.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15020")]
     pub metrics_addr: Endpoint,
     /// Address for the kubelet's probes (/healthz/ready, /healthz/live), or off.

@@ -157,7 +157,8 @@ async fn filters_on_the_nodes_side_go_with_the_enrolment() {
 }
 
 /// What another build has pinned goes, but for the guard of an interface that has left the pod:
-/// nobody finds that one again.
+/// nobody finds that one again. The pod itself, which this build does not know, is kept: this build
+/// guards what the pod still has.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_moved_interface_stays_guarded_by_another_version() {
     let scene = Scene::new().await;
