@@ -113,35 +113,42 @@ fn pods_on_a_network_of_routes() -> Result<()> {
 }
 
 #[test]
-fn others_on_the_same_hooks_in_both_orders() -> Result<()> {
-    for (label, foreign_first) in [("before", true), ("after", false)] {
-        for tc in ["auto", "clsact"] {
-            let mut stage = Stage::new(label)?;
-            let outsider = stage.bed.node("a").pod("outsider")?;
-            stage.mesh.plain(&outsider);
-            stage.mesh.workload("server").mode = Some(testbed::Mode::Strict);
-            let mut others = foreign_first.then(|| Others::attach(&stage)).transpose()?;
-            let (client, server) = (stage.client.clone(), stage.server.clone());
-            let a = crate::world::start_agent(&stage.mesh, stage.bed.node("a"), &["--tc", tc])?;
-            let b = crate::world::start_agent(&stage.mesh, stage.bed.node("b"), &["--tc", tc])?;
-            if others.is_none() {
-                others = Some(Others::attach(&stage)?);
-            }
-            let others = others.context("attached before or after")?;
-            let Stage { mesh, bed, .. } = stage;
-            let mut world = World { a, b, client, server, mesh, bed };
-            let echo = serve(&world.server, 8080, &[])?;
-            let when = |what: &str| format!("the others came {label} us, --tc {tc}, {what}");
-            both_run(&world, &outsider, &others, &when("at first"))?;
-            for agent in [&mut world.a, &mut world.b] {
-                agent.kill()?;
-                agent.restart()?;
-                agent.wait_ready(testbed::pace::patience(std::time::Duration::from_secs(20)))?;
-            }
-            both_run(&world, &outsider, &others, &when("after our restart"))?;
-            ensure!(echo.status().is_none(), "the server ended: {}", echo.text(Stream::Stderr));
-            drop(others);
+fn others_on_the_same_hooks_before_us() -> Result<()> {
+    others_on_the_same_hooks("before", true)
+}
+
+#[test]
+fn others_on_the_same_hooks_after_us() -> Result<()> {
+    others_on_the_same_hooks("after", false)
+}
+
+fn others_on_the_same_hooks(label: &str, foreign_first: bool) -> Result<()> {
+    for tc in ["auto", "clsact"] {
+        let mut stage = Stage::new(label)?;
+        let outsider = stage.bed.node("a").pod("outsider")?;
+        stage.mesh.plain(&outsider);
+        stage.mesh.workload("server").mode = Some(testbed::Mode::Strict);
+        let mut others = foreign_first.then(|| Others::attach(&stage)).transpose()?;
+        let (client, server) = (stage.client.clone(), stage.server.clone());
+        let a = crate::world::start_agent(&stage.mesh, stage.bed.node("a"), &["--tc", tc])?;
+        let b = crate::world::start_agent(&stage.mesh, stage.bed.node("b"), &["--tc", tc])?;
+        if others.is_none() {
+            others = Some(Others::attach(&stage)?);
         }
+        let others = others.context("attached before or after")?;
+        let Stage { mesh, bed, .. } = stage;
+        let mut world = World { a, b, client, server, mesh, bed };
+        let echo = serve(&world.server, 8080, &[])?;
+        let when = |what: &str| format!("the others came {label} us, --tc {tc}, {what}");
+        both_run(&world, &outsider, &others, &when("at first"))?;
+        for agent in [&mut world.a, &mut world.b] {
+            agent.kill()?;
+            agent.restart()?;
+            agent.wait_ready(testbed::pace::patience(std::time::Duration::from_secs(20)))?;
+        }
+        both_run(&world, &outsider, &others, &when("after our restart"))?;
+        ensure!(echo.status().is_none(), "the server ended: {}", echo.text(Stream::Stderr));
+        drop(others);
     }
     Ok(())
 }

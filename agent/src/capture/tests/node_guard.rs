@@ -123,6 +123,18 @@ async fn a_device_with_the_index_of_another_ones_peer_is_left_alone() {
     let decoy = plug(&scene, "eth2");
     let shown = ip(&format!("-o link show {decoy}"));
     let index: u32 = shown.split(':').next().unwrap().trim().parse().unwrap();
+    // Few interfaces have been there on some machines, and the peer's namespace has this number already.
+    let pad = (ip(&format!("-n {peer} -o link show")).lines()).any(|line| line.starts_with(&format!("{index}:")));
+    let (decoy, index) = if pad {
+        const FREE: u32 = 7777;
+        ip(&format!("link del {decoy}"));
+        ip(&format!("link add {decoy} index {FREE} type veth peer name eth2 netns {pod}"));
+        ip(&format!("link set {decoy} up"));
+        ip(&format!("-n {pod} link set eth2 up"));
+        (decoy, FREE)
+    } else {
+        (decoy, index)
+    };
     ip(&format!("link add eth3 index {index} netns {peer} type veth peer name eth3 netns {pod}"));
     let capture = scene.start(TcMode::Auto).await;
     let pod = capture.enroll(&scene.web, None).await.unwrap();
