@@ -9,6 +9,7 @@ mod demo;
 mod exec;
 mod fuzz;
 mod image;
+mod leftovers;
 mod places;
 mod setup;
 mod signals;

@@ -30,10 +30,9 @@ use nix::{
     sys::resource::{Resource, getrlimit, setrlimit},
     unistd::geteuid,
 };
-use testbed::Testbed;
 
 use crate::{
-    exec, places, setup, signals,
+    exec, leftovers, places, setup, signals,
     ui::{Step, Ui},
     vm::Series,
 };
@@ -156,7 +155,7 @@ fn perform(ui: &Ui, options: &Options) -> Result<Vec<Row>> {
     // Whatever is started inherits it.
     setrlimit(Resource::RLIMIT_NOFILE, descriptors, descriptors).context("raising the limit of open files")?;
     let tools = tools(ui, options, descriptors)?;
-    Testbed::sweep()?;
+    leftovers::sweep(ui);
     let systems = systems(options)?;
     let cases = cases(options)?;
     let lanes = ui.step("two nodes for each system", |step| start(step, &systems, &cases, &tools))?;

@@ -3,11 +3,10 @@
 
 use anyhow::{Result, ensure};
 use nix::unistd::geteuid;
-use testbed::Testbed;
 
 use super::parts::{self, Group};
 use crate::{
-    setup,
+    leftovers, setup,
     test::{self, Tally},
     ui::Ui,
 };
@@ -18,7 +17,7 @@ pub(super) fn run(ui: &Ui, filter: Option<&str>) -> Result<()> {
         "the tests make network namespaces and load BPF programs: run them as root (sudo -E cargo xtask cluster test)"
     );
     setup::ensure(ui)?;
-    Testbed::sweep()?;
+    leftovers::sweep(ui);
     test::build(ui)?;
     let mut total = run_all(ui, filter, false)?;
     total += install(ui, filter)?;

@@ -10,7 +10,7 @@ use nix::unistd::geteuid;
 use testbed::Testbed;
 
 use crate::{
-    exec, places, setup, signals,
+    exec, leftovers, places, setup, signals,
     ui::Ui,
     vm::{self, Series},
 };
@@ -92,7 +92,7 @@ fn perform(ui: &Ui, options: &Options) -> Result<Report> {
         Some(file) => file.canonicalize().with_context(|| format!("looking for the agent {}", file.display()))?,
         None => build(ui)?,
     };
-    Testbed::sweep()?;
+    leftovers::sweep(ui);
 
     let mut scene = ui.step("two nodes, five pods: nginx, redis, iperf3, curl", |_| Scene::set())?;
     let without = ui.step("without Underpass", |step| scene.observe(step, options.seconds))?;

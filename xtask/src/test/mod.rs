@@ -8,12 +8,12 @@ use std::{path::Path, process::Command, time::Duration};
 use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::geteuid;
 use serde::Deserialize;
-use testbed::Testbed;
+use testbed::{AppliedCleanup, Testbed};
 
 use crate::{
     cluster, exec,
     fuzz::{self, Depth},
-    places, setup, torture,
+    leftovers, places, setup, torture,
     ui::Ui,
     vm::{self, NEED_INTERFACES, NEED_KTLS},
 };
@@ -57,7 +57,7 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
     );
     setup::ensure(ui)?;
     cluster::ensure_for_chart(ui)?;
-    Testbed::sweep()?;
+    leftovers::sweep(ui);
     build(ui)?;
 
     let mut total = Tally::default();
@@ -116,9 +116,12 @@ pub(crate) const BUILD: &[&str] = &["build", "--locked", "--bins", "--tests"];
 
 /// Looks for what tests left behind, which is a failure, and ends with the closing lines.
 pub(crate) fn close(ui: &Ui, mut total: Tally, filter: Option<&str>) -> Result<()> {
-    let left = Testbed::sweep()?.removed;
-    if !left.is_empty() {
-        let paths: Vec<_> = left.iter().map(|path| format!("\n    {}", path.display())).collect();
+    let left = Testbed::sweep().unwrap_or_else(|error| {
+        total.fail(&format!("{error:#}"));
+        AppliedCleanup::default()
+    });
+    if !left.removed.is_empty() {
+        let paths: Vec<_> = left.removed.iter().map(|path| format!("\n    {}", path.display())).collect();
         total.fail(&format!("tests left behind:{}", paths.concat()));
     }
     ensure!(total.passed + total.failed > 0, "no test's name contains {:?}", filter.unwrap_or_default());

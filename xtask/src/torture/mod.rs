@@ -10,13 +10,10 @@ use std::{path::PathBuf, time::Duration};
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use nix::unistd::geteuid;
-use testbed::{
-    Testbed,
-    torture::{Scenario, random_seed},
-};
+use testbed::torture::{Scenario, random_seed};
 
 use crate::{
-    exec, places, setup, signals,
+    exec, leftovers, places, setup, signals,
     test::{self, Tally},
     ui::Ui,
     vm::{self, Series},
@@ -71,7 +68,7 @@ pub(crate) fn run(ui: &Ui, options: &Options) -> Result<()> {
         Some(file) => file.canonicalize().with_context(|| format!("looking for the agent {}", file.display()))?,
         None => built_agent(),
     };
-    Testbed::sweep()?;
+    leftovers::sweep(ui);
     let run = Run {
         seed: options.seed.unwrap_or_else(random_seed),
         time: Duration::from_secs(if options.short { SHORT } else { options.duration }),

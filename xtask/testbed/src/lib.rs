@@ -21,6 +21,7 @@ mod cgroup;
 mod ktls;
 pub mod kube;
 mod mesh;
+pub mod mounts;
 mod namespace;
 mod node;
 pub mod pace;

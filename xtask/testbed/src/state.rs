@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use nix::unistd::geteuid;
 
 use crate::{
-    bpffs, cgroup,
+    bpffs, cgroup, mounts,
     namespace::{self, NETNS_DIR},
 };
 
@@ -118,7 +118,8 @@ fn remove_where(which: impl Fn(&Found) -> bool) -> Result<AppliedCleanup> {
         let result = match found.kind {
             Kind::Cgroup => cgroup::remove(&found.path),
             Kind::Namespace => namespace::delete(&file_name(&found.path)),
-            Kind::Pins | Kind::Directory => fs::remove_dir_all(&found.path).map_err(Into::into),
+            Kind::Pins => fs::remove_dir_all(&found.path).map_err(Into::into),
+            Kind::Directory => mounts::remove_dir_all(&found.path),
         };
         match result {
             Ok(()) => done.removed.push(found.path),

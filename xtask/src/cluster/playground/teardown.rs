@@ -1,8 +1,6 @@
 //! Removing a playground, whole or not.
 
-use std::{fs, path::Path, process::Command};
-
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use super::{cgroups, mount_points, network, place::Place, record::Record};
 
@@ -17,37 +15,8 @@ pub(super) fn remove(place: &Place) -> Result<usize> {
     }
     cgroups::remove(place)?;
     network::remove(place)?;
-    // Nodes have mounts of their own, which ended with their processes; what somebody mounted by hand would be in the way.
-    let mounts = fs::read_to_string("/proc/self/mounts").context("reading /proc/self/mounts")?;
-    for mount in below(&mounts, place.directory()) {
-        crate::exec::output(Command::new("umount").arg("--lazy").arg(mount))?;
-    }
     mount_points::release(place, &record.mount_points)?;
-    match fs::remove_dir_all(place.directory()) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("removing {}", place.directory().display()))
-        }
-        _ => Ok(alive),
-    }
-}
-
-/// Mounted directories below `directory`, inner ones first.
-fn below<'a>(mounts: &'a str, directory: &Path) -> Vec<&'a Path> {
-    let mounted = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(Path::new);
-    let mut found: Vec<_> = mounted.filter(|path| path.starts_with(directory)).collect();
-    found.reverse();
-    found
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use super::below;
-
-    #[test]
-    fn only_the_playgrounds_mounts() {
-        let mounts = "/dev/vda / ext4 rw 0 0\ntmpfs /t/cluster/a tmpfs rw 0 0\nx /t/cluster/a/b tmpfs rw 0 0\ny /t/cluster-2 tmpfs rw 0 0\n";
-        assert_eq!(below(mounts, Path::new("/t/cluster")), ["/t/cluster/a/b", "/t/cluster/a"].map(Path::new));
-    }
+    // Nodes have mounts of their own, which ended with their processes; what somebody mounted by hand would be in the way.
+    testbed::mounts::remove_dir_all(place.directory())?;
+    Ok(alive)
 }
