@@ -58,7 +58,7 @@ fn judge(ctx: &TcContext, link: Link) -> i32 {
     };
     // A line for aya-log would not fit on the stack beside the answer; the event says the same.
     report(reason, pod_id, &packet.ends());
-    if packet.payload.kind == Kind::Tcp { reset::answer(ctx, &packet, pod_id) } else { TC_ACT_SHOT }
+    if packet.payload.kind == Kind::Tcp { reset::answer(ctx, link, pod_id) } else { TC_ACT_SHOT }
 }
 
 #[inline(always)]

@@ -13,6 +13,17 @@ pub enum Link {
     None,
 }
 
+impl Link {
+    /// Length of the header without tags, in bytes.
+    #[inline(always)]
+    pub fn header(self) -> usize {
+        match self {
+            Self::Ethernet => 14,
+            Self::None => 0,
+        }
+    }
+}
+
 /// A packet with readable addresses. Flat and always initialised: values left undefined in some variant of an enum
 /// become reads of unwritten registers, which the verifier refuses.
 pub struct Packet {
@@ -90,6 +101,9 @@ const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
 const DESTINATION_OPTIONS: u8 = 60;
 
+/// Lengths of the IP headers without options and extension headers.
+pub const IPV4_HEADER: usize = 20;
+const IPV6_HEADER: usize = 40;
 /// Length of a TCP header without options, which ports and flags are in.
 pub const TCP_HEADER: usize = 20;
 /// Fragments begin at multiples of 8 bytes: this one and those above lie behind the TCP header.
@@ -103,13 +117,44 @@ const MAX_EXTENSIONS: usize = 6;
 pub fn parse(ctx: &TcContext, link: Link) -> Option<Packet> {
     let (ethertype, offset) = match link {
         Link::Ethernet => ethernet(ctx)?,
-        Link::None => (if ctx.load::<u8>(0).ok()? >> 4 == 6 { ETHERTYPE_IPV6 } else { ETHERTYPE_IPV4 }, 0),
+        Link::None => (version(ctx)?, 0),
     };
     match ethertype {
         ETHERTYPE_IPV4 => ipv4(ctx, offset),
         ETHERTYPE_IPV6 => ipv6(ctx, offset),
         _ => None,
     }
+}
+
+/// Reads a packet with TCP that has nothing between its headers; `None` for any other.
+#[inline(always)]
+pub fn plain(ctx: &TcContext, link: Link) -> Option<Packet> {
+    let network = link.header();
+    let ethertype = match link {
+        Link::Ethernet => u16::from_be_bytes(ctx.load(network - 2).ok()?),
+        Link::None => version(ctx)?,
+    };
+    let (src, dst, header) = if ethertype == ETHERTYPE_IPV4 {
+        let header: [u8; IPV4_HEADER] = ctx.load(network).ok()?;
+        if header[0] != 0x45 || header[9] != TCP {
+            return None;
+        }
+        let (src, dst) = ipv4_addresses(&header);
+        (src, dst, IPV4_HEADER)
+    } else {
+        let header: [u8; 8] = ctx.load(network).ok()?;
+        if ethertype != ETHERTYPE_IPV6 || header[0] >> 4 != 6 || header[6] != TCP {
+            return None;
+        }
+        (ctx.load(network + 8).ok()?, ctx.load(network + 24).ok()?, IPV6_HEADER)
+    };
+    Some(Packet { src, dst, network, payload: tcp(ctx, network + header, false, usize::MAX) })
+}
+
+/// EtherType of a packet without a link-layer header.
+#[inline(always)]
+fn version(ctx: &TcContext) -> Option<u16> {
+    Some(if ctx.load::<u8>(0).ok()? >> 4 == 6 { ETHERTYPE_IPV6 } else { ETHERTYPE_IPV4 })
 }
 
 /// EtherType behind up to two tags in the packet itself (tags the device strips are not in the data), and where it ends.
@@ -142,7 +187,7 @@ fn is_tag(ethertype: u16) -> bool {
 
 #[inline(always)]
 fn ipv4(ctx: &TcContext, offset: usize) -> Option<Packet> {
-    let header: [u8; 20] = ctx.load(offset).ok()?;
+    let header: [u8; IPV4_HEADER] = ctx.load(offset).ok()?;
     if header[0] >> 4 != 4 {
         return None;
     }
@@ -157,12 +202,17 @@ fn ipv4(ctx: &TcContext, offset: usize) -> Option<Packet> {
         UDP if later == 0 => udp(ctx, offset + length),
         _ => Kind::Other.into(),
     };
-    Some(Packet {
-        src: socket::mapped(u32::from_ne_bytes([header[12], header[13], header[14], header[15]])),
-        dst: socket::mapped(u32::from_ne_bytes([header[16], header[17], header[18], header[19]])),
-        network: offset,
-        payload,
-    })
+    let (src, dst) = ipv4_addresses(&header);
+    Some(Packet { src, dst, network: offset, payload })
+}
+
+/// Source and destination.
+#[inline(always)]
+fn ipv4_addresses(header: &[u8; IPV4_HEADER]) -> (Address, Address) {
+    (
+        socket::mapped(u32::from_ne_bytes([header[12], header[13], header[14], header[15]])),
+        socket::mapped(u32::from_ne_bytes([header[16], header[17], header[18], header[19]])),
+    )
 }
 
 #[inline(always)]
@@ -173,8 +223,8 @@ fn ipv6(ctx: &TcContext, offset: usize) -> Option<Packet> {
     if header[0] >> 4 != 6 {
         return None;
     }
-    let end = offset + 40 + usize::from(u16::from_be_bytes([header[4], header[5]]));
-    Some(Packet { src, dst, network: offset, payload: ipv6_payload(ctx, offset + 40, header[6], end) })
+    let end = offset + IPV6_HEADER + usize::from(u16::from_be_bytes([header[4], header[5]]));
+    Some(Packet { src, dst, network: offset, payload: ipv6_payload(ctx, offset + IPV6_HEADER, header[6], end) })
 }
 
 #[inline(always)]

@@ -16,7 +16,7 @@ use underpass_abi::POD_SILENT;
 
 use crate::{
     maps::PODS_BY_ID,
-    parse::{Packet, TCP_ACK, TCP_HEADER, TCP_RST},
+    parse::{self, IPV4_HEADER, Link, Packet, Payload, TCP_ACK, TCP_HEADER, TCP_RST},
     socket,
 };
 
@@ -24,49 +24,46 @@ use crate::{
 const PACKET_HOST: u32 = 0;
 const HOP_LIMIT: u8 = 64;
 const TCP: u8 = 6;
-const IPV4_HEADER: usize = 20;
-const IPV6_HEADER: usize = 40;
 /// Where the checksum is in a TCP header.
 const CHECKSUM: usize = 16;
 
 /// Sends a reset back, or drops the packet where that is not wanted or not possible. Returns the
 /// program's verdict.
 #[inline(always)]
-pub fn answer(ctx: &TcContext, packet: &Packet, pod_id: u32) -> i32 {
+pub fn answer(ctx: &TcContext, link: Link, pod_id: u32) -> i32 {
     // SAFETY: the reference is not kept.
     let silent = unsafe { PODS_BY_ID.get(pod_id) }.is_some_and(|pod| pod.flags & POD_SILENT != 0);
     if silent {
         return TC_ACT_SHOT;
     }
-    turn(ctx, packet).unwrap_or(TC_ACT_SHOT)
+    turn(ctx, link).unwrap_or(TC_ACT_SHOT)
 }
 
 #[inline(always)]
-fn turn(ctx: &TcContext, packet: &Packet) -> Option<i32> {
+fn turn(ctx: &TcContext, link: Link) -> Option<i32> {
     let skb = ctx.skb.skb;
     // SAFETY: fields of the context.
     let (kind, interface) =
         unsafe { ((&raw const (*skb).pkt_type).read_volatile(), (&raw const (*skb).ifindex).read_volatile()) };
-    if kind != PACKET_HOST || !is_one_host(packet) {
+    // Packets with options or extension headers would need them taken out, and nobody's ordinary SYN has any. Tags are in the packet
+    // itself only where there are two: the kernel has taken off the first. The packet is read once more, at the one place where each
+    // header is then, so that the verifier does not walk through this once for every way in which the packet was judged.
+    let packet = parse::plain(ctx, link)?;
+    if kind != PACKET_HOST || !is_one_host(&packet) {
         return None;
     }
-    let header = reset(ctx, packet)?;
-    let ip_header = if packet.is_ipv4() { IPV4_HEADER } else { IPV6_HEADER };
-    // Packets with options or extension headers would need them taken out; nobody's ordinary SYN
-    // has any.
-    if packet.payload.offset != packet.network + ip_header {
-        return None;
-    }
+    let Packet { network, payload, .. } = packet;
+    let header = reset(ctx, &payload)?;
     // SAFETY: the context's packet. From here on it is only sent or dropped.
-    let cut = unsafe { bpf_skb_change_tail(skb, (packet.payload.offset + TCP_HEADER) as u32, 0) };
+    let cut = unsafe { bpf_skb_change_tail(skb, (payload.offset + TCP_HEADER) as u32, 0) };
     (cut == 0).then_some(())?;
-    if packet.network != 0 {
+    if network != 0 {
         let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5] = ctx.load::<[u8; 12]>(0).ok()?;
         // The checksum that a device may have made does not cover these.
         store(skb, 0, &[s0, s1, s2, s3, s4, s5, d0, d1, d2, d3, d4, d5], 0)?;
     }
-    let pseudo = if packet.is_ipv4() { ipv4(skb, packet)? } else { ipv6(ctx, packet)? };
-    tcp(skb, packet.payload.offset, header, pseudo)?;
+    let pseudo = if packet.is_ipv4() { ipv4(skb, &packet)? } else { ipv6(skb, &packet)? };
+    tcp(skb, payload.offset, header, pseudo)?;
     // SAFETY: numbers only.
     i32::try_from(unsafe { bpf_redirect(interface, 0) }).ok()
 }
@@ -82,8 +79,7 @@ fn is_one_host(packet: &Packet) -> bool {
 /// The TCP header of the reset, as words in memory order (RFC 9293, 3.5.2). `None` for what is not
 /// answered.
 #[inline(always)]
-fn reset(ctx: &TcContext, packet: &Packet) -> Option<[u32; 5]> {
-    let payload = &packet.payload;
+fn reset(ctx: &TcContext, payload: &Payload) -> Option<[u32; 5]> {
     let ports = u32::from(payload.dst_port) << 16 | u32::from(payload.src_port);
     let words = |sequence: u32, acknowledgement: u32, flags: u8| {
         [ports.to_be(), sequence, acknowledgement, (5 << 28 | u32::from(flags) << 16).to_be(), 0]
@@ -121,8 +117,7 @@ fn ipv4(skb: *mut __sk_buff, packet: &Packet) -> Option<u64> {
 
 /// The same for IPv6.
 #[inline(always)]
-fn ipv6(ctx: &TcContext, packet: &Packet) -> Option<u64> {
-    let skb = ctx.skb.skb;
+fn ipv6(skb: *mut __sk_buff, packet: &Packet) -> Option<u64> {
     let length = (TCP_HEADER as u32) << 16 | u32::from(TCP) << 8 | u32::from(HOP_LIMIT);
     let recompute = u64::from(BPF_F_RECOMPUTE_CSUM);
     store(skb, packet.network, &[(6u32 << 28).to_be(), length.to_be()], recompute)?;

@@ -194,7 +194,7 @@ pub struct PodStatus {
     pub workload: String,
     /// SPIFFE ID; empty when it is not known, which only a kept pod's may be.
     pub identity: String,
-    /// Path of its network namespace.
+    /// Path of its network namespace, or `net:[inode]` of one without a name.
     pub netns: String,
     /// Number in the BPF maps; absent while it is not enrolled.
     pub pod_id: Option<u32>,

@@ -149,7 +149,7 @@ async fn enroll_in_slot(inner: &Arc<Inner>, wanted: &Wanted) -> Result<Arc<Pod>,
             ),
         });
     };
-    let netns = Netns::open(&local.netns)?;
+    let netns = Netns::of(&local.netns)?;
     let mut rebind = false;
     if let Some(enrolled) = &*slot {
         let same_namespace = enrolled.pod.netns_cookie == netns.cookie();

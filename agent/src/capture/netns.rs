@@ -35,7 +35,7 @@ use tokio::sync::{Semaphore, oneshot};
 
 use self::workers::{Job, Workers};
 use super::EnrollError;
-use crate::sys;
+use crate::{mesh::PodNamespace, sys};
 
 /// The process's own network namespace. `/proc/self` is the main thread, which never enters another one.
 const OWN: &str = "/proc/self/ns/net";
@@ -53,13 +53,21 @@ pub struct Netns {
 /// What a worker thread needs to enter.
 struct Namespace {
     path: PathBuf,
-    file: File,
+    file: Arc<File>,
     cookie: u64,
     device: u64,
     inode: u64,
 }
 
 impl Netns {
+    /// Takes the namespace that the source of the mesh holds, or looks for it by its name.
+    pub fn of(namespace: &PodNamespace) -> Result<Arc<Self>, EnrollError> {
+        match namespace.file() {
+            Some((file, _)) => Self::new(namespace.name(), Arc::clone(file)),
+            None => Self::open(namespace.name()),
+        }
+    }
+
     /// Opens the namespace at `path` (`/run/netns/NAME`, `/proc/PID/ns/net`, ...) and enters it once to see that it can be.
     pub fn open(path: &Path) -> Result<Arc<Self>, EnrollError> {
         let refuse = |reason: String| EnrollError::Namespace { path: path.to_owned(), reason };
@@ -72,9 +80,14 @@ impl Netns {
                 _ => format!("cannot be opened: {error}"),
             })
         })?;
+        Self::new(path, Arc::new(file))
+    }
+
+    fn new(path: &Path, file: Arc<File>) -> Result<Arc<Self>, EnrollError> {
+        let refuse = |reason: String| EnrollError::Namespace { path: path.to_owned(), reason };
         let not_a_namespace =
             || refuse("is not a network namespace; give a path like /run/netns/NAME or /proc/PID/ns/net".to_owned());
-        if fstatfs(&file).map_err(|errno| refuse(errno.to_string()))?.filesystem_type() != NSFS_MAGIC
+        if fstatfs(&*file).map_err(|errno| refuse(errno.to_string()))?.filesystem_type() != NSFS_MAGIC
             || sys::net::namespace_kind(file.as_fd()).map_err(|error| refuse(error.to_string()))? != libc::CLONE_NEWNET
         {
             return Err(not_a_namespace());
@@ -104,7 +117,7 @@ impl Netns {
         }))
     }
 
-    /// The path it was opened by.
+    /// The path it was opened by, or its name.
     pub fn path(&self) -> &Path {
         &self.namespace.path
     }

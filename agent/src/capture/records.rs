@@ -33,7 +33,7 @@ pub struct Record {
     /// Its SPIFFE ID.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     identity: Option<String>,
-    /// How its network namespace was reached.
+    /// What its network namespace was called.
     #[serde(default)]
     pub netns: PathBuf,
     /// Its cgroup directory, where the source knows it.
@@ -52,7 +52,7 @@ impl Record {
             workload: Some((Arc::clone(&key.namespace), Arc::clone(&key.name))),
             uid: local.uid.clone(),
             identity: Some(workload.identity.to_string()),
-            netns: local.netns.clone(),
+            netns: local.netns.name().to_owned(),
             cgroup: local.cgroup.clone(),
             kept: None,
         }

@@ -24,8 +24,8 @@ use super::{
 };
 use crate::{
     bounds::Bound,
-    mesh::WorkloadKey,
-    proxy::{NetnsId, Reconciler},
+    mesh::{NetnsId, WorkloadKey},
+    proxy::Reconciler,
     socket_file::SocketFile,
     sources::kubernetes::{Attachment, Attachments, Verdict},
 };

@@ -9,6 +9,7 @@ mod identity;
 mod issuer;
 mod mode;
 mod model;
+mod namespace;
 mod policy;
 mod sharded;
 mod snapshot;
@@ -26,6 +27,7 @@ pub use model::{
     AccessLogRule, AccessLogSettings, CertificateFiles, Endpoint, Exclusions, Held, InboundMode, LocalPod,
     MeshSettings, PlaintextRefusal, PortMode, ProbeSettings, Protocol, Service, ServicePort, Workload, WorkloadKey,
 };
+pub use namespace::{NetnsId, PodNamespace};
 pub use policy::{
     Action, Condition, Labels, Operation, Policy, PolicyKey, PolicyStatus, Rule, Scope, ServiceAccount, Source,
     StringMatch, Values, WorkloadPolicy, canonical_block,

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf, sync::Arc};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::SpiffeId;
+use super::{PodNamespace, SpiffeId};
 
 /// `namespace/name` of a workload: unique in a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -103,8 +103,8 @@ pub struct CertificateFiles {
 pub struct LocalPod {
     /// The pod's Kubernetes uid. `None` from a source that has only names.
     pub uid: Option<Arc<str>>,
-    /// The pod's network namespace, e.g. `/run/netns/web` or `/proc/123/ns/net`.
-    pub netns: PathBuf,
+    /// The pod's network namespace.
+    pub netns: PodNamespace,
     /// The pod's cgroup v2 directory; must lie below the attach point.
     pub cgroup: Option<PathBuf>,
     /// The pod's own exclusions, in addition to the mesh-wide ones.

@@ -41,7 +41,7 @@ fn workload(name: &str, addresses: &[&str]) -> Workload {
 fn local() -> LocalPod {
     LocalPod {
         uid: None,
-        netns: "/run/netns/x".into(),
+        netns: PodNamespace::at("/run/netns/x".into()),
         cgroup: None,
         exclude: Exclusions::default(),
         capture_all: false,

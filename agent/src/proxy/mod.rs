@@ -26,7 +26,7 @@ use tokio::{net::TcpStream, runtime::Handle};
 use tracing::debug;
 
 pub use policy::Enforcement;
-pub use reconcile::{Applied, NetnsId, PodState, PodStatus, Reconciler};
+pub use reconcile::{Applied, PodState, PodStatus, Reconciler};
 
 use crate::{
     bounds::{Bound, GRACE, Lanes, Place, Pool, Room, Rule},

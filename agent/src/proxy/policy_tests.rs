@@ -9,8 +9,8 @@ use tokio::time::Instant;
 use super::{Enforcement, Hold};
 use crate::{
     mesh::{
-        Action, Exclusions, InboundMode, Labels, LocalPod, MeshSettings, ModeSource, Policy, PolicyKey, Protocol, Rule,
-        Scope, Snapshot, SnapshotBuilder, SpiffeId, Workload, WorkloadKey, WorkloadPolicy,
+        Action, Exclusions, InboundMode, Labels, LocalPod, MeshSettings, ModeSource, PodNamespace, Policy, PolicyKey,
+        Protocol, Rule, Scope, Snapshot, SnapshotBuilder, SpiffeId, Workload, WorkloadKey, WorkloadPolicy,
     },
     policy::{Disposition, NodePolicies},
     proxy::hold::ARRIVAL,
@@ -28,7 +28,7 @@ fn policy(name: &str) -> PolicyKey {
 fn mesh(names: &[&str], known: &[(&str, Action)]) -> Arc<Snapshot> {
     let mut builder = SnapshotBuilder::new("n", "td.test".parse().unwrap(), MeshSettings::default());
     let local = LocalPod {
-        netns: "/run/netns/web".into(),
+        netns: PodNamespace::at("/run/netns/web".into()),
         cgroup: None,
         exclude: Exclusions::default(),
         capture_all: false,

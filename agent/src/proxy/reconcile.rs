@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     os::unix::fs::MetadataExt as _,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -19,7 +19,7 @@ use tracing::{error, info, warn};
 use super::{Proxy, policy::judges_alike};
 use crate::{
     capture::{Pod, Reason},
-    mesh::{Snapshot, SpiffeId, Workload, WorkloadKey},
+    mesh::{NetnsId, PodNamespace, Snapshot, SpiffeId, Workload, WorkloadKey},
     policy::PolicySet,
     relay::{CloseReason, Connection},
 };
@@ -75,8 +75,10 @@ pub struct PodStatus {
     pub key: WorkloadKey,
     /// Its identity, if it is known.
     pub identity: Option<SpiffeId>,
-    /// Its namespace.
+    /// What its network namespace is called.
     pub netns: PathBuf,
+    /// The namespace that this is about; `None` when there was none of that name, and of a kept pod.
+    pub namespace: Option<NetnsId>,
     /// How it stands.
     pub state: PodState,
 }
@@ -89,9 +91,6 @@ pub struct Applied {
     /// Why the latest one is not in the BPF maps, if it is not.
     pub error: Option<String>,
 }
-
-/// Device and inode number of a network namespace.
-pub type NetnsId = (u64, u64);
 
 /// Enrols and un-enrols pods as snapshots come.
 pub struct Reconciler {
@@ -196,7 +195,7 @@ impl Reconciler {
         loop {
             changes.borrow_and_update();
             let pod = self.states().get(key).map(|pod| pod.status.clone());
-            let is = |pod: &PodStatus| identity(&pod.netns) == Some(netns);
+            let is = |pod: &PodStatus| pod.namespace == Some(netns);
             if let Some(pod) = pod.filter(is) {
                 return pod.state.result();
             }
@@ -227,6 +226,7 @@ impl Reconciler {
             }),
             identity: pod.identity,
             netns: pod.netns,
+            namespace: None,
             state: PodState::Kept { pod_id: pod.pod_id, reason: pod.reason },
         })
     }
@@ -407,7 +407,8 @@ impl Reconciler {
         if self.retired.load(Relaxed) {
             return;
         }
-        let wanted = self.proxy.policies.of(&workload.key).zip(identity(&local.netns)).map(|(policies, namespace)| {
+        let namespace = identity(&local.netns);
+        let wanted = self.proxy.policies.of(&workload.key).zip(namespace).map(|(policies, namespace)| {
             let excluded = snapshot.settings.exclude.inbound_ports.clone();
             Enrolled { workload: Arc::clone(workload), policies: ByAddress(policies), excluded, namespace }
         });
@@ -428,7 +429,8 @@ impl Reconciler {
         let status = PodStatus {
             key: workload.key.clone(),
             identity: Some(workload.identity.clone()),
-            netns: local.netns.clone(),
+            netns: local.netns.name().to_owned(),
+            namespace,
             state: state.clone(),
         };
         let enrolled = wanted.filter(|_| matches!(state, PodState::Enrolled { .. }));
@@ -460,8 +462,11 @@ async fn until(due: Option<tokio::time::Instant>) {
     }
 }
 
-/// What tells a namespace from others that have had its path.
-fn identity(namespace: &Path) -> Option<NetnsId> {
-    let meta = std::fs::metadata(namespace).ok()?;
+/// What tells a namespace from others that have had its name.
+fn identity(namespace: &PodNamespace) -> Option<NetnsId> {
+    if let Some((_, id)) = namespace.file() {
+        return Some(id);
+    }
+    let meta = std::fs::metadata(namespace.name()).ok()?;
     Some((meta.dev(), meta.ino()))
 }

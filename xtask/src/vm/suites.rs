@@ -55,16 +55,7 @@ impl Usual {
 /// Modules of the agent that call the kernel for what kernels differ in, without minutes of load.
 const KERNEL: Usual = Usual::Parts(
     &["admin::", "capture::", "cli::", "proxy::", "relay::", "sys::", "tunnel::tests::ktls::"],
-    &[
-        "relay::tests::load::",
-        "relay::tests::measure::",
-        "relay::tests::bulk::a_slow_reader_bounds_memory",
-        // Until they have been seen on every kernel, `--full` runs these.
-        "capture::tests::kept::",
-        "capture::tests::node_guard::",
-        "capture::tests::overflow::",
-        "capture::tests::sweeps::",
-    ],
+    &["relay::tests::load::", "relay::tests::measure::", "relay::tests::bulk::a_slow_reader_bounds_memory"],
 );
 
 /// Tests of the agent that ask for tcx by name, which Linux has since 6.6. Elsewhere clsact takes its place, and has tests of its own.
@@ -82,24 +73,8 @@ const TCX: &[&str] = &[
 ];
 
 /// End-to-end tests but those of what operators see and of what the agent alone decides.
-const END_TO_END: Usual = Usual::Parts(
-    &[""],
-    &[
-        "certificates::",
-        "connections::",
-        "limits::",
-        "operators::",
-        "telemetry::",
-        // Until they have been seen on every kernel, `--full` runs these.
-        "absence::",
-        "pod_root::a_moved",
-        "pod_root::packet",
-        "pod_root::the_guard",
-        "pod_root::what_the",
-        "pod_root::without",
-        "revocation::",
-    ],
-);
+const END_TO_END: Usual =
+    Usual::Parts(&[""], &["certificates::", "connections::", "limits::", "operators::", "telemetry::"]);
 
 /// What differs little between kernels and takes long: when everything runs, one kernel is enough for it.
 const ON_ONE_KERNEL: &[(&str, &[&str])] = &[

@@ -156,6 +156,7 @@ impl Scene {
             key: web.key.clone(),
             identity: Some(web.identity.clone()),
             netns: "/run/netns/web".into(),
+            namespace: None,
             state: PodState::Enrolled { pod_id: 1 },
         };
         let thread = ThreadHealth { connections: 1, stuck: Duration::ZERO, ended: false };

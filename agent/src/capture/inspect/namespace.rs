@@ -6,7 +6,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage, rule::RuleMessage};
 
 use crate::capture::{
-    interfaces,
+    self, garbage, interfaces,
     netns::{Netns, netlink::Channel},
 };
 
@@ -24,9 +24,16 @@ const SETTINGS: [&str; 6] = [
 /// Longest table, in bytes: a pod may have any number of routes.
 const LONGEST: usize = 256 * 1024;
 
-/// The namespace at `path` as text. A part that cannot be read says why; only a namespace that cannot be entered is an error.
+/// The namespace at `path`, or with the name `net:[inode]`, as text. A part that cannot be read says why; only a namespace that cannot be entered is an error.
 pub async fn describe(path: &Path) -> Result<String, String> {
-    let netns = Netns::open(path).map_err(|e| e.to_string())?;
+    let netns = match inode(path) {
+        Some(inode) => {
+            let all = capture::blocking(garbage::all).await;
+            let found = all.into_iter().find(|netns| netns.inode() == inode);
+            found.ok_or_else(|| format!("no process is in network namespace {}", path.display()))?
+        }
+        None => Netns::open(path).map_err(|e| e.to_string())?,
+    };
     let mut text = format!("# namespace {}, cookie {}\n", path.display(), netns.cookie());
     match interfaces::list(&netns).await {
         Ok(all) => {
@@ -40,6 +47,11 @@ pub async fn describe(path: &Path) -> Result<String, String> {
     }
     text.push_str(&netns.try_run(here).await.map_err(|e| e.to_string())?);
     Ok(text)
+}
+
+/// The number in the name of a namespace that has no path.
+fn inode(name: &Path) -> Option<u64> {
+    name.to_str()?.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok()
 }
 
 /// In the namespace of the calling thread.

@@ -23,6 +23,7 @@ use crate::{
         EnrollError,
         interfaces::{self, Change},
     },
+    mesh::PodNamespace,
     sys::net::netns_cookie,
 };
 
@@ -140,6 +141,27 @@ fn opening_refuses_what_is_no_pod() {
         assert!(matches!(&error, EnrollError::Namespace { path: named, .. } if named == path), "{error}");
         assert!(error.to_string().contains(reason), "{error}");
     }
+}
+
+/// Names of namespaces and numbers of descriptors are given again.
+#[test]
+fn a_namespace_that_is_held_is_not_looked_for_by_its_name() {
+    let (held, other) = (TestNamespace::new(), TestNamespace::new());
+    let file = fs::File::open(held.path()).expect("open");
+    let meta = file.metadata().expect("stat");
+    let id = (meta.dev(), meta.ino());
+    let cookie = held.open().cookie();
+    let renamed = PodNamespace::held(file.try_clone().expect("clone"), id, Some(other.path()));
+    assert_eq!(Netns::of(&renamed).expect("held").cookie(), cookie);
+    // Its last name is gone as well.
+    drop(held);
+    let nameless = PodNamespace::held(file, id, None);
+    assert_eq!(nameless.to_string(), format!("net:[{}]", id.1));
+    assert_eq!(Netns::of(&nameless).expect("held").cookie(), cookie);
+    assert_ne!(renamed, nameless);
+    let looked_for = PodNamespace::at(other.path());
+    assert_eq!(Netns::of(&looked_for).expect("found").cookie(), other.open().cookie());
+    assert_ne!(renamed, looked_for);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

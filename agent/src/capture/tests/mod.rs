@@ -19,7 +19,7 @@ mod start;
 mod sweeps;
 mod table;
 
-use crate::mesh::{Exclusions, InboundMode, LocalPod, Protocol, Workload, WorkloadKey};
+use crate::mesh::{Exclusions, InboundMode, LocalPod, PodNamespace, Protocol, Workload, WorkloadKey};
 
 /// A workload with one address; local when it has a namespace.
 fn workload(name: &str, address: &str, netns: Option<&str>) -> Workload {
@@ -33,7 +33,7 @@ fn workload(name: &str, address: &str, netns: Option<&str>) -> Workload {
         port_modes: Vec::new(),
         local: netns.map(|netns| LocalPod {
             uid: None,
-            netns: netns.into(),
+            netns: PodNamespace::at(netns.into()),
             cgroup: None,
             exclude: Exclusions::default(),
             capture_all: false,

@@ -135,7 +135,8 @@ async fn a_device_with_the_index_of_another_ones_peer_is_left_alone() {
     } else {
         (decoy, index)
     };
-    ip(&format!("link add eth3 index {index} netns {peer} type veth peer name eth3 netns {pod}"));
+    // From inside: kernels before 6.13 look for the index in the namespace of who asks.
+    ip(&format!("-n {peer} link add eth3 index {index} type veth peer name eth3 netns {pod}"));
     let capture = scene.start(TcMode::Auto).await;
     let pod = capture.enroll(&scene.web, None).await.unwrap();
     let expected = [guard("eth0", None, false), guard("eth2", Some(&decoy), false), guard("eth3", None, false)];

@@ -117,7 +117,7 @@ fn namespaces(status: Option<&Status>, state_dir: &Path) -> Vec<(String, PathBuf
         None => bpf::last_good(state_dir)
             .iter()
             .flat_map(crate::mesh::Snapshot::local_workloads)
-            .filter_map(|w| Some((w.key.to_string(), w.local.as_ref()?.netns.clone())))
+            .filter_map(|w| Some((w.key.to_string(), w.local.as_ref()?.netns.name().to_owned())))
             .collect(),
     };
     all.sort();

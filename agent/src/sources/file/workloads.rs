@@ -15,8 +15,8 @@ use super::{
     schema::{self, Enroll, Mode},
 };
 use crate::mesh::{
-    BuildError, CertificateFiles, Departures, EffectiveMode, InboundMode, LocalPod, ModeDefaults, ModeSource, PortMode,
-    Protocol, SnapshotBuilder, SpiffeId, TrustDomain, Workload, WorkloadKey, WorkloadPolicy,
+    BuildError, CertificateFiles, Departures, EffectiveMode, InboundMode, LocalPod, ModeDefaults, ModeSource,
+    PodNamespace, PortMode, Protocol, SnapshotBuilder, SpiffeId, TrustDomain, Workload, WorkloadKey, WorkloadPolicy,
 };
 
 /// Service account of a workload that names none, as in Kubernetes.
@@ -214,7 +214,7 @@ impl<'a> Workloads<'a> {
         };
         Ok(LocalPod {
             uid: None,
-            netns,
+            netns: PodNamespace::at(netns),
             cgroup,
             exclude: check.exclusions(&format!("{field}.exclude"), &enroll.exclude)?,
             capture_all: enroll.capture_all,

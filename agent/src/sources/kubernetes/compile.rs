@@ -267,7 +267,7 @@ impl Compiler {
                 // As text: comparing paths by their components takes ten times as long.
                 (Some(was), Some(is)) => {
                     let [old, new] = [was.cgroup.as_ref(), is.cgroup.as_ref()].map(|path| path.map(|p| p.as_os_str()));
-                    was.netns.as_os_str() != is.netns.as_os_str() || old != new
+                    was.netns != is.netns || old != new
                 }
                 _ => true,
             };

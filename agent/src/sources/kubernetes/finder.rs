@@ -4,12 +4,13 @@ use std::{
     collections::HashMap,
     fs::{self, File},
     io,
-    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use super::records::Key;
+use crate::mesh::{NetnsId, PodNamespace};
 
 /// Levels between the attach point and a pod's cgroup: the class of service, and what lies above kubepods on nodes that are
 /// containers.
@@ -23,16 +24,9 @@ const NAMED: [&str; 2] = ["/run/netns", "/var/run/netns"];
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     /// Its network namespace.
-    pub(super) netns: PathBuf,
+    pub(super) netns: PodNamespace,
     /// Its cgroup, of a pod that was found by it.
     pub(super) cgroup: Option<PathBuf>,
-}
-
-#[derive(Debug)]
-struct Known {
-    place: Place,
-    /// Held, so that the kernel gives its number to no other namespace; the path may go through it.
-    _namespace: File,
 }
 
 /// Remembers where pods are.
@@ -41,7 +35,7 @@ pub(super) struct Finder {
     /// The cgroup above the pods'.
     root: PathBuf,
     /// By uid.
-    known: HashMap<Arc<str>, Known>,
+    known: HashMap<Arc<str>, Place>,
     /// Handed over before they had a process; these come first.
     handed: HashMap<Key, Handed>,
 }
@@ -50,7 +44,7 @@ pub(super) struct Finder {
 struct Handed {
     /// Without one, any pod of that name.
     uid: Option<Arc<str>>,
-    known: Known,
+    place: Place,
 }
 
 impl Finder {
@@ -62,15 +56,14 @@ impl Finder {
     /// Where the pod is, if it was found.
     pub(super) fn place(&self, key: &Key, uid: &str) -> Option<&Place> {
         let handed = self.handed.get(key).filter(|handed| handed.uid.as_deref().is_none_or(|of| of == uid));
-        handed.map(|handed| &handed.known).or_else(|| self.known.get(uid)).map(|known| &known.place)
+        handed.map(|handed| &handed.place).or_else(|| self.known.get(uid))
     }
 
     /// Takes over the namespace of a pod that has no process yet.
     pub(super) fn hand(&mut self, key: &Key, uid: Option<&str>, namespace: File) -> io::Result<()> {
         let meta = namespace.metadata()?;
-        let place = Place { netns: path_of((meta.dev(), meta.ino()), &namespace), cgroup: None };
-        let known = Known { place, _namespace: namespace };
-        self.handed.insert(key.clone(), Handed { uid: uid.map(Into::into), known });
+        let place = Place { netns: hold(namespace, (meta.dev(), meta.ino())), cgroup: None };
+        self.handed.insert(key.clone(), Handed { uid: uid.map(Into::into), place });
         Ok(())
     }
 
@@ -94,8 +87,8 @@ impl Finder {
             let mut found = Vec::new();
             search(&self.root, DEPTH, &mut missing, &mut found);
             for (uid, cgroup) in found {
-                if let Some(known) = enter(&cgroup, own) {
-                    self.known.insert(uid, known);
+                if let Some(place) = enter(&cgroup, own) {
+                    self.known.insert(uid, place);
                 }
             }
         }
@@ -135,7 +128,7 @@ fn search(
 }
 
 /// The namespace of the pod's processes. `own` is the agent's: a process in it has not entered the pod's yet.
-fn enter(cgroup: &Path, own: Option<(u64, u64)>) -> Option<Known> {
+fn enter(cgroup: &Path, own: Option<NetnsId>) -> Option<Place> {
     let mut pids = Vec::new();
     processes(cgroup, DEPTH_IN_POD, &mut pids);
     pids.sort_unstable();
@@ -152,8 +145,7 @@ fn enter(cgroup: &Path, own: Option<(u64, u64)>) -> Option<Known> {
         if Some(id) == own {
             continue;
         }
-        let place = Place { netns: path_of(id, &namespace), cgroup: Some(cgroup.to_owned()) };
-        return Some(Known { place, _namespace: namespace });
+        return Some(Place { netns: hold(namespace, id), cgroup: Some(cgroup.to_owned()) });
     }
     None
 }
@@ -172,13 +164,13 @@ fn processes(cgroup: &Path, depth: usize, pids: &mut Vec<u32>) {
     }
 }
 
-/// How to reach the namespace for as long as it is held.
-fn path_of(id: (u64, u64), namespace: &File) -> PathBuf {
-    named(id).unwrap_or_else(|| PathBuf::from(format!("/proc/self/fd/{}", namespace.as_raw_fd())))
+/// Holds the namespace, so that the kernel gives its numbers to no other.
+fn hold(namespace: File, id: NetnsId) -> PodNamespace {
+    PodNamespace::held(namespace, id, named(id))
 }
 
 /// The name that the container runtime gave the namespace: it tells an operator more than a number.
-fn named(id: (u64, u64)) -> Option<PathBuf> {
+fn named(id: NetnsId) -> Option<PathBuf> {
     NAMED
         .iter()
         .flat_map(fs::read_dir)

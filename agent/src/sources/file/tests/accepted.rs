@@ -8,7 +8,7 @@ use super::{
     super::{IssuerConfig, parse},
     BASE,
 };
-use crate::mesh::{InboundMode, PlaintextRefusal, Protocol, Resolution, WorkloadKey};
+use crate::mesh::{InboundMode, PlaintextRefusal, PodNamespace, Protocol, Resolution, WorkloadKey};
 
 fn key(namespace: &str, name: &str) -> WorkloadKey {
     WorkloadKey { namespace: namespace.into(), name: name.into() }
@@ -31,7 +31,7 @@ fn defaults() {
     assert_eq!((&*web.node, web.protocol, web.mode), ("node-a", Protocol::Underpass, InboundMode::Strict));
     assert_eq!((web.mode_of(8080), web.mode_of(8081)), (InboundMode::Permissive, InboundMode::Strict));
     let local = web.local.as_ref().unwrap();
-    assert_eq!(local.netns, std::path::Path::new("/run/netns/web"));
+    assert_eq!(local.netns, PodNamespace::at("/run/netns/web".into()));
     assert!(local.cgroup.is_none() && local.files.is_none() && !local.capture_all);
 
     let db = mesh.workload(&key("data", "db")).unwrap();
@@ -94,7 +94,7 @@ services:
     let web = mesh.workload_at("10.77.0.2".parse().unwrap()).unwrap();
     assert_eq!(web.identity.to_string(), "spiffe://other.example/ns/shop/sa/default");
     let local = web.local.as_ref().unwrap();
-    assert_eq!(local.netns.to_str(), Some("/run/netns/web"));
+    assert_eq!(local.netns.name().to_str(), Some("/run/netns/web"));
     assert_eq!(local.files.as_ref().unwrap().key.to_str(), Some("/k"));
     assert!(local.capture_all);
     assert_eq!((&local.exclude.outbound_ports[..], &local.exclude.inbound_ports[..]), (&[26][..], &[1][..]));
