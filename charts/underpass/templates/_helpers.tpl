@@ -25,6 +25,9 @@ values.yaml, so whatever is in .Values was said by the user. Calling it again ch
 {{- fail "issuer.external.root.key is empty; write the key that has the PEM roots, such as root-cert.pem" -}}
 {{- end -}}
 {{- end -}}
+{{- if and $v.issuer.revocationLists.configMap (not $v.issuer.revocationLists.key) -}}
+{{- fail "issuer.revocationLists.key is empty; write the key of the ConfigMap that has the lists, such as crl.pem" -}}
+{{- end -}}
 {{- if and (ne $v.ca.root.source "managed") (not $v.ca.root.secretName) -}}
 {{- fail (printf "ca.root.secretName is empty with ca.root.source: %s; write the name of the Secret" $v.ca.root.source) -}}
 {{- end -}}

@@ -43,6 +43,8 @@ commonLabels: { team: mesh }
 podLabels: { tier: infrastructure }
 podAnnotations: { example.org/cost: low }
 certificates: { lifetime: 12h }
+issuer:
+  revocationLists: { configMap: our-revocations, key: lists.pem }
 mesh:
   mode: strict
   rootNamespace: mesh-config

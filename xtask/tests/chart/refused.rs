@@ -77,6 +77,7 @@ const WRONG: &[(&str, &str)] = &[
         "issuer.kind=external,issuer.external.address=https://a:1,issuer.external.root.secret=b",
         "issuer.external.root.key is empty",
     ),
+    ("issuer.revocationLists.configMap=a", "issuer.revocationLists.key is empty"),
     ("ca.root.source=issuer", "ca.root.secretName is empty with ca.root.source: issuer"),
     ("ca.root.source=existing", "ca.root.secretName is empty with ca.root.source: existing"),
     ("ca.root.secretName=mine", "ca.root.secretName is \"mine\", but"),

@@ -10,6 +10,9 @@
 {{- with .serverName }}{{- $_ := set $istio "serverName" . -}}{{- end -}}
 {{- end -}}
 {{- end -}}
+{{- if .Values.issuer.revocationLists.configMap -}}
+{{- $_ := set $istio "crlFile" "/var/run/secrets/underpass/crl/crl.pem" -}}
+{{- end -}}
 {{- dict "trustDomain" .Values.trustDomain "issuer" (dict "istio" $istio) "kubernetes" (dict "clusterDomain" .Values.clusterDomain) | toYaml -}}
 {{- end -}}
 
