@@ -6,7 +6,7 @@
 //! | Pool | Who is in it | When it is full |
 //! |---|---|---|
 //! | [`Pool`] | peers that have not proved who they are | the newcomer gets the place of somebody silent who has not got on for long: of a source above its share, else of anybody |
-//! | [`Lanes`] | connections on their way to a destination | a destination takes so many at once; the others for that destination wait, and nobody else does |
+//! | [`Lanes`] | connections on their way to a destination | a destination takes as many at once as it serves soon; the others for that destination wait, and nobody else does |
 //! | [`Room`] | established connections, which are never ended for others | one holder leaves places free for the others |
 //!
 //! A source is an address ([`source`]), an identity, or a destination. What a pool has to do is
@@ -26,7 +26,7 @@ use std::{
 };
 
 pub use counts::{Bound, evictions, refusals};
-pub use lanes::{Lane, Lanes};
+pub use lanes::{Lane, Lanes, Turn};
 pub use pool::{Entry, Evicted, Full, Pool, Voucher};
 pub use room::{Place, Room};
 

@@ -230,10 +230,32 @@ async fn who_waits_for_a_busy_destination_waits_on_while_it_answers() {
     let began = Instant::now();
     while began.elapsed() < 2 * limit {
         tokio::time::sleep(limit / 8).await;
-        busy.got_through();
+        turn.got_through();
     }
     drop(turn);
     assert!(waiter.await.unwrap(), "longer than the limit, as somebody got through meanwhile");
+}
+
+#[tokio::test]
+async fn work_may_take_long_while_others_get_through() {
+    let lanes = Lanes::new(8);
+    let lane = lanes.to(1);
+    let limit = Duration::from_secs(1);
+    let work = |parts: u32| {
+        let lane = &lane;
+        async move { lane.turn(limit).await.unwrap().run(limit, tokio::time::sleep(limit / 4 * parts)).await }
+    };
+    assert_eq!((work(1).await, work(6).await), (Some(()), None), "nobody else got through");
+    let others = async {
+        loop {
+            tokio::time::sleep(limit / 8).await;
+            lane.turn(limit).await.unwrap().got_through();
+        }
+    };
+    tokio::select! {
+        () = others => {}
+        done = async { (work(12).await, work(28).await) } => assert_eq!(done, (Some(()), None)),
+    }
 }
 
 /// What may happen to a pool.

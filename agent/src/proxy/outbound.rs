@@ -9,7 +9,7 @@ use std::{
 };
 
 use socket2::SockRef;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::net::TcpStream;
 use tracing::debug;
 
 use super::{
@@ -152,10 +152,10 @@ async fn connect(
                 return Err(protected());
             }
             let lane = context.lanes.to(*to);
-            let _turn = lane.turn(limits.connect).await.ok_or_else(|| crowded(*to))?;
+            let turn = lane.turn(limits.connect).await.ok_or_else(|| crowded(*to))?;
             let stream =
                 dial::upstream(pod, bound_source(client, *to), *to, limits.connect).await.map_err(unreachable(*to))?;
-            lane.got_through();
+            turn.got_through();
             // The address may have become one of the mesh while nobody answered there.
             if !allowed() {
                 return Err(protected());
@@ -172,7 +172,7 @@ async fn connect(
             }
             let to = SocketAddr::new(destination.ip(), underpass_abi::TUNNEL_PORT);
             let lane = context.lanes.to(to);
-            let _turn = lane.turn(limits.connect).await.ok_or_else(|| crowded(to))?;
+            let turn = lane.turn(limits.connect).await.ok_or_else(|| crowded(to))?;
             let from = bound_source(client, to);
             let stream = dial::upstream(pod, from, to, limits.connect).await.map_err(unreachable(to))?;
             let source_ip = stream.local_addr().map_err(unreachable(to))?.ip();
@@ -198,20 +198,20 @@ async fn connect(
             let mut entry = context.dials.enter(&to).await;
             let established = {
                 // Boxed, so that a connection that waits for its turn is small.
-                let mut establish = Box::pin(timeout(limits.handshake, establish));
+                let mut establish = Box::pin(turn.run(limits.handshake, establish));
                 entry.guard(establish.as_mut()).await
             };
             let refusal = match established {
-                Ok(Ok(Ok(tunnel))) => {
-                    lane.got_through();
+                Ok(Some(Ok(tunnel))) => {
+                    turn.got_through();
                     return Ok((Upstream::Tunnel(Box::new(tunnel)), early));
                 }
-                Ok(Ok(Err(e))) => e.into(),
+                Ok(Some(Err(e))) => e.into(),
                 Err(Evicted) => Refusal::new(RefusalReason::PodLimit, format!("handshake with {to}: {Evicted}")),
-                Ok(Err(_)) => Refusal::new(
-                    RefusalReason::Deadline,
-                    format!("no handshake with {to} within {:?}", limits.handshake),
-                ),
+                Ok(None) => {
+                    let detail = format!("no handshake with {to} within {:?}", limits.handshake);
+                    Refusal::new(RefusalReason::Deadline, detail)
+                }
             };
             Err(Refusal { spent: early > 0, ..refusal })
         }

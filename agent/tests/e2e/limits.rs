@@ -1,9 +1,19 @@
 //! Many connections, and pods that misbehave beside pods that do not.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
-use nix::sys::resource::{Resource, getrlimit};
+use nix::{
+    sys::{
+        resource::{Resource, getrlimit},
+        signal::{self, Signal},
+    },
+    unistd::Pid,
+};
 use testbed::{
     Agent, Pod,
     pace::{patience, scaled},
@@ -306,9 +316,71 @@ fn thousands_of_concurrent_connections_to_two_destinations() -> Result<()> {
 fn a_peer_that_says_nothing_after_the_handshake_meets_the_deadline() -> Result<()> {
     let stage = Stage::new("mute")?;
     let rogue = stage.bed.node("a").pod("rogue")?;
-    let world: World = stage.start_with(&["--handshake-timeout", "2s"])?;
+    let world: World = stage.start_with(&["--handshake-timeout", "5s"])?;
     let certificate = crate::certificates::Forge::of(&world.bed)?.leaf(&crate::certificates::Leaf::good("rogue"))?;
     let mut peer = crate::certificates::s_client(&rogue, &world.server, &certificate, &["-alpn", "underpass/1"])?;
     peer.write_stdin(b"\r\n\r\n\x00")?; // the first bytes of the PROXY signature, and no more
     wait_counter(&world.b, "refused.deadline", 1)
+}
+
+/// A process that hardly gets processor time while this lives, as on a node that has far too much to do.
+struct Starved<'a> {
+    process: &'a testbed::Process,
+    ends: mpsc::Sender<()>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl<'a> Starved<'a> {
+    fn new(process: &'a testbed::Process) -> Self {
+        let (ends, end) = mpsc::channel();
+        let pid = Pid::from_raw(process.pid().cast_signed());
+        let thread = thread::spawn(move || {
+            // It runs for a part of the time only.
+            for (signal, part) in [(Signal::SIGSTOP, 99), (Signal::SIGCONT, 1)].into_iter().cycle() {
+                let sent = signal::kill(pid, signal);
+                if sent.is_err() || end.recv_timeout(Duration::from_millis(part)) != Err(RecvTimeoutError::Timeout) {
+                    return;
+                }
+            }
+        });
+        Self { process, ends, thread: Some(thread) }
+    }
+}
+
+impl Drop for Starved<'_> {
+    fn drop(&mut self) {
+        let _ = self.ends.send(());
+        let _ = self.thread.take().map(thread::JoinHandle::join);
+        let _ = self.process.signal(Signal::SIGCONT);
+    }
+}
+
+/// Outside of the mesh a connection to a machine that is short of processor time waits, for as long as its application does.
+#[test]
+fn who_waits_for_a_starved_agent_is_served_in_the_end() -> Result<()> {
+    let world = Stage::new("starved")?.start_with(&["--handshake-timeout", "5s"])?;
+    let _echo = serve(&world.server, 8080, &[])?;
+    let to = at(world.server.ipv4(), 8080);
+    app(&world.client, &["request", &to])?;
+    for starved in [&world.b, &world.a] {
+        let _starved = Starved::new(starved.process()?);
+        let (count, limit) = (scaled(1000).to_string(), "120");
+        let start = Instant::now();
+        let many = world.client.app(&[
+            "hold",
+            &to,
+            "--count",
+            &count,
+            "--concurrency",
+            &count,
+            "--exchange",
+            "--timeout",
+            limit,
+        ])?;
+        let report = many.wait_json("held", Duration::from_mins(3))?;
+        println!("{report} after {:.1} s", start.elapsed().as_secs_f64());
+        let refused = |agent: &Agent| Ok::<_, anyhow::Error>(agent.counters()?["agent"]["refused"].clone());
+        ensure!(report["failed"] == 0, "{report}, refused: a {}, b {}", refused(&world.a)?, refused(&world.b)?);
+    }
+    Ok(())
 }
