@@ -95,7 +95,7 @@ fn tcp(ctx: &TcContext, packet: &Packet, pod_id: u32) -> Result<(), Counter> {
     }
     // The kernel puts fragments together after this program and forgets the socket that was chosen
     // here: the SYN would reach the application.
-    if packet.payload.fragmented {
+    if packet.payload.fragmented != 0 {
         return Err(Counter::FragmentDropped);
     }
     let assigned = Socket::lookup(ctx, packet, PLAINTEXT_PORT).is_some_and(|socket| socket.take(ctx));

@@ -43,8 +43,9 @@ pub struct Payload {
     pub dst_port: u16,
     /// TCP flags; 0 for other kinds.
     pub flags: u8,
-    /// Is the rest of it in other fragments? Known for TCP only.
-    pub fragmented: bool,
+    /// Not 0 when the rest of it is in other fragments; known for TCP only. The bits as they are in the packet, which no path decides:
+    /// the verifier would walk through all that follows once for each answer.
+    pub fragmented: u16,
     /// Where the TCP header begins, in bytes from the start of the packet; 0 for other kinds.
     pub offset: usize,
 }
@@ -80,7 +81,7 @@ impl Payload {
 impl From<Kind> for Payload {
     #[inline(always)]
     fn from(kind: Kind) -> Self {
-        Self { kind, src_port: 0, dst_port: 0, flags: 0, fragmented: false, offset: 0 }
+        Self { kind, src_port: 0, dst_port: 0, flags: 0, fragmented: 0, offset: 0 }
     }
 }
 
@@ -148,7 +149,7 @@ pub fn plain(ctx: &TcContext, link: Link) -> Option<Packet> {
         }
         (ctx.load(network + 8).ok()?, ctx.load(network + 24).ok()?, IPV6_HEADER)
     };
-    Some(Packet { src, dst, network, payload: tcp(ctx, network + header, false, usize::MAX) })
+    Some(Packet { src, dst, network, payload: tcp(ctx, network + header, 0, usize::MAX) })
 }
 
 /// EtherType of a packet without a link-layer header.
@@ -193,7 +194,7 @@ fn ipv4(ctx: &TcContext, offset: usize) -> Option<Packet> {
     }
     let length = usize::from(header[0] & 0xf) * 4;
     let fragment = u16::from_be_bytes([header[6], header[7]]);
-    let (more, later) = (fragment & 0x2000 != 0, fragment & 0x1fff);
+    let (more, later) = (fragment & 0x2000, fragment & 0x1fff);
     let end = offset + usize::from(u16::from_be_bytes([header[2], header[3]]));
     let payload = match header[9] {
         TCP if later != 0 => later_fragment(later).into(),
@@ -229,7 +230,7 @@ fn ipv6(ctx: &TcContext, offset: usize) -> Option<Packet> {
 
 #[inline(always)]
 fn ipv6_payload(ctx: &TcContext, mut offset: usize, mut next: u8, end: usize) -> Payload {
-    let mut first_fragment = false;
+    let mut first_fragment = 0;
     for _ in 0..MAX_EXTENSIONS {
         if !is_extension(next) {
             break;
@@ -245,7 +246,7 @@ fn ipv6_payload(ctx: &TcContext, mut offset: usize, mut next: u8, end: usize) ->
                     let later = fragment >> 3;
                     return if next == TCP || is_extension(next) { later_fragment(later) } else { Kind::Other }.into();
                 }
-                first_fragment |= fragment & 1 != 0;
+                first_fragment |= fragment & 1;
                 offset += 8;
             }
             AUTHENTICATION => offset += (usize::from(extension[1]) + 2) * 4,
@@ -274,8 +275,8 @@ fn later_fragment(at: u16) -> Kind {
 /// `end` is where the packet ends by its IP header: what a first fragment has behind it is padding,
 /// and the receiver takes that part of the TCP header from another fragment.
 #[inline(always)]
-fn tcp(ctx: &TcContext, offset: usize, first_fragment: bool, end: usize) -> Payload {
-    if first_fragment && offset + TCP_HEADER > end {
+fn tcp(ctx: &TcContext, offset: usize, first_fragment: u16, end: usize) -> Payload {
+    if offset + TCP_HEADER > end && first_fragment != 0 {
         return Kind::TcpPiece.into();
     }
     match ctx.load::<[u8; TCP_HEADER]>(offset) {
@@ -287,7 +288,7 @@ fn tcp(ctx: &TcContext, offset: usize, first_fragment: bool, end: usize) -> Payl
             fragmented: first_fragment,
             offset,
         },
-        Err(_) if first_fragment => Kind::TcpPiece.into(),
+        Err(_) if first_fragment != 0 => Kind::TcpPiece.into(),
         Err(_) => Kind::Unparsable.into(),
     }
 }

@@ -91,12 +91,11 @@ impl<D: Hash + Eq + Clone> Lane<D> {
     /// Waits for a turn, in the order of asking, for as long as somebody gets through: `None` when
     /// nobody has for `limit`.
     pub async fn turn(&self, limit: Duration) -> Option<Turn<'_>> {
-        let permit = match self.state.turns.try_acquire() {
-            Ok(permit) => permit,
-            Err(_) => {
-                let turn = self.state.while_moving(limit, None, self.state.turns.acquire());
-                turn.await?.expect("the semaphore is never closed")
-            }
+        let permit = if let Ok(permit) = self.state.turns.try_acquire() {
+            permit
+        } else {
+            let turn = self.state.while_moving(limit, None, self.state.turns.acquire());
+            turn.await?.expect("the semaphore is never closed")
         };
         Some(Turn { share: self.all.share, state: &self.state, permit: Some(permit), began: Instant::now() })
     }

@@ -9,7 +9,8 @@ use std::{
         unix::fs::MetadataExt,
     },
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use aya::{
@@ -70,18 +71,29 @@ pub struct Objects {
     loader: Mutex<EbpfLoader<'static>>,
     /// Kernel numbers of the pinned maps.
     map_ids: BTreeMap<&'static str, u32>,
-    /// Loaded ahead of their use, by the pod's number: the kernel takes milliseconds to verify them, and a pod's start waits.
-    spare: Mutex<BTreeMap<u32, Ebpf>>,
+    /// Loaded ahead of their use: the kernel takes milliseconds to verify them, and a pod's start waits.
+    spare: Mutex<Spare>,
+    /// What was being loaded ahead is there, or failed.
+    loaded: Condvar,
     /// Held by whoever loads ahead.
     preparing: Mutex<()>,
     /// The one program on the node's side of all pods' interfaces.
     node_guard: Mutex<SchedClassifier>,
 }
 
+/// Programs that are loaded ahead, by the pod's number.
+#[derive(Default)]
+struct Spare {
+    ready: BTreeMap<u32, Ebpf>,
+    loading: Option<u32>,
+}
+
 /// Programs that are loaded ahead: those for Ethernet, which is what pods have.
 const AHEAD: [&str; 2] = [programs::GUARD, programs::INBOUND];
 /// For how many pods. Kubelets start few at once.
 pub const SPARES: usize = 4;
+/// Longer than loading takes. Whoever has waited so long loads programs for himself.
+const LONGEST_LOAD: Duration = Duration::from_secs(5);
 /// Most that are kept.
 const MOST_SPARES: usize = 16;
 
@@ -136,6 +148,7 @@ fn start_in(options: &CaptureOptions, layout: &Layout) -> Result<Parts, CaptureE
         loader: Mutex::new(loader),
         map_ids,
         spare: Mutex::default(),
+        loaded: Condvar::new(),
         preparing: Mutex::default(),
         node_guard: Mutex::new(node_guard),
     };
@@ -293,33 +306,51 @@ impl Objects {
     pub fn prepare(&self, numbers: &[u32]) {
         let Ok(_turn) = self.preparing.try_lock() else { return };
         for number in numbers {
-            // A number that was given to a pod meanwhile still has its programs here until they are taken.
-            if self.spare().len() >= MOST_SPARES {
-                self.spare().retain(|number, _| numbers.contains(number));
-            }
-            if !self.spare().contains_key(number) {
-                match self.load_now(*number, &AHEAD) {
-                    Ok(loaded) => drop(self.spare().insert(*number, loaded)),
-                    // Whoever needs them gets the error.
-                    Err(error) => return tracing::debug!(%error, "no programs ahead of their use"),
+            {
+                let mut spare = self.spare();
+                // A number that was given to a pod meanwhile still has its programs here until they are taken.
+                if spare.ready.len() >= MOST_SPARES {
+                    spare.ready.retain(|number, _| numbers.contains(number));
                 }
+                if spare.ready.contains_key(number) {
+                    continue;
+                }
+                spare.loading = Some(*number);
+            }
+            let loaded = self.load_now(*number, &AHEAD);
+            let mut spare = self.spare();
+            spare.loading = None;
+            let error = loaded.map(|loaded| spare.ready.insert(*number, loaded)).err();
+            drop(spare);
+            self.loaded.notify_all();
+            // Whoever needs them gets the error.
+            if let Some(error) = error {
+                return tracing::debug!(%error, "no programs ahead of their use");
             }
         }
     }
 
     /// The guard of the node's side.
-    pub fn node_guard(&self) -> std::sync::MutexGuard<'_, SchedClassifier> {
+    pub fn node_guard(&self) -> MutexGuard<'_, SchedClassifier> {
         self.node_guard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn spare(&self) -> std::sync::MutexGuard<'_, BTreeMap<u32, Ebpf>> {
+    /// The programs that were loaded ahead for a pod. Waits for those that are just being loaded: verifying them twice at once takes
+    /// longer.
+    fn take_spare(&self, pod_id: u32) -> Option<Ebpf> {
+        let is_loading = |spare: &mut Spare| spare.loading == Some(pod_id);
+        let waited = self.loaded.wait_timeout_while(self.spare(), LONGEST_LOAD, is_loading);
+        waited.unwrap_or_else(PoisonError::into_inner).0.ready.remove(&pod_id)
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Spare> {
         self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Loads these tc programs for a pod, or takes those that were loaded ahead. Only the programs are per pod; the maps are the pinned ones, or it fails.
     pub fn load_for_pod(&self, pod_id: u32, names: &[&'static str]) -> Result<Ebpf, CaptureError> {
         if names.iter().all(|name| AHEAD.contains(name))
-            && let Some(ahead) = self.spare().remove(&pod_id)
+            && let Some(ahead) = self.take_spare(pod_id)
         {
             self.check_maps(&ahead, pod_id)?;
             return Ok(ahead);

@@ -9,6 +9,9 @@ use vm_guest::{Report, Test};
 
 use crate::test::Tally;
 
+/// Tests that the closing lines name because they took longest.
+const LONGEST: usize = 15;
+
 /// Counts, and what is not over yet.
 pub(super) struct Outcome {
     /// How the kernel is called in every line.
@@ -18,6 +21,8 @@ pub(super) struct Outcome {
     /// Tests that failed and had another try.
     retried: BTreeSet<usize>,
     passed: BTreeSet<usize>,
+    /// Seconds, all tries together.
+    took: BTreeMap<usize, f64>,
     /// With what was said of it.
     failed: BTreeMap<usize, String>,
 }
@@ -25,7 +30,15 @@ pub(super) struct Outcome {
 impl Outcome {
     pub(super) fn new(label: String, tests: Vec<Test>) -> Self {
         let none = BTreeSet::new;
-        Self { label, tests, running: none(), retried: none(), passed: none(), failed: BTreeMap::new() }
+        Self {
+            label,
+            tests,
+            running: none(),
+            retried: none(),
+            passed: none(),
+            took: BTreeMap::new(),
+            failed: BTreeMap::new(),
+        }
     }
 
     /// Takes a report in; what there is to say about it.
@@ -36,6 +49,7 @@ impl Outcome {
                 None
             }
             Report::Ended { test, failure, again, seconds, output } => {
+                *self.took.entry(test).or_default() += seconds;
                 let word = match (&failure, again) {
                     (_, true) => {
                         self.retried.insert(test);
@@ -104,6 +118,9 @@ impl Outcome {
         if not_run > 0 {
             let _ = write!(text, ", {not_run} not run to an end");
         }
+        for test in self.longest() {
+            let _ = write!(text, "\n    LONG [{:8.1}s] {} {}", self.took[&test], self.label, self.name(test));
+        }
         let failed = self.failed.keys().copied().collect();
         for (word, tests) in [("FLAKY", &flaky), ("FAIL", &failed)] {
             for test in tests {
@@ -111,6 +128,13 @@ impl Outcome {
             }
         }
         text
+    }
+
+    /// What took longest, the longest first.
+    fn longest(&self) -> Vec<usize> {
+        let mut all: Vec<_> = self.took.iter().map(|(test, seconds)| (*seconds, *test)).collect();
+        all.sort_by(|a, b| b.0.total_cmp(&a.0));
+        all.into_iter().take(LONGEST).map(|(_, test)| test).collect()
     }
 
     fn name(&self, test: usize) -> String {

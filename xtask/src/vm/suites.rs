@@ -79,7 +79,7 @@ const END_TO_END: Usual =
 /// What differs little between kernels and takes long: when everything runs, one kernel is enough for it.
 const ON_ONE_KERNEL: &[(&str, &[&str])] = &[
     ("cli", &[""]),
-    ("e2e", &["policy::", "probes::", "refusals::", "upgrade::no_new_connection_is_lost"]),
+    ("e2e", &["absence::", "policy::", "probes::", "refusals::", "revocation::", "upgrade::no_new_connection_is_lost"]),
     ("underpass", &["admin::", "cli::"]),
 ];
 

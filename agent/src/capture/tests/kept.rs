@@ -1,6 +1,6 @@
 //! Pods that vanish without leaving the mesh.
 
-use std::{collections::BTreeSet, fs, process::Stdio};
+use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt as _, process::Stdio};
 
 use tokio::process::{Child, Command};
 
@@ -113,8 +113,10 @@ async fn a_namespace_is_gone_without_its_name_and_processes() {
     let capture = scene.start(TcMode::Auto).await;
     let pod = capture.enroll(&scene.web, None).await.unwrap();
     let mut process = resident(&scene);
-    until("the process is there", || {
-        fs::read_to_string(scene.lab.cgroup.join("pods/cgroup.procs")).is_ok_and(|pids| !pids.is_empty())
+    let inside = format!("/proc/{}/ns/net", process.id().unwrap());
+    until("the process is in the namespace", || {
+        let id = |path: &str| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+        id(&inside) == id(&scene.net.path())
     })
     .await;
     capture.keep(&scene.web.key, Reason::Absent).await;

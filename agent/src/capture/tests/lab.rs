@@ -152,11 +152,16 @@ impl Lab {
 
     /// Every pinned link of the version in use, by name.
     pub fn links(&self) -> BTreeMap<String, LinkInfo> {
-        let info = |path: &Path| bpf::object_get(path).and_then(|l| bpf::link_info(l.as_fd())).unwrap();
+        let info = |path: &Path| match bpf::object_get(path) {
+            Ok(link) => Some(bpf::link_info(link.as_fd()).unwrap()),
+            // Renamed or removed since it was listed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => panic!("{}: {error}", path.display()),
+        };
         pins::list(&self.layout().links())
             .unwrap()
             .into_iter()
-            .map(|p| (p.file_name().unwrap().to_str().unwrap().to_owned(), info(&p)))
+            .filter_map(|p| Some((p.file_name().unwrap().to_str().unwrap().to_owned(), info(&p)?)))
             .collect()
     }
 }
