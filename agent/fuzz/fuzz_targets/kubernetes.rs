@@ -1,7 +1,7 @@
 //! Objects of the Kubernetes API: whatever they hold becomes a snapshot that can be projected, or is refused.
 #![no_main]
 
-use std::net::IpAddr;
+use std::{collections::HashSet, net::IpAddr};
 
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
@@ -26,10 +26,15 @@ fuzz_target!(|bytes: &[u8]| {
         assert!(workload.addresses.iter().all(dialable), "{workload:?}");
         assert!(workload.local.is_none(), "no pod is on this node: {workload:?}");
     }
+    let of_the_mesh: HashSet<_> = snapshot
+        .workloads()
+        .filter(|workload| workload.protocol == Protocol::Underpass)
+        .flat_map(|workload| &workload.addresses)
+        .collect();
     for service in snapshot.services() {
         assert!(service.vips.iter().all(dialable), "{service:?}");
-        // One whose endpoints are not known yet is captured, too.
-        let of_the_mesh = service.endpoints.iter().any(|e| e.workload.protocol == Protocol::Underpass);
-        assert!(of_the_mesh || service.awaited.is_some(), "{service:?}");
+        let plain = service.endpoints.iter().filter(|endpoint| endpoint.workload.protocol == Protocol::Plain);
+        let mut dialled = plain.flat_map(|endpoint| &endpoint.workload.addresses);
+        assert!(dialled.all(|address| !of_the_mesh.contains(address)), "plaintext to the mesh: {service:?}");
     }
 });
