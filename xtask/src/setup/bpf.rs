@@ -89,7 +89,7 @@ pub(super) fn ready(tools: &Path, rustc: &Rustc, way: Option<Way>) -> bool {
 pub(super) fn install(ui: &Ui, tools: &Path, rustc: &Rustc, way: Option<Way>) -> Result<()> {
     ui.say(&format!("Preparing the toolchain for BPF programs in {} (about 250 MB):", tools.display()));
     ui.say("  core           the standard library's core, which has to be compiled for BPF");
-    ui.say(&format!("  bpf-linker     {LINKER} from crates.io, against the compiler's own LLVM"));
+    ui.say(&format!("  bpf-linker     {LINKER} from the registry of crates, against the compiler's own LLVM"));
     fs::create_dir_all(tools.join("bin")).with_context(|| format!("creating {}", tools.display()))?;
     // Without it an interrupted setup is not mistaken for a complete one.
     remove(&tools.join(STAMP))?;
