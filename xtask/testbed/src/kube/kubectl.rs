@@ -111,7 +111,7 @@ impl ControlPlane {
             { "type": "InternalIP", "address": pod_v6(0, index) },
         ]);
         self.set_status(&format!("/api/v1/nodes/{name}"), |status| {
-            status["addresses"] = addresses;
+            status["addresses"] = addresses.clone();
             status["conditions"] = json!([{ "type": "Ready", "status": "True", "reason": "Testbed" }]);
         })
     }
@@ -159,12 +159,21 @@ impl ControlPlane {
         self.kubectl_as(&User::node(node), &arguments, &object.to_string())?.success().map(drop)
     }
 
-    /// Replaces the status of the object at `path` by what `change` makes of it.
-    pub fn set_status(&self, path: &str, change: impl FnOnce(&mut Value)) -> Result<()> {
-        let mut object = self.get_raw(path)?;
-        change(&mut object["status"]);
+    /// Replaces the status of the object at `path` by what `change` makes of it. Controllers write objects, too: who was faster is
+    /// read once more.
+    pub fn set_status(&self, path: &str, mut change: impl FnMut(&mut Value)) -> Result<()> {
+        const TRIES: usize = 10;
         let url = format!("{path}/status");
-        self.with_input(&["replace", "--raw", &url, "--filename=-"], &object.to_string()).map(drop)
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let mut object = self.get_raw(path)?;
+            change(&mut object["status"]);
+            match self.with_input(&["replace", "--raw", &url, "--filename=-"], &object.to_string()) {
+                Err(error) if tries < TRIES && format!("{error:#}").contains("(Conflict)") => {}
+                done => return done.map(drop),
+            }
+        }
     }
 
     fn with_input(&self, arguments: &[&str], input: &str) -> Result<String> {
