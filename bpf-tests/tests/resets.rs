@@ -125,7 +125,8 @@ fn some_packets_are_never_answered() -> Result<()> {
         let syn = Packet::tcp(client, pod, SYN);
         let bytes = |packet: &Packet| addressed(packet, Link::Ethernet);
         drops(&silent, "where that is not wanted", &bytes(&syn))?;
-        // Links of a pod that leaves the mesh go a moment after what is known of the pod. A SYN that is dropped comes again.
+        // Links of a pod that leaves the mesh go a moment after what is known of the pod. A SYN
+        // that is dropped comes again.
         drops(&released, "nothing is known of the pod", &bytes(&syn))?;
         for flags in [RST, RST | ACK, SYN | RST, 0, 0x01] {
             drops(&loaded, &format!("flags {flags}"), &bytes(&Packet::tcp(client, pod, flags)))?;

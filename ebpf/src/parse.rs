@@ -43,8 +43,9 @@ pub struct Payload {
     pub dst_port: u16,
     /// TCP flags; 0 for other kinds.
     pub flags: u8,
-    /// Not 0 when the rest of it is in other fragments; known for TCP only. The bits as they are in the packet, which no path decides:
-    /// the verifier would walk through all that follows once for each answer.
+    /// Not 0 when the rest of it is in other fragments; known for TCP only. The bits as they are in
+    /// the packet, which no path decides: the verifier would walk through all that follows once for
+    /// each answer.
     pub fragmented: u16,
     /// Where the TCP header begins, in bytes from the start of the packet; 0 for other kinds.
     pub offset: usize,
@@ -172,9 +173,10 @@ fn ethernet(ctx: &TcContext) -> Option<(u16, usize)> {
     Some((u16::from_be_bytes(ctx.load(offset).ok()?), offset + 2))
 }
 
-/// Are there more VLAN tags than [`parse`] looks behind? A receiver takes off any number of tags that
-/// carry a priority only, so anything could be there, to any address. For what [`parse`] has given
-/// up on: as another kind of packet it would multiply the states that the verifier walks through.
+/// Are there more VLAN tags than [`parse`] looks behind? A receiver takes off any number of tags
+/// that carry a priority only, so anything could be there, to any address. For what [`parse`] has
+/// given up on: as another kind of packet it would multiply the states that the verifier walks
+/// through.
 #[inline(always)]
 pub fn is_hidden_by_tags(ctx: &TcContext, link: Link) -> bool {
     let tag = |at| ctx.load(at).is_ok_and(|bytes| is_tag(u16::from_be_bytes(bytes)));

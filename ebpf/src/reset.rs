@@ -31,8 +31,8 @@ const CHECKSUM: usize = 16;
 /// program's verdict.
 #[inline(always)]
 pub fn answer(ctx: &TcContext, link: Link, pod_id: u32) -> i32 {
-    // A pod without an entry is being released: its client tries again, and then nothing is in the way.
-    // SAFETY: the reference is not kept.
+    // A pod without an entry is being released: its client tries again, and then nothing is in the
+    // way. SAFETY: the reference is not kept.
     let silent = unsafe { PODS_BY_ID.get(pod_id) }.is_none_or(|pod| pod.flags & POD_SILENT != 0);
     if silent {
         return TC_ACT_SHOT;
@@ -46,9 +46,10 @@ fn turn(ctx: &TcContext, link: Link) -> Option<i32> {
     // SAFETY: fields of the context.
     let (kind, interface) =
         unsafe { ((&raw const (*skb).pkt_type).read_volatile(), (&raw const (*skb).ifindex).read_volatile()) };
-    // Packets with options or extension headers would need them taken out, and nobody's ordinary SYN has any. Tags are in the packet
-    // itself only where there are two: the kernel has taken off the first. The packet is read once more, at the one place where each
-    // header is then, so that the verifier does not walk through this once for every way in which the packet was judged.
+    // Packets with options or extension headers would need them taken out, and nobody's ordinary
+    // SYN has any. Tags are in the packet itself only where there are two: the kernel has taken off
+    // the first. The packet is read once more, at the one place where each header is then, so that
+    // the verifier does not walk through this once for every way in which the packet was judged.
     let packet = parse::plain(ctx, link)?;
     if kind != PACKET_HOST || !is_one_host(&packet) {
         return None;

@@ -77,7 +77,8 @@ pub struct ServiceInfo {
     pub endpoints_total: usize,
     /// At most [`MAX_ENDPOINTS`] of them.
     pub endpoints: Vec<EndpointInfo>,
-    /// An endpoint of which it is not known yet who it is. Connections that can use no other wait for that.
+    /// An endpoint of which it is not known yet who it is. Connections that can use no other wait
+    /// for that.
     #[serde(default)]
     pub awaited: Option<String>,
 }

@@ -1,8 +1,9 @@
 //! So many at once to one destination.
 //!
-//! How many that are is found out. Where a destination, or this node, is short of processor time, many at once are not served sooner
-//! but all of them late, in the end too late for any. So a lane begins narrow, widens while everybody gets through soon, and narrows
-//! when somebody takes long; the others wait for their turn.
+//! How many that are is found out. Where a destination, or this node, is short of processor time,
+//! many at once are not served sooner but all of them late, in the end too late for any. So a lane
+//! begins narrow, widens while everybody gets through soon, and narrows when somebody takes long;
+//! the others wait for their turn.
 
 use std::{
     collections::HashMap,
@@ -21,7 +22,8 @@ use tokio::{
 /// How wide a lane is at first, and at least while somebody is slow.
 const FIRST: usize = 16;
 const LEAST: usize = 4;
-/// Who gets through in this time was not held up: a handshake across the longest cables takes half a second.
+/// Who gets through in this time was not held up: a handshake across the longest cables takes half
+/// a second.
 const SOON: Duration = Duration::from_millis(500);
 /// Longer than a handshake takes anywhere, without anybody in its way.
 const SLOW: Duration = Duration::from_secs(2);
@@ -111,8 +113,8 @@ pub struct Turn<'a> {
 }
 
 impl Turn<'_> {
-    /// Does what the turn is for. `None` when nobody has got through for `limit`, or when this has taken too long although others
-    /// have.
+    /// Does what the turn is for. `None` when nobody has got through for `limit`, or when this has
+    /// taken too long although others have.
     pub async fn run<F: Future>(&self, limit: Duration, work: F) -> Option<F::Output> {
         let done = self.state.while_moving(limit, Some(self.began + limit * LIMITS), work).await;
         if done.is_none() {
@@ -225,32 +227,29 @@ mod tests {
 
     #[test]
     fn a_lane_is_as_wide_as_everybody_gets_through_soon() {
-        let mut now = Instant::now();
-        let mut width = Width::new(256);
-        let mut finish = |width: &mut Width, seconds: u64| {
-            now += Duration::from_secs(seconds);
-            width.got_through(Duration::from_secs(seconds), now, 256)
-        };
-        assert_eq!(width.turns, 16);
-        assert!((0..20).all(|_| finish(&mut width, 0)), "one more for each that was quick");
-        assert_eq!((width.turns, width.wanted), (36, 36));
-        (0..1000).for_each(|_| _ = finish(&mut width, 0));
-        assert_eq!((width.turns, width.wanted), (256, 256), "no wider than its share");
+        /// Somebody gets through after this time.
+        fn finish((width, now): &mut (Width, Instant), seconds: u64) -> bool {
+            let took = Duration::from_secs(seconds);
+            *now += took;
+            width.got_through(took, *now, 256)
+        }
+        let mut lane = (Width::new(256), Instant::now());
+        assert_eq!(lane.0.turns, 16);
+        assert!((0..20).all(|_| finish(&mut lane, 0)), "one more for each that was quick");
+        assert_eq!((lane.0.turns, lane.0.wanted), (36, 36));
+        (0..1000).for_each(|_| _ = finish(&mut lane, 0));
+        assert_eq!((lane.0.turns, lane.0.wanted), (256, 256), "no wider than its share");
 
-        assert!(!finish(&mut width, 3));
-        let late = now;
-        (0..100).for_each(|_| width.narrow(late));
-        assert_eq!((width.turns, width.wanted), (256, 128), "once for all that were slow together");
-        let mut finish = |width: &mut Width, seconds: u64| {
-            now += Duration::from_secs(seconds);
-            width.got_through(Duration::from_secs(seconds), now, 256)
-        };
-        assert!(!finish(&mut width, 1));
-        assert_eq!(width.wanted, 128, "neither quick nor slow");
-        assert!(!finish(&mut width, 0));
-        assert_eq!((width.turns, width.wanted), (256, 129), "those that are too many are not there yet");
-        (0..10).for_each(|_| _ = finish(&mut width, 3));
-        assert_eq!(width.wanted, 4, "somebody always goes on");
+        assert!(!finish(&mut lane, 3));
+        let (width, late) = &mut lane;
+        (0..100).for_each(|_| width.narrow(*late));
+        assert_eq!((lane.0.turns, lane.0.wanted), (256, 128), "once for all that were slow together");
+        assert!(!finish(&mut lane, 1));
+        assert_eq!(lane.0.wanted, 128, "neither quick nor slow");
+        assert!(!finish(&mut lane, 0));
+        assert_eq!((lane.0.turns, lane.0.wanted), (256, 129), "those that are too many are not there yet");
+        (0..10).for_each(|_| _ = finish(&mut lane, 3));
+        assert_eq!(lane.0.wanted, 4, "somebody always goes on");
         assert_eq!(Width::new(2).turns, 2, "and a small share is a small share");
     }
 

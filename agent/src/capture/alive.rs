@@ -87,7 +87,8 @@ impl Sighting {
     }
 }
 
-/// Does a path that is not the agent's own descriptor lead to the namespace? Records of older agents have such paths.
+/// Does a path that is not the agent's own descriptor lead to the namespace? Records of older
+/// agents have such paths.
 fn is_foreign(path: &Path, meta: &fs::Metadata, netns: &Netns) -> bool {
     !path.starts_with("/proc/self") && netns.is(meta)
 }

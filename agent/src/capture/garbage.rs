@@ -109,34 +109,21 @@ async fn found(wanted: BTreeSet<u64>) -> HashMap<u64, Arc<Netns>> {
 
 /// The namespaces with these cookies, among those that have a name or a process.
 pub fn find(wanted: &BTreeSet<u64>) -> Vec<Arc<Netns>> {
-    let mut seen = BTreeSet::new();
-    let mut found = Vec::new();
-    for path in candidates() {
-        let Ok(meta) = fs::metadata(&path) else { continue };
-        if found.len() < wanted.len()
-            && seen.insert((meta.dev(), meta.ino()))
-            && let Ok(netns) = Netns::open(&path)
-            && wanted.contains(&netns.cookie())
-        {
-            found.push(netns);
-        }
-    }
-    found
+    namespaces().filter(|netns| wanted.contains(&netns.cookie())).take(wanted.len()).collect()
 }
 
 /// Every network namespace that has a name or a process, the agent's own left out.
 pub fn all() -> Vec<Arc<Netns>> {
+    namespaces().collect()
+}
+
+/// Each of them once. None is opened before somebody asks for it.
+fn namespaces() -> impl Iterator<Item = Arc<Netns>> {
     let mut seen = BTreeSet::new();
-    let mut found = Vec::new();
-    for path in candidates() {
-        if let Ok(meta) = fs::metadata(&path)
-            && seen.insert((meta.dev(), meta.ino()))
-            && let Ok(netns) = Netns::open(&path)
-        {
-            found.push(netns);
-        }
-    }
-    found
+    candidates().filter_map(move |path| {
+        let meta = fs::metadata(&path).ok()?;
+        seen.insert((meta.dev(), meta.ino())).then(|| Netns::open(&path).ok())?
+    })
 }
 
 /// Named namespaces, and those of processes.

@@ -71,7 +71,8 @@ pub struct Objects {
     loader: Mutex<EbpfLoader<'static>>,
     /// Kernel numbers of the pinned maps.
     map_ids: BTreeMap<&'static str, u32>,
-    /// Loaded ahead of their use: the kernel takes milliseconds to verify them, and a pod's start waits.
+    /// Loaded ahead of their use: the kernel takes milliseconds to verify them, and a pod's start
+    /// waits.
     spare: Mutex<Spare>,
     /// What was being loaded ahead is there, or failed.
     loaded: Condvar,
@@ -308,7 +309,8 @@ impl Objects {
         for number in numbers {
             {
                 let mut spare = self.spare();
-                // A number that was given to a pod meanwhile still has its programs here until they are taken.
+                // A number that was given to a pod meanwhile still has its programs here until they
+                // are taken.
                 if spare.ready.len() >= MOST_SPARES {
                     spare.ready.retain(|number, _| numbers.contains(number));
                 }
@@ -335,8 +337,8 @@ impl Objects {
         self.node_guard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The programs that were loaded ahead for a pod. Waits for those that are just being loaded: verifying them twice at once takes
-    /// longer.
+    /// The programs that were loaded ahead for a pod. Waits for those that are just being loaded:
+    /// verifying them twice at once takes longer.
     fn take_spare(&self, pod_id: u32) -> Option<Ebpf> {
         let is_loading = |spare: &mut Spare| spare.loading == Some(pod_id);
         let waited = self.loaded.wait_timeout_while(self.spare(), LONGEST_LOAD, is_loading);

@@ -9,6 +9,7 @@ use std::{
 };
 
 use super::CaptureError;
+use crate::fnv::fnv1a;
 
 /// Node-local run-time state.
 const RUN_DIR: &str = "/run/underpass";
@@ -122,13 +123,8 @@ fn is_current(file: &File, path: &Path) -> bool {
 }
 
 fn lock_path(what: &Path) -> PathBuf {
-    // A path has too many characters and too much length for a file name. FNV-1a: stable across builds, which the
-    // standard hasher is not.
+    // A path has too many characters and too much length for a file name.
     let what = fs::canonicalize(what).unwrap_or_else(|_| what.into());
-    let hash = what
-        .as_os_str()
-        .as_encoded_bytes()
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3));
+    let hash = fnv1a(what.as_os_str().as_encoded_bytes());
     Path::new(RUN_DIR).join(format!("{hash:016x}.lock"))
 }

@@ -152,7 +152,8 @@ impl SnapshotBuilder {
         }
     }
 
-    /// Makes an address one that nobody may dial, unless a workload or service has it. `false` for one that nobody could dial anyway.
+    /// Makes an address one that nobody may dial, unless a workload or service has it. `false` for
+    /// one that nobody could dial anyway.
     pub fn hold(&mut self, address: IpAddr, held: Held) -> bool {
         let address = address.to_canonical();
         if unusable(address) {

@@ -179,17 +179,19 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// Endpoints; may be empty.
     pub endpoints: Vec<Endpoint>,
-    /// An endpoint that must not be dialled yet, because it is not known who it is; for people. Connections that can use no other
-    /// endpoint wait until it is known.
+    /// An endpoint that must not be dialled yet, because it is not known who it is; for people.
+    /// Connections that can use no other endpoint wait until it is known.
     pub awaited: Option<Arc<str>>,
 }
 
-/// The owner of an address that must not be dialled in plaintext, although no workload with a tunnel has the address.
+/// The owner of an address that must not be dialled in plaintext, although no workload with a
+/// tunnel has the address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Held {
     /// The pod.
     pub pod: WorkloadKey,
-    /// It is not known yet whether the pod takes part in the mesh. Otherwise it does, and cannot be reached.
+    /// It is not known yet whether the pod takes part in the mesh. Otherwise it does, and cannot be
+    /// reached.
     pub awaited: bool,
 }
 

@@ -12,8 +12,9 @@ use serde::{Serialize, Serializer};
 /// Device and inode number of a network namespace on nsfs. They name it while something holds it.
 pub type NetnsId = (u64, u64);
 
-/// A pod's network namespace: a name for people, and the namespace itself where the source of the mesh holds it. Paths can be given to
-/// other namespaces and descriptors' numbers to other files, so a namespace that is held is never looked for by its name.
+/// A pod's network namespace: a name for people, and the namespace itself where the source of the
+/// mesh holds it. Paths can be given to other namespaces and descriptors' numbers to other files,
+/// so a namespace that is held is never looked for by its name.
 #[derive(Clone, Debug)]
 pub struct PodNamespace {
     name: PathBuf,
@@ -21,12 +22,14 @@ pub struct PodNamespace {
 }
 
 impl PodNamespace {
-    /// A namespace that is looked for at this path (`/run/netns/web`, `/proc/123/ns/net`) when it is needed.
+    /// A namespace that is looked for at this path (`/run/netns/web`, `/proc/123/ns/net`) when it
+    /// is needed.
     pub fn at(path: PathBuf) -> Self {
         Self { name: path, held: None }
     }
 
-    /// A namespace that is held open, and its numbers. Without a name it is called `net:[inode]`, as in `/proc/PID/ns`.
+    /// A namespace that is held open, and its numbers. Without a name it is called `net:[inode]`,
+    /// as in `/proc/PID/ns`.
     pub fn held(file: File, id: NetnsId, name: Option<PathBuf>) -> Self {
         let name = name.unwrap_or_else(|| PathBuf::from(format!("net:[{}]", id.1)));
         Self { name, held: Some((Arc::new(file), id)) }

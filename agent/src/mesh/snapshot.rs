@@ -34,7 +34,8 @@ pub struct Snapshot {
     pub settings: MeshSettings,
     pub(super) workloads: Sharded<WorkloadKey, Arc<Workload>>,
     pub(super) by_address: Sharded<IpAddr, Arc<Workload>>,
-    /// Addresses of pods that are no workloads. What is in the other two indices as well is what they say.
+    /// Addresses of pods that are no workloads. What is in the other two indices as well is what
+    /// they say.
     pub(super) held: Sharded<IpAddr, Arc<Held>>,
     /// Those of `workloads` that this node has to enrol.
     pub(super) local: Arc<BTreeMap<WorkloadKey, Arc<Workload>>>,
@@ -130,8 +131,9 @@ impl Snapshot {
         self.held.get(&address.to_canonical())
     }
 
-    /// May the agent dial `to` in plaintext for this workload? Never what is reached through a tunnel, nor an address that is held, nor
-    /// a service's: behind that may be both. Excluded ports and networks are dialled in plaintext without the agent, too.
+    /// May the agent dial `to` in plaintext for this workload? Never what is reached through a
+    /// tunnel, nor an address that is held, nor a service's: behind that may be both. Excluded
+    /// ports and networks are dialled in plaintext without the agent, too.
     pub fn allows_plaintext(&self, from: &WorkloadKey, to: SocketAddr) -> bool {
         match self.resolve(to.ip()) {
             Resolution::Unknown => true,
@@ -237,7 +239,8 @@ impl Snapshot {
         EffectiveMode { mode: workload.mode_of(port), set_by }
     }
 
-    /// Every address that must be captured: workloads in the mesh or not, VIPs, and addresses that nobody may dial.
+    /// Every address that must be captured: workloads in the mesh or not, VIPs, and addresses that
+    /// nobody may dial.
     pub fn captured_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         let known = |address: &&IpAddr| self.by_address.contains(address) || self.by_vip.contains(address);
         let held = self.held.keys().filter(move |address| !known(address));

@@ -16,19 +16,16 @@ pub(super) async fn plan(
     destination: SocketAddr,
     limit: Duration,
 ) -> Result<Plan, (RefusalReason, String)> {
-    match plan_now(&mesh.load(), destination) {
-        Err(RefusalReason::EndpointUnknown) => {}
-        decided => return decided.map_err(|reason| (reason, describe(&mesh.load(), destination))),
+    if let Some(decided) = decide(&mesh.load(), destination) {
+        return decided;
     }
     let mut generations = mesh.subscribe();
     let decided = async {
         loop {
             // Before the look at the snapshot, so that none is missed.
             generations.borrow_and_update();
-            let snapshot = mesh.load();
-            match plan_now(&snapshot, destination) {
-                Err(RefusalReason::EndpointUnknown) => {}
-                decided => return decided.map_err(|reason| (reason, describe(&snapshot, destination))),
+            if let Some(decided) = decide(&mesh.load(), destination) {
+                return decided;
             }
             // The store, which sends, outlives this.
             let _ = generations.changed().await;
@@ -38,6 +35,14 @@ pub(super) async fn plan(
         let who = describe(&mesh.load(), destination);
         Err((RefusalReason::EndpointUnknown, format!("{who}; nothing became known within {limit:?}")))
     })
+}
+
+/// What this snapshot says; `None` when another one may know.
+fn decide(mesh: &Snapshot, destination: SocketAddr) -> Option<Result<Plan, (RefusalReason, String)>> {
+    match plan_now(mesh, destination) {
+        Err(RefusalReason::EndpointUnknown) => None,
+        decided => Some(decided.map_err(|reason| (reason, describe(mesh, destination)))),
+    }
 }
 
 /// Why there is no way to a destination, for people.
@@ -72,7 +77,8 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(200);
     const LONG: Duration = Duration::from_mins(1);
 
-    /// A mesh with a service whose endpoint is awaited, and an address that may be in the mesh; or one without both.
+    /// A mesh with a service whose endpoint is awaited, and an address that may be in the mesh; or
+    /// one without both.
     fn mesh(unknown: bool) -> Snapshot {
         let mut builder = SnapshotBuilder::new("n", "td.test".parse().unwrap(), MeshSettings::default());
         if unknown {

@@ -13,8 +13,8 @@ use crate::{
     policy::NodePolicies,
 };
 
-/// How long a policy may take to arrive after a workload has named it: as long as a handshake may take. New connections are held
-/// and live ones left alone until then; afterwards both are denied.
+/// How long a policy may take to arrive after a workload has named it: as long as a handshake may
+/// take. New connections are held and live ones left alone until then; afterwards both are denied.
 pub(super) const ARRIVAL: Duration = Duration::from_secs(10);
 
 /// Since when policies have been missing, by the workload that names them.
@@ -51,7 +51,8 @@ impl Hold {
         }
     }
 
-    /// Until when a workload's connections are held for a policy. `None`: not at all, or not any more.
+    /// Until when a workload's connections are held for a policy. `None`: not at all, or not any
+    /// more.
     pub(super) fn until(&self, workload: &WorkloadKey, now: Instant) -> Option<Instant> {
         self.lock().get(workload)?.until().filter(|until| now < *until)
     }

@@ -1,7 +1,8 @@
 //! Ties capture, tunnel and relay together: accept loops per enrolled pod, and the decision what a connection becomes.
 //!
-//! `reconcile` turns mesh snapshots into enrolled pods, `outbound` and `inbound` carry one connection each from
-//! `accept` to the relay, `route` is the pure decision between them, for which `awaiting` waits until enough is known.
+//! `reconcile` turns mesh snapshots into enrolled pods, `outbound` and `inbound` carry one
+//! connection each from `accept` to the relay, `route` is the pure decision between them, for which
+//! `awaiting` waits until enough is known.
 
 mod accept;
 mod awaiting;

@@ -86,7 +86,8 @@ impl Enforcement {
         if !same {
             // Pods come and go; nothing is kept of those that went.
             self.judged().retain(|workload, _| node.of(workload).is_some());
-            // Before they are in force, so that nobody is denied for a policy whose time has not begun.
+            // Before they are in force, so that nobody is denied for a policy whose time has not
+            // begun.
             self.hold.set(&node, Instant::now());
         }
         self.current.store(Arc::new(InForce { snapshot: Arc::clone(snapshot), node, compiled: true }));
@@ -101,13 +102,15 @@ impl Enforcement {
         self.current.load().node.of(workload).cloned()
     }
 
-    /// When live connections have to be judged again because a policy that a workload names did not arrive.
+    /// When live connections have to be judged again because a policy that a workload names did not
+    /// arrive.
     pub(super) fn due(&self) -> Option<Instant> {
         self.hold.due()
     }
 
-    /// May the peer of a tunnel reach `destination`, the workload's own address? `source` is the checked one of its header. Waits for
-    /// policies that the workload names and that have not arrived.
+    /// May the peer of a tunnel reach `destination`, the workload's own address? `source` is the
+    /// checked one of its header. Waits for policies that the workload names and that have not
+    /// arrived.
     pub(super) async fn tunnel(
         &self,
         workload: &WorkloadKey,
@@ -118,7 +121,8 @@ impl Enforcement {
         self.admit(workload, &Request { peer: Some(peer), source, destination }).await
     }
 
-    /// May a plaintext connection from `source` reach `destination`, the workload's own address? Waits as above.
+    /// May a plaintext connection from `source` reach `destination`, the workload's own address?
+    /// Waits as above.
     pub(super) async fn plaintext(
         &self,
         workload: &WorkloadKey,
@@ -128,7 +132,8 @@ impl Enforcement {
         self.admit(workload, &Request { peer: None, source, destination }).await
     }
 
-    /// Judges a connection that wants in, as soon as all policies that the workload names are known or the time for that is over.
+    /// Judges a connection that wants in, as soon as all policies that the workload names are known
+    /// or the time for that is over.
     async fn admit(&self, workload: &WorkloadKey, request: &Request<'_>) -> Result<(), Forbidden> {
         let mut changes = None;
         loop {
@@ -139,7 +144,8 @@ impl Enforcement {
                 .flatten();
             let Some(until) = held else { return InForce::admit(workload, request, verdict) };
             let Some(changes) = &mut changes else {
-                // Looked at once more, so that no change between the look and the subscription is missed.
+                // Looked at once more, so that no change between the look and the subscription is
+                // missed.
                 changes = Some(self.changes.subscribe());
                 continue;
             };
@@ -205,7 +211,8 @@ impl Enforcement {
 }
 
 impl InForce {
-    /// Enforces the verdict on a connection that wants in, and reports what dry-run policies would make of it.
+    /// Enforces the verdict on a connection that wants in, and reports what dry-run policies would
+    /// make of it.
     fn admit(workload: &WorkloadKey, request: &Request<'_>, verdict: Verdict) -> Result<(), Forbidden> {
         if let Some(dry_run) = verdict.dry_run.as_ref().filter(|dry_run| dry_run.is_allowed() != verdict.is_allowed()) {
             let peer = request.peer.map(tracing::field::display);

@@ -24,7 +24,8 @@ fn policy(name: &str) -> PolicyKey {
     PolicyKey { namespace: "shop".into(), name: name.into() }
 }
 
-/// A node with one workload that names these policies, of which those exist that are `known`, with what they do.
+/// A node with one workload that names these policies, of which those exist that are `known`, with
+/// what they do.
 fn mesh(names: &[&str], known: &[(&str, Action)]) -> Arc<Snapshot> {
     let mut builder = SnapshotBuilder::new("n", "td.test".parse().unwrap(), MeshSettings::default());
     let local = LocalPod {

@@ -22,6 +22,7 @@ use crate::{
     mesh::{NetnsId, PodNamespace, Snapshot, SpiffeId, Workload, WorkloadKey},
     policy::PolicySet,
     relay::{CloseReason, Connection},
+    until::until,
 };
 
 /// A pod can be refused for reasons that no event announces (a process in the wrong cgroup, a port in use), so it
@@ -77,7 +78,8 @@ pub struct PodStatus {
     pub identity: Option<SpiffeId>,
     /// What its network namespace is called.
     pub netns: PathBuf,
-    /// The namespace that this is about; `None` when there was none of that name, and of a kept pod.
+    /// The namespace that this is about; `None` when there was none of that name, and of a kept
+    /// pod.
     pub namespace: Option<NetnsId>,
     /// How it stands.
     pub state: PodState,
@@ -254,7 +256,7 @@ impl Reconciler {
             tokio::select! {
                 changed = generations.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep(RETRY_REFUSED), if again => {}
-                () = tokio::time::sleep_until(look.unwrap_or_else(Instant::now).into()), if look.is_some() => {
+                () = until(look) => {
                     self.look().await;
                     continue;
                 }
@@ -452,13 +454,6 @@ impl Reconciler {
 
     fn states(&self) -> std::sync::MutexGuard<'_, BTreeMap<WorkloadKey, Standing>> {
         self.states.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-async fn until(due: Option<tokio::time::Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due).await,
-        None => std::future::pending().await,
     }
 }
 

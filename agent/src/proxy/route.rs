@@ -38,7 +38,8 @@ pub(super) struct Plan {
     pub service: Option<Arc<str>>,
 }
 
-/// Decides where `destination` goes. [`RefusalReason::EndpointUnknown`] says that another snapshot may know.
+/// Decides where `destination` goes. [`RefusalReason::EndpointUnknown`] says that another snapshot
+/// may know.
 pub(super) fn plan(mesh: &Snapshot, destination: SocketAddr) -> Result<Plan, RefusalReason> {
     match mesh.resolve(destination.ip()) {
         Resolution::Held(held) if held.awaited => Err(RefusalReason::EndpointUnknown),

@@ -18,10 +18,11 @@ pub enum RefusalReason {
     NoCertificate,
     /// The service has no endpoint that can be used.
     NoEndpoint,
-    /// It is not known who the endpoints of the service are, or whether the pod at the address is in the mesh, and that did not become
-    /// known in time.
+    /// It is not known who the endpoints of the service are, or whether the pod at the address is
+    /// in the mesh, and that did not become known in time.
     EndpointUnknown,
-    /// The destination is in the mesh and cannot be reached through a tunnel. It is never dialled in plaintext.
+    /// The destination is in the mesh and cannot be reached through a tunnel. It is never dialled
+    /// in plaintext.
     PlaintextToMesh,
     /// TCP connect to the peer or the application failed.
     UpstreamUnreachable,

@@ -323,7 +323,8 @@ fn a_peer_that_says_nothing_after_the_handshake_meets_the_deadline() -> Result<(
     wait_counter(&world.b, "refused.deadline", 1)
 }
 
-/// A process that hardly gets processor time while this lives, as on a node that has far too much to do.
+/// A process that hardly gets processor time while this lives, as on a node that has far too much
+/// to do.
 struct Starved<'a> {
     process: &'a testbed::Process,
     ends: mpsc::Sender<()>,
@@ -355,7 +356,8 @@ impl Drop for Starved<'_> {
     }
 }
 
-/// Outside of the mesh a connection to a machine that is short of processor time waits, for as long as its application does.
+/// Outside of the mesh a connection to a machine that is short of processor time waits, for as long
+/// as its application does.
 #[test]
 fn who_waits_for_a_starved_agent_is_served_in_the_end() -> Result<()> {
     let world = Stage::new("starved")?.start_with(&["--handshake-timeout", "5s"])?;

@@ -166,8 +166,8 @@ fn a_dry_run_is_only_reported() -> Result<()> {
     Ok(())
 }
 
-/// A pod with more port rules than its share takes plaintext on no port whose rule does not fit, and
-/// says so. Old rules do not stay in force.
+/// A pod with more port rules than its share takes plaintext on no port whose rule does not fit,
+/// and says so. Old rules do not stay in force.
 #[test]
 fn more_ports_than_the_map_has_room_for() -> Result<()> {
     let mut stage = Stage::new("ports")?;

@@ -1,4 +1,5 @@
-//! An API whose objects and faults a test chooses: lists, watches with every event, and a group that answers whatever it should not.
+//! An API whose objects and faults a test chooses: lists, watches with every event, and a group
+//! that answers whatever it should not.
 
 use std::{
     collections::{BTreeMap, HashMap},

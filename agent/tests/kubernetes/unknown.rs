@@ -130,7 +130,8 @@ fn plaintext(outsider: &Pod, to: &str) -> Result<bool> {
     Ok(output.status.success())
 }
 
-/// Modes and policies stay in force, whatever the API server answers about their kinds, also for an agent that starts meanwhile.
+/// Modes and policies stay in force, whatever the API server answers about their kinds, also for an
+/// agent that starts meanwhile.
 #[test]
 fn kinds_that_are_not_served_any_more_keep_their_objects() -> Result<()> {
     let mut world = World::new("kgone", &["a"])?;
@@ -203,7 +204,8 @@ fn kinds_that_are_not_served_any_more_keep_their_objects() -> Result<()> {
     })
 }
 
-/// A connection to a service waits until it is known who its endpoint is, and then goes through the tunnel, or is refused.
+/// A connection to a service waits until it is known who its endpoint is, and then goes through the
+/// tunnel, or is refused.
 #[test]
 fn a_connection_waits_for_an_endpoint_that_is_not_known() -> Result<()> {
     let world = World::new("kawait", &["a", "b"])?;
@@ -250,7 +252,8 @@ fn a_connection_waits_for_an_endpoint_that_is_not_known() -> Result<()> {
     assert_encrypted(&sniffer.stop()?)
 }
 
-/// An endpoint that names no pod is reached through the tunnel when its address is a pod's of the mesh.
+/// An endpoint that names no pod is reached through the tunnel when its address is a pod's of the
+/// mesh.
 #[test]
 fn an_endpoint_without_a_reference_is_not_dialled_in_plaintext() -> Result<()> {
     let world = World::new("kbare", &["a", "b"])?;

@@ -8,11 +8,11 @@ use std::{
 use anyhow::{Context, Result};
 use nix::mount::{MntFlags, umount2};
 
-/// Unmounts what is mounted at or below `directory`, whose path has no symbolic links, and removes the directory. A directory that is
-/// not there is no error.
+/// Unmounts what is mounted at or below `directory`, whose path has no symbolic links, and removes
+/// the directory. A directory that is not there is no error.
 ///
-/// A program that was killed unmounts nothing, and a directory with a mount in it cannot be removed; what a mount shows may belong to
-/// somebody else, and must not be deleted through it.
+/// A program that was killed unmounts nothing, and a directory with a mount in it cannot be
+/// removed; what a mount shows may belong to somebody else, and must not be deleted through it.
 pub fn remove_dir_all(directory: &Path) -> Result<()> {
     let mounts = fs::read_to_string("/proc/self/mounts").context("reading /proc/self/mounts")?;
     for mount in below(&mounts, directory) {

@@ -24,7 +24,8 @@ const SETTINGS: [&str; 6] = [
 /// Longest table, in bytes: a pod may have any number of routes.
 const LONGEST: usize = 256 * 1024;
 
-/// The namespace at `path`, or with the name `net:[inode]`, as text. A part that cannot be read says why; only a namespace that cannot be entered is an error.
+/// The namespace at `path`, or with the name `net:[inode]`, as text. A part that cannot be read
+/// says why; only a namespace that cannot be entered is an error.
 pub async fn describe(path: &Path) -> Result<String, String> {
     let netns = match inode(path) {
         Some(inode) => {

@@ -123,7 +123,8 @@ async fn a_device_with_the_index_of_another_ones_peer_is_left_alone() {
     let decoy = plug(&scene, "eth2");
     let shown = ip(&format!("-o link show {decoy}"));
     let index: u32 = shown.split(':').next().unwrap().trim().parse().unwrap();
-    // Few interfaces have been there on some machines, and the peer's namespace has this number already.
+    // Few interfaces have been there on some machines, and the peer's namespace has this number
+    // already.
     let pad = (ip(&format!("-n {peer} -o link show")).lines()).any(|line| line.starts_with(&format!("{index}:")));
     let (decoy, index) = if pad {
         const FREE: u32 = 7777;

@@ -99,7 +99,8 @@ async fn enrolment(on_the_node: bool) {
         capture.unenroll(&w.key).await;
     }
     step.end("un-enrol");
-    // 1,000 pods in 12 s on two processors, by a program that is hardly optimised. Wall time says little: attaching to an interface for the first time waits
-    // for two RCU grace periods in the kernel, with the RTNL lock held.
+    // 1,000 pods in 12 s on two processors, by a program that is hardly optimised. Wall time says
+    // little: attaching to an interface for the first time waits for two RCU grace periods in the
+    // kernel, with the RTNL lock held.
     assert!(each < patience(Duration::from_millis(24)), "{each:?}");
 }

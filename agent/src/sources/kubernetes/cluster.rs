@@ -51,7 +51,8 @@ pub(super) struct Cluster {
     pub(super) slices: Table<Key, SliceRecord>,
     pub(super) policies: Table<Key, ConfiguredRecord>,
     pub(super) authentications: Table<Key, ConfiguredRecord>,
-    /// Services that had an endpoint in the mesh, and have had none that is known to be outside since.
+    /// Services that had an endpoint in the mesh, and have had none that is known to be outside
+    /// since.
     pub(super) meshed: BTreeSet<Key>,
     /// Pods that the CNI plugin handed over.
     pub(super) attached: HashMap<Key, Attached>,

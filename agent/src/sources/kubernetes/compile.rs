@@ -292,7 +292,8 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// Makes the workloads of these pods. Returns the namespaces that have their first pod in the mesh, or had their last.
+    /// Makes the workloads of these pods. Returns the namespaces that have their first pod in the
+    /// mesh, or had their last.
     fn pods(
         &mut self,
         finder: &Finder,
@@ -367,7 +368,8 @@ impl Pass<'_> {
         flipped
     }
 
-    /// Makes these services. Returns those of which it is known now whether they are in the mesh, and whether.
+    /// Makes these services. Returns those of which it is known now whether they are in the mesh,
+    /// and whether.
     fn services(
         &mut self,
         disputes: &Disputes,

@@ -1,11 +1,13 @@
 //! The `kubernetes` source: pods, services, endpoint slices, namespaces and this node out of the Kubernetes API, and Istio's
 //! `AuthorizationPolicy` and `PeerAuthentication` where their CRDs exist.
 //!
-//! Every kind has a watch ([`watch`], [`presence`]) whose objects are cut down to what is needed ([`objects`], [`read`], [`records`]). One owner
-//! ([`source`]) keeps them ([`cluster`], [`table`]) and compiles snapshots ([`compile`]) out of all that is known: who is in the mesh
+//! Every kind has a watch ([`watch`], [`presence`]) whose objects are cut down to what is needed
+//! ([`objects`], [`read`], [`records`]). One owner ([`source`]) keeps them ([`cluster`], [`table`])
+//! and compiles snapshots ([`compile`]) out of all that is known: who is in the mesh
 //! ([`enrolment`], [`annotations`]), who has an address that several claim ([`disputes`]), where
-//! this node's pods are ([`finder`]), how plaintext is met ([`modes`]), which endpoints are
-//! used ([`services`]). Of a snapshot only what a change concerns is made again ([`wiring`]). What was known is kept on disk ([`saved`]) for a start without the API server.
+//! this node's pods are ([`finder`]), how plaintext is met ([`modes`]), which endpoints are used
+//! ([`services`]). Of a snapshot only what a change concerns is made again ([`wiring`]). What was
+//! known is kept on disk ([`saved`]) for a start without the API server.
 //!
 //! `docs/kubernetes.md` says what it means for users.
 

@@ -93,7 +93,8 @@ pub(super) struct Held {
     pub(super) awaited: bool,
 }
 
-/// The addresses of a pod in the mesh that are not its workload's, if it is one, and those of a pod that may be in the mesh.
+/// The addresses of a pod in the mesh that are not its workload's, if it is one, and those of a pod
+/// that may be in the mesh.
 pub(super) fn held(cluster: &Cluster, pod: &Placed<'_>, workload: Option<&Workload>) -> Held {
     let awaited = undecided(cluster, pod.key, pod.record);
     if pod.phase != Phase::In && !awaited {

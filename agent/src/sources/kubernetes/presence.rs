@@ -1,7 +1,9 @@
-//! Whether the API server serves a kind, and when a kind that it no longer serves is believed to be gone.
+//! Whether the API server serves a kind, and when a kind that it no longer serves is believed to be
+//! gone.
 //!
-//! One "not found" proves nothing: an API server that starts, an aggregated API that is down and a proxy in between answer 404
-//! too. A kind of which objects are known keeps them until its CRD is gone, which the API server must say for minutes.
+//! One "not found" proves nothing: an API server that starts, an aggregated API that is down and a
+//! proxy in between answer 404 too. A kind of which objects are known keeps them until its CRD is
+//! gone, which the API server must say for minutes.
 
 use std::time::{Duration, Instant};
 
@@ -12,11 +14,13 @@ use kube::{
 
 use super::status::Kind;
 
-/// How long the API server must say, again and again, that it does not serve a kind and that the kind's CRD does not exist before
-/// the objects of the kind are given up. Longer than a restart of an API server, or of all of them one after the other.
+/// How long the API server must say, again and again, that it does not serve a kind and that the
+/// kind's CRD does not exist before the objects of the kind are given up. Longer than a restart of
+/// an API server, or of all of them one after the other.
 pub(super) const GONE: Duration = Duration::from_mins(3);
-/// How long the API server must say that it does not serve a kind of which nothing was ever known, where the agent may not look at
-/// CRDs. API servers before Kubernetes 1.24 answer 404 for a moment while they start; later ones answer 503.
+/// How long the API server must say that it does not serve a kind of which nothing was ever known,
+/// where the agent may not look at CRDs. API servers before Kubernetes 1.24 answer 404 for a moment
+/// while they start; later ones answer 503.
 pub(super) const NEVER_THERE: Duration = Duration::from_secs(3);
 
 /// What one look at the API server says about a kind.
@@ -60,7 +64,8 @@ pub(super) enum Verdict {
 #[derive(Debug)]
 pub(super) struct Presence {
     kind: Kind,
-    /// It is known to exist, and objects of it may be known: from the last good copy, or because it was listed.
+    /// It is known to exist, and objects of it may be known: from the last good copy, or because it
+    /// was listed.
     known: bool,
     /// The version that was listed.
     version: Option<&'static str>,
@@ -108,7 +113,8 @@ impl Presence {
         }
     }
 
-    /// A list in another version may lack what the listed one had, so the old version gets time to come back.
+    /// A list in another version may lack what the listed one had, so the old version gets time to
+    /// come back.
     fn another(&mut self, listed: &str, version: &'static str, now: Instant) -> Verdict {
         if elapsed(&mut self.other, now) >= GONE {
             (self.version, self.other) = (None, None);
@@ -178,7 +184,8 @@ pub(super) async fn look(client: &Client, kind: Kind, versions: &[&'static str])
     Look::Lacks(if kind.is_custom() { crd(client, &format!("{plural}.{group}")).await } else { Crd::BuiltIn })
 }
 
-/// Asks for a CRD by a list: an empty list says that there is none, while "not found" may have any cause.
+/// Asks for a CRD by a list: an empty list says that there is none, while "not found" may have any
+/// cause.
 async fn crd(client: &Client, name: &str) -> Crd {
     let resource = ApiResource {
         group: "apiextensions.k8s.io".to_owned(),

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::pod_identity::NoIdentity;
+use crate::{fnv::fnv1a, pod_identity::NoIdentity};
 
 /// `namespace/name` of an object.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -100,15 +100,13 @@ pub(super) struct SliceRecord {
     pub(super) endpoints: Vec<EndpointRecord>,
 }
 
-/// Tells uids apart in less room: FNV-1a, 64 bits. The API server chooses uids, so nobody can aim at a collision.
+/// Tells uids apart in less room. The API server chooses uids, so nobody can aim at a collision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Fingerprint(u64);
 
 impl Fingerprint {
     pub(super) fn of(uid: &str) -> Self {
-        const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
-        const PRIME: u64 = 0x0000_0100_0000_01b3;
-        Self(uid.bytes().fold(OFFSET, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(PRIME)))
+        Self(fnv1a(uid.as_bytes()))
     }
 }
 

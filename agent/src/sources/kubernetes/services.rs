@@ -60,8 +60,9 @@ enum Who<'a> {
 }
 
 impl Context<'_> {
-    /// Makes a service of a record. It is captured when one of its endpoints, ready or not, is in the mesh, or may be; a service without
-    /// any endpoint when the next one may be. kube-proxy serves all others.
+    /// Makes a service of a record. It is captured when one of its endpoints, ready or not, is in
+    /// the mesh, or may be; a service without any endpoint when the next one may be. kube-proxy
+    /// serves all others.
     pub(super) fn service(&self, key: &Key, record: &ServiceRecord) -> Made {
         let slices: Vec<_> = self.slices.get(key).iter().filter_map(|slice| self.cluster.slices.get(slice)).collect();
         let candidates = || slices.iter().enumerate().flat_map(|(i, s)| s.endpoints.iter().map(move |e| (e, i)));
@@ -153,9 +154,10 @@ impl Context<'_> {
         }
     }
 
-    /// Who answers at an endpoint. The address decides: whoever of the mesh has it is reached as what it is, whatever the slice says.
-    /// Somebody is outside only when nothing says otherwise and, for a pod, when the pod is known. Notes the address in `watched` when
-    /// the pod that is named is not the one that has it.
+    /// Who answers at an endpoint. The address decides: whoever of the mesh has it is reached as
+    /// what it is, whatever the slice says. Somebody is outside only when nothing says otherwise
+    /// and, for a pod, when the pod is known. Notes the address in `watched` when the pod that is
+    /// named is not the one that has it.
     fn who(&self, namespace: &Arc<str>, endpoint: &EndpointRecord, watched: &mut Vec<IpAddr>) -> Who<'_> {
         let address = endpoint.address;
         let named = endpoint.pod.as_ref();

@@ -1,7 +1,6 @@
 //! The owner of everything that is known: takes in changes, compiles, publishes, keeps a copy.
 
 use std::{
-    future::pending,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -14,7 +13,6 @@ use kube::{
 use tokio::{
     sync::mpsc,
     task::{JoinSet, spawn_blocking},
-    time::{Instant as TokioInstant, sleep_until},
 };
 use tracing::{info, warn};
 
@@ -35,7 +33,10 @@ use super::{
     status::{Kind, Statuses},
     watch::{QUEUE, Seen, Selection, follow},
 };
-use crate::mesh::{MeshStore, Snapshot};
+use crate::{
+    mesh::{MeshStore, Snapshot},
+    until::until,
+};
 
 /// How long the API server has at the start before what was known when the agent last ran is used.
 const RESTORE_AFTER: Duration = Duration::from_secs(3);
@@ -199,14 +200,8 @@ impl KubernetesSource {
     }
 }
 
-async fn until(wake: Option<Instant>) {
-    match wake {
-        Some(at) => sleep_until(TokioInstant::from_std(at)).await,
-        None => pending().await,
-    }
-}
-
-/// Starts a watch for every kind. Selectors keep from this node what it does not need. `copy` is what is known before.
+/// Starts a watch for every kind. Selectors keep from this node what it does not need. `copy` is
+/// what is known before.
 fn watch(
     watches: &mut JoinSet<()>,
     client: &Client,

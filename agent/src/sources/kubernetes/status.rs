@@ -13,8 +13,8 @@ use crate::telemetry::logging::printable;
 
 /// Most problems that are listed; `problems_total` counts the others.
 const MAX_PROBLEMS: usize = 100;
-/// An error that has not come again for so long is over, although nothing happened to the objects that would tell: twice the longest
-/// pause between two attempts.
+/// An error that has not come again for so long is over, although nothing happened to the objects
+/// that would tell: twice the longest pause between two attempts.
 const OVER: Duration = Duration::from_mins(1);
 /// Longest error kept, in bytes.
 const MAX_ERROR: usize = 512;
@@ -100,7 +100,8 @@ pub struct KindStatus {
     pub synced: bool,
     /// Seconds since the API server last said something about it.
     pub heard_seconds_ago: Option<u64>,
-    /// What went wrong last; absent since the API server answered again, or for a minute without another failure.
+    /// What went wrong last; absent since the API server answered again, or for a minute without
+    /// another failure.
     pub error: Option<String>,
 }
 

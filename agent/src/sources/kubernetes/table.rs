@@ -40,7 +40,8 @@ impl<K, R> Default for Table<K, R> {
 }
 
 impl<K: Ord + Clone, R: PartialEq> Table<K, R> {
-    /// Starts with what was known when the agent last ran, and whether the kind had been listed then.
+    /// Starts with what was known when the agent last ran, and whether the kind had been listed
+    /// then.
     pub(super) fn restored(records: impl IntoIterator<Item = (K, Arc<R>)>, listed: bool) -> Self {
         let current: BTreeMap<_, _> = records.into_iter().collect();
         Self { listed: listed || !current.is_empty(), current, ..Self::default() }

@@ -154,8 +154,8 @@ pub(super) async fn follow<T, C>(
     }
 }
 
-/// The version to read; `None` when there is nothing of the kind. Until one of both is certain, what is known stays in force and the
-/// reason is in the status.
+/// The version to read; `None` when there is nothing of the kind. Until one of both is certain,
+/// what is known stays in force and the reason is in the status.
 async fn served(
     client: &Client,
     selection: &Selection,
@@ -188,7 +188,8 @@ fn is_unknown(error: &watcher::Error) -> bool {
     matches!(
         error,
         watcher::Error::InitialListFailed(kube::Error::Api(status))
-        // A watch that cannot start because it has missed too much would be started again from the same moment.
+        // A watch that cannot start because it has missed too much would be started again from the
+        // same moment.
         | watcher::Error::WatchStartFailed(kube::Error::Api(status)) if matches!(status.code, 404 | 410)
     )
 }

@@ -100,8 +100,8 @@ impl Wiring {
         }
     }
 
-    /// The services that a pod concerns, which is or was as `old`: those whose slices name it, or have an endpoint at one of its
-    /// addresses, whichever pod that names.
+    /// The services that a pod concerns, which is or was as `old`: those whose slices name it, or
+    /// have an endpoint at one of its addresses, whichever pod that names.
     pub(super) fn concerned<'a>(
         &'a self,
         cluster: &'a Cluster,

@@ -16,7 +16,8 @@ pub(super) fn remove(place: &Place) -> Result<usize> {
     cgroups::remove(place)?;
     network::remove(place)?;
     mount_points::release(place, &record.mount_points)?;
-    // Nodes have mounts of their own, which ended with their processes; what somebody mounted by hand would be in the way.
+    // Nodes have mounts of their own, which ended with their processes; what somebody mounted by
+    // hand would be in the way.
     testbed::mounts::remove_dir_all(place.directory())?;
     Ok(alive)
 }

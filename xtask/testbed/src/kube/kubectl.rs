@@ -159,8 +159,8 @@ impl ControlPlane {
         self.kubectl_as(&User::node(node), &arguments, &object.to_string())?.success().map(drop)
     }
 
-    /// Replaces the status of the object at `path` by what `change` makes of it. Controllers write objects, too: who was faster is
-    /// read once more.
+    /// Replaces the status of the object at `path` by what `change` makes of it. Controllers write
+    /// objects, too: who was faster is read once more.
     pub fn set_status(&self, path: &str, mut change: impl FnMut(&mut Value)) -> Result<()> {
         const TRIES: usize = 10;
         let url = format!("{path}/status");
